@@ -1,0 +1,178 @@
+"""Write the K, V and query of new tokens: k, v -> arena, q -> query ring.
+
+======================  =====================  ==========================================
+tensor                  shape                  written
+======================  =====================  ==========================================
+``arena.k``, ``.v``     [pages, L, H, S, D]    [t // S, layer, :, t % S] = k, v
+``arena.score``         [pages, L, H, S]       [t // S, layer, :, t % S] = 0
+``query_ring``          [slots, L, w, Hq, D]   [slot, layer, p % w] = q
+======================  =====================  ==========================================
+
+with t = out_cache_loc and slot * w + p % w = ring_index (-1: not recorded).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_kvc.kernels.dispatch import use_triton
+from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
+
+
+def append_kv_ref(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q: torch.Tensor,
+    arena: Arena,
+    layer: int,
+    out_cache_loc: torch.Tensor,
+    query_ring: torch.Tensor,
+    ring_index: torch.Tensor,
+) -> None:
+    """Plain torch form of `append_kv`."""
+    page, offset = out_cache_loc // PAGE_SIZE, out_cache_loc % PAGE_SIZE
+    arena.k[page, layer, :, offset] = k.to(arena.k.dtype)
+    arena.v[page, layer, :, offset] = v.to(arena.v.dtype)
+    arena.score[page, layer, :, offset] = 0.0
+    recorded = ring_index >= 0
+    ring = ring_index[recorded]
+    window = query_ring.shape[2]
+    query_ring[ring // window, layer, ring % window] = q[recorded].to(query_ring.dtype)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _append_kernel(
+    k,
+    v,
+    q,
+    arena_k,
+    arena_v,
+    arena_score,
+    out_cache_loc,
+    query_ring,
+    ring_index,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    q_token_stride,
+    q_head_stride,
+    layer,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    GP: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Grid (N, H): program (n, h) writes KV head h of token n and its G query heads.
+
+    Pointers: k, v [N, H, D] and q [N, H * G, D], any token and head stride; arena and
+    ring as in the module docstring, contiguous; out_cache_loc, ring_index [N] int64.
+    Lanes d >= D (padding to a power of two) and g >= G are masked. Two programs write
+    the same cell only for equal out_cache_loc: the padding rows of a decode graph, all
+    at token 0 of the padding page, whose content nobody uses.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    d = tl.arange(0, DP)
+    lane = d < D
+
+    token = tl.load(out_cache_loc + n)
+    row = ((token // S) * L + layer) * H + h
+    row = row * S + token % S
+    key = tl.load(k + n * k_token_stride + h * k_head_stride + d, mask=lane, other=0.0)
+    value = tl.load(
+        v + n * v_token_stride + h * v_head_stride + d, mask=lane, other=0.0
+    )
+    tl.store(arena_k + row * D + d, key, mask=lane)
+    tl.store(arena_v + row * D + d, value, mask=lane)
+    tl.store(arena_score + row, 0.0)
+
+    ring = tl.load(ring_index + n)
+    if ring >= 0:
+        g = tl.arange(0, GP)
+        mask = (g < G)[:, None] & lane[None, :]
+        query_head = h * G + g
+        query = tl.load(
+            q + n * q_token_stride + query_head[:, None] * q_head_stride + d[None, :],
+            mask=mask,
+            other=0.0,
+        )
+        cell = ((ring // W) * L + layer) * W + ring % W
+        cell = cell * (H * G) + query_head
+        tl.store(query_ring + cell[:, None] * D + d[None, :], query, mask=mask)
+
+
+def append_kv_triton(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q: torch.Tensor,
+    arena: Arena,
+    layer: int,
+    out_cache_loc: torch.Tensor,
+    query_ring: torch.Tensor,
+    ring_index: torch.Tensor,
+) -> None:
+    """Triton form of `append_kv`; one compilation serves all layers."""
+    num_tokens, num_kv_heads, head_dim = k.shape
+    if num_tokens == 0:
+        return
+    group = q.shape[1] // num_kv_heads
+    _append_kernel[(num_tokens, num_kv_heads)](
+        k,
+        v,
+        q,
+        arena.k,
+        arena.v,
+        arena.score,
+        out_cache_loc,
+        query_ring,
+        ring_index,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        q.stride(0),
+        q.stride(1),
+        layer,
+        L=arena.num_layers,
+        H=num_kv_heads,
+        G=group,
+        W=query_ring.shape[2],
+        D=head_dim,
+        S=PAGE_SIZE,
+        GP=triton.next_power_of_2(group),
+        DP=triton.next_power_of_2(head_dim),
+        num_warps=1,
+    )
+
+
+def append_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q: torch.Tensor,
+    arena: Arena,
+    layer: int,
+    out_cache_loc: torch.Tensor,
+    query_ring: torch.Tensor,
+    ring_index: torch.Tensor,
+) -> None:
+    """Store one layer's K and V of N tokens, zero their scores, record their queries.
+
+    Parameters
+    ----------
+    k, v : [N, H, D], last dimension contiguous, cast to the arena's dtype.
+    q : [N, Hq, D], last dimension contiguous, after RoPE.
+    arena : written in place.
+    layer : which layer of the arena and the ring.
+    out_cache_loc : [N] int64 token ids. Equal ids (the padding rows of a decode graph)
+        leave one of the rows.
+    query_ring : [slots, L, w, Hq, D], contiguous, written in place.
+    ring_index : [N] int64, slot * w + p % w, or -1 to record nothing. The indices that
+        are not -1 must differ.
+    """
+    op = append_kv_triton if use_triton(k) else append_kv_ref
+    op(k, v, q, arena, layer, out_cache_loc, query_ring, ring_index)

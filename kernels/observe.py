@@ -1,0 +1,241 @@
+"""Score resident KVs by the attention that recent queries pay them.
+
+    score(i) = stored(i) + sum over queries p, sum over heads g of prob(p, g, i) ** power
+
+``prob`` is the exact softmax of sm_scale q k over all entries visible to position p:
+every packed entry, and the tail entries of positions <= p. ``stored`` is the running
+score in the arena, taken as 0 in a first pass. Everything is fp32; q k multiplies in
+the model's dtype and adds in fp32.
+
+======================  =====================  ==========================================
+tensor                  shape                  meaning
+======================  =====================  ==========================================
+``query_ring``          [slots, L, w, Hq, D]   row j: largest position p < seq_len with
+                                               p % w = j; observed iff p >= query_start
+``scores``              [plan.num_entries]     fp32 workspace, layout in `PassPlan`;
+                                               0 at positions >= seq_len
+======================  =====================  ==========================================
+"""
+
+import torch
+import triton
+
+from sglang_kvc.kernels.addressing import head_rows_ref
+from sglang_kvc.kernels.dispatch import use_triton
+from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
+from sglang_kvc.kernels.observe_kernels import (
+    lse_kernel,
+    merge_lse_kernel,
+    score_kernel,
+)
+from sglang_kvc.kernels.pool import pool_scores, pool_scores_ref, pool_scores_triton
+
+__all__ = [
+    "observe_scores",
+    "observe_scores_ref",
+    "observe_scores_triton",
+    "pool_scores",
+    "pool_scores_ref",
+    "pool_scores_triton",
+]
+
+LOG2E = 1.4426950408889634
+
+
+def observe_scores_ref(
+    query_ring: torch.Tensor,
+    arena: Arena,
+    tables: BlockTables,
+    plan: PassPlan,
+    sm_scale: float,
+    power: int,
+    window: int,
+) -> torch.Tensor:
+    """Plain torch form of `observe_scores`; loops over requests and layers."""
+    heads, heads_per_page = arena.num_kv_heads, arena.heads_per_page
+    keys, stored = arena.k.view(-1, arena.head_dim), arena.score.view(-1)
+    scores = torch.zeros(plan.num_entries, dtype=torch.float32, device=arena.k.device)
+    columns = (
+        plan.slots,
+        plan.seq_lens,
+        plan.fold_old,
+        plan.query_start,
+        plan.tail_blocks,
+        plan.is_first,
+        plan.entry_base,
+    )
+    requests = zip(*(column.tolist() for column in columns), strict=True)
+    for slot, seq_len, fold, start, tail_blocks, is_first, base in requests:
+        positions = range(max(start, seq_len - window, 0), seq_len)
+        query_pos = torch.tensor(positions, device=arena.k.device)
+        queries = query_ring[slot, :, query_pos % window]
+        for layer in range(arena.num_layers):
+            first = layer * heads
+            rows, valid, entry_pos, packed = head_rows_ref(
+                tables, slot, fold, seq_len, heads_per_page, first, heads
+            )
+            # [H, J * G, D] x [H, D, n]
+            query = queries[layer].unflatten(1, (heads, -1))
+            group = query.shape[2]
+            query = query.permute(1, 0, 2, 3).flatten(1, 2).float()
+            k = keys[rows].float().masked_fill(~valid[..., None], 0)
+            s = (query @ k.transpose(1, 2)) * sm_scale
+            s = s.unflatten(1, (len(positions), group))
+            hidden = ~valid[:, None] | (entry_pos[:, None] > query_pos[None, :, None])
+            s.masked_fill_(hidden[:, :, None], float("-inf"))
+            # A query that sees nothing has a row of NaN: it scores nothing.
+            prob = s.softmax(-1).nan_to_num_(0.0)
+            total = prob.pow_(power).sum((1, 2))
+            if not is_first:
+                total += stored[rows]
+
+            offsets = tables.block_offsets[slot, first : first + heads].long()
+            lh = torch.arange(first, first + heads, device=offsets.device)
+            head_base = base + PAGE_SIZE * (offsets + lh * tail_blocks)
+            entry = torch.arange(rows.shape[1], device=offsets.device)
+            scores[(head_base[:, None] + entry)[valid]] = total[valid]
+    return scores
+
+
+# Partial log-sum-exps of a launch, fp32 values: 32 MB.
+_MAX_PARTIAL = 8 << 20
+_TARGET_PROGRAMS = 2048
+
+
+def _fill(rows: int, work_items: int) -> int:
+    """Programs a head, so that `rows` heads fill the GPU: a power of two."""
+    programs = triton.next_power_of_2(-(-_TARGET_PROGRAMS // rows))
+    return max(1, min(programs, triton.next_power_of_2(work_items)))
+
+
+def observe_scores_triton(
+    query_ring: torch.Tensor,
+    arena: Arena,
+    tables: BlockTables,
+    plan: PassPlan,
+    sm_scale: float,
+    power: int,
+    window: int,
+) -> torch.Tensor:
+    """Triton form of `observe_scores`."""
+    num_requests, heads = plan.slots.shape[0], arena.heads_per_page
+    group = query_ring.shape[3] // arena.num_kv_heads
+    num_rows = window * group
+    # Tiles that leave room for two programs an SM at D = 128 (registers and shared
+    # memory as ptxas reports them); fp32 needs smaller ones.
+    narrow = arena.k.element_size() <= 2
+    row_tile = max(triton.next_power_of_2(num_rows), 16)
+    lse_rows, lse_tile = min(row_tile, 128 if narrow else 32), 64 if narrow else 32
+    score_rows, score_tile = min(row_tile, 64 if narrow else 32), 128 if narrow else 32
+    max_entries = plan.max_blocks * PAGE_SIZE
+    splits = min(_fill(num_requests * heads, -(-max_entries // 1024)), 64)
+    chunk = max(1, min(num_requests, _MAX_PARTIAL // (heads * splits * num_rows)))
+
+    device = arena.k.device
+    scores = torch.empty(plan.num_entries, dtype=torch.float32, device=device)
+    partial = torch.empty(
+        chunk * heads * splits * num_rows, dtype=torch.float32, device=device
+    )
+    lse = partial
+    if splits > 1:
+        lse = torch.empty(
+            chunk * heads * num_rows, dtype=torch.float32, device=device
+        )
+    axes = {
+        "L": arena.num_layers,
+        "H": arena.num_kv_heads,
+        "G": group,
+        "W": window,
+        "D": arena.head_dim,
+        "DP": triton.next_power_of_2(arena.head_dim),
+        "S": PAGE_SIZE,
+    }
+    table_strides = (tables.req_to_token.stride(0), tables.packed_pages.stride(0))
+    for first in range(0, num_requests, chunk):
+        rows = min(chunk, num_requests - first) * heads
+        lse_kernel[(rows, splits)](
+            query_ring,
+            arena.k,
+            tables.req_to_token,
+            tables.block_offsets,
+            tables.packed_pages,
+            plan.slots,
+            plan.seq_lens,
+            plan.fold_old,
+            plan.query_start,
+            partial,
+            *table_strides,
+            first,
+            sm_scale * LOG2E,
+            ROWS=lse_rows,
+            TILE=lse_tile,
+            NUM_SPLITS=splits,
+            num_warps=8 if lse_rows == 128 else 4,
+            **axes,
+        )
+        if splits > 1:
+            merge_lse_kernel[(rows, -(-num_rows // 128))](
+                partial, lse, ROWS=num_rows, BLOCK=128, NUM_SPLITS=splits
+            )
+        score_kernel[(rows, _fill(rows, -(-max_entries // score_tile)))](
+            query_ring,
+            arena.k,
+            arena.score,
+            tables.req_to_token,
+            tables.block_offsets,
+            tables.packed_pages,
+            plan.slots,
+            plan.seq_lens,
+            plan.fold_old,
+            plan.query_start,
+            plan.tail_blocks,
+            plan.is_first,
+            plan.entry_base,
+            lse,
+            scores,
+            *table_strides,
+            first,
+            sm_scale * LOG2E,
+            ROWS=score_rows,
+            TILE=score_tile,
+            POWER=power,
+            num_warps=8 if score_rows == 64 else 4,
+            num_stages=2,
+            **axes,
+        )
+    return scores
+
+
+def observe_scores(
+    query_ring: torch.Tensor,
+    arena: Arena,
+    tables: BlockTables,
+    plan: PassPlan,
+    sm_scale: float,
+    power: int,
+    window: int,
+) -> torch.Tensor:
+    """Score every resident KV of the plan's requests, all layers and heads at once.
+
+    Parameters
+    ----------
+    query_ring : [slots, L, w, Hq, D], contiguous, the arena's dtype.
+    arena, tables, plan : only read.
+    sm_scale : factor on the logits, usually D ** -0.5.
+    power : 1 or 2.
+    window : w.
+
+    Returns
+    -------
+    torch.Tensor : [plan.num_entries] fp32, every element written.
+
+    Raises
+    ------
+    ValueError : `power` is not 1 or 2, or `window` is not the ring's.
+    """
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2, got {power}")
+    if window != query_ring.shape[2]:
+        raise ValueError(f"window must be {query_ring.shape[2]}, got {window}")
+    op = observe_scores_triton if use_triton(query_ring) else observe_scores_ref
+    return op(query_ring, arena, tables, plan, sm_scale, power, window)

@@ -1,0 +1,143 @@
+"""Max-pool first-pass scores along key positions: out[i] = max_{|j - i| <= w // 2} s[j].
+
+Neighbours belong to the same head and to positions < seq_len. Requests whose pass is
+not their first, and padding entries, are copied: pooling needs consecutive positions,
+and a running score has been pooled before.
+
+======================  =====================  ==========================================
+tensor                  shape                  meaning
+======================  =====================  ==========================================
+``scores``, result      [plan.num_entries]     fp32 workspace, layout in `PassPlan`
+======================  =====================  ==========================================
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_kvc.kernels.dispatch import use_triton
+from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
+
+
+def pool_scores_ref(
+    scores: torch.Tensor,
+    plan: PassPlan,
+    tables: BlockTables,
+    width: int,
+    num_heads_per_page: int,
+) -> torch.Tensor:
+    """Plain torch form of `pool_scores`."""
+    pooled = scores.clone()
+    radius = width // 2
+    columns = (plan.seq_lens, plan.tail_blocks, plan.is_first, plan.entry_base)
+    requests = zip(*(column.tolist() for column in columns), strict=True)
+    for seq_len, tail_blocks, is_first, base in requests:
+        if not is_first:
+            continue
+        # fold_old = 0: no packed block, all heads are equally long.
+        size = tail_blocks * PAGE_SIZE
+        part = slice(base, base + num_heads_per_page * size)
+        heads = scores[part].view(num_heads_per_page, size)[:, :seq_len]
+        pooled[part].view(num_heads_per_page, size)[:, :seq_len] = (
+            torch.nn.functional.max_pool1d(heads, 2 * radius + 1, 1, radius)
+        )
+    return pooled
+
+
+@triton.jit
+def pool_kernel(
+    scores,
+    pooled,
+    block_offsets,
+    slots,
+    seq_lens,
+    folds,
+    tail_blocks,
+    is_first,
+    entry_base,
+    LH: tl.constexpr,
+    S: tl.constexpr,
+    RADIUS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (R * LH, P): program (x, y) writes blocks y, y + P, ... of head x % LH of
+    request x // LH: the window maximum in a first pass, a copy otherwise.
+
+    Pointers: scores, pooled [num_entries] fp32; plan vectors [R] int64. Lanes outside
+    [0, n) count as -inf; each entry is written by one program.
+    """
+    x = tl.program_id(0)
+    r = x // LH
+    lh = x % LH
+    slot = tl.load(slots + r)
+    tail = tl.load(tail_blocks + r)
+    first_block = tl.load(block_offsets + slot * (LH + 1) + lh)
+    last_block = tl.load(block_offsets + slot * (LH + 1) + lh + 1)
+    packed_len = (last_block - first_block) * S
+    n = packed_len + (tl.load(seq_lens + r) - tl.load(folds + r)).to(tl.int32)
+    size = packed_len + tail.to(tl.int32) * S
+    reach = tl.where(tl.load(is_first + r) != 0, n, 0)
+    base = tl.load(entry_base + r) + (first_block + lh * tail) * S
+
+    for i in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+        entry = i + tl.arange(0, BLOCK)
+        best = tl.load(scores + base + entry, mask=entry < size, other=0.0)
+        for shift in tl.static_range(-RADIUS, RADIUS + 1):
+            near = entry + shift
+            inside = (near >= 0) & (near < reach) & (entry < reach)
+            best = tl.maximum(
+                best, tl.load(scores + base + near, mask=inside, other=float("-inf"))
+            )
+        tl.store(pooled + base + entry, best, mask=entry < size)
+
+
+def pool_scores_triton(
+    scores: torch.Tensor,
+    plan: PassPlan,
+    tables: BlockTables,
+    width: int,
+    num_heads_per_page: int,
+) -> torch.Tensor:
+    """Triton form of `pool_scores`."""
+    pooled = torch.empty_like(scores)
+    block = 1024
+    rows = plan.slots.shape[0] * num_heads_per_page
+    pool_kernel[(rows, -(-plan.max_blocks * PAGE_SIZE // block))](
+        scores,
+        pooled,
+        tables.block_offsets,
+        plan.slots,
+        plan.seq_lens,
+        plan.fold_old,
+        plan.tail_blocks,
+        plan.is_first,
+        plan.entry_base,
+        LH=num_heads_per_page,
+        S=PAGE_SIZE,
+        RADIUS=width // 2,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return pooled
+
+
+def pool_scores(
+    scores: torch.Tensor,
+    plan: PassPlan,
+    tables: BlockTables,
+    width: int,
+    num_heads_per_page: int,
+) -> torch.Tensor:
+    """Smooth the scores of first passes; a new tensor, `scores` is only read.
+
+    Parameters
+    ----------
+    scores : [plan.num_entries] fp32 from `observe_scores`.
+    plan, tables : the tables as they were when the scores were made.
+    width : entries the window spans, odd; 1 copies.
+    num_heads_per_page : L * H.
+    """
+    if width <= 1:
+        return scores.clone()
+    op = pool_scores_triton if use_triton(scores) else pool_scores_ref
+    return op(scores, plan, tables, width, num_heads_per_page)

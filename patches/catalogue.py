@@ -1,0 +1,45 @@
+"""Names of all patch files, in two groups.
+
+``PARENT`` files are imported when the plugin is loaded, in every process, so they
+import nothing heavy at their top: the rest of ``sglang_kvc`` inside the hook.
+``SCHEDULER`` files are imported right after ``sglang.srt.managers.scheduler``, in the
+processes that have loaded it, and may import what they like.
+
+To add a patch, write ``patches/<name>.py`` and add its name to one of the groups.
+"""
+
+from __future__ import annotations
+
+PARENT = (
+    # Arguments.
+    "server_args__add_cli_args",
+    "server_args__from_cli_args",
+    "server_args__check_server_args",
+    "engine__server_args_class",
+    # Machines without an accelerator.
+    "utils_common__support_triton",
+    "rotary_embedding__is_cpu",
+    # Requests and answers.
+    "tokenizer_manager__validate_one_request",
+    "tokenizer_manager__req_state",
+)
+
+SCHEDULER = (
+    # Pools.
+    "kv_cache_configurator__profile_available_bytes",
+    "kv_cache_configurator__build_mha_kv_pool",
+    "kv_cache_configurator__build_token_to_kv_pool_allocator",
+    "models_utils__enable_fused_set_kv_buffer",
+    # Admission.
+    "scheduler__add_request_to_queue",
+    "schedule_batch__compute_max_prefix_len",
+    "schedule_policy__running_request_offset",
+    "schedule_policy__add_one_req",
+    "schedule_policy__add_chunked_req",
+    # One step.
+    "schedule_batch__prepare_for_extend",
+    "schedule_batch__prepare_for_decode",
+    "tp_worker__forward_batch_generation",
+    "scheduler__process_batch_result",
+    "invariant_checker__get_total_uncached_sizes",
+)

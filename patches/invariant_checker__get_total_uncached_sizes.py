@@ -1,0 +1,26 @@
+"""Count the target pages of passes in flight as used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvc.accounting import tokens_in_flight
+from sglang_kvc.hooks import HookType, Patch
+
+PATCH = Patch(
+    target="sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker._get_total_uncached_sizes",
+    hook_type=HookType.AROUND,
+    expected_params=("self",),
+    reason=(
+        "The strict busy check adds up what running requests own; between "
+        "launch and settling a pass owns its target pages too."
+    ),
+    upstream_link="managers/scheduler_components/invariant_checker.py:224",
+    remove_when="The busy check asks the requests what they own.",
+)
+
+
+def hook(original: Any, checker: Any) -> tuple[int, int]:
+    """Stock sizes plus pages of passes in flight."""
+    full, swa = original(checker)
+    return full + tokens_in_flight(checker), swa

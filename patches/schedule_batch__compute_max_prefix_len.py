@@ -1,0 +1,25 @@
+"""Leave the observation window out of a prefix hit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvc.admission import max_prefix_len
+from sglang_kvc.hooks import HookType, Patch
+
+PATCH = Patch(
+    target="sglang.srt.managers.schedule_batch:Req._compute_max_prefix_len",
+    hook_type=HookType.AROUND,
+    expected_params=("self", "input_len"),
+    reason=(
+        "The last w queries of a prompt must be computed to score its keys, "
+        "also when the whole prompt is cached."
+    ),
+    upstream_link="managers/schedule_batch.py:1367",
+    remove_when="Never: it is part of the method.",
+)
+
+
+def hook(original: Any, req: Any, input_len: int) -> int:
+    """Cap the hit at input_len - window for requests that can be compressed."""
+    return max_prefix_len(req, input_len, original(req, input_len))

@@ -1,0 +1,29 @@
+"""Plan the eviction passes of a decode step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvc.runtime import runtime_of
+from sglang_kvc.hooks import HookType, Patch
+
+PATCH = Patch(
+    target="sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_decode",
+    hook_type=HookType.AFTER,
+    expected_params=("self",),
+    reason=(
+        "Target pages are taken after SGLang has taken its own, so that a full "
+        "pool defers a pass instead of breaking the promise of "
+        "check_decode_mem."
+    ),
+    upstream_link="managers/schedule_batch.py:2949",
+    remove_when="SGLang calls backends while it schedules.",
+)
+
+
+def hook(result: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Attach the plan to the batch; the forward hook carries it out."""
+    del result, args, kwargs
+    runtime = runtime_of(batch.token_to_kv_pool_allocator)
+    if runtime is not None:
+        runtime.scheduler.plan_decode(batch)

@@ -1,0 +1,26 @@
+"""Charge a running request what it can still grow to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvc.admission import growth_bound
+from sglang_kvc.hooks import HookType, Patch
+
+PATCH = Patch(
+    target="sglang.srt.managers.schedule_policy:PrefillAdder._get_running_request_total_token_offset",
+    hook_type=HookType.AROUND,
+    expected_params=("self", "req"),
+    reason=(
+        "A compressed request grows by one interval at most; charging "
+        "max_new_tokens would leave the freed memory unused."
+    ),
+    upstream_link="managers/schedule_policy.py:559",
+    remove_when="Admission asks the cache for the growth of a request.",
+)
+
+
+def hook(original: Any, adder: Any, req: Any) -> float:
+    """At most the stock charge."""
+    stock = original(adder, req)
+    return growth_bound(req, stock) if stock > 0 else stock

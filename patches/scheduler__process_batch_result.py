@@ -1,0 +1,28 @@
+"""Settle the passes of a step before its result is processed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvc.runtime import runtime_of
+from sglang_kvc.hooks import HookType, Patch
+
+PATCH = Patch(
+    target="sglang.srt.managers.scheduler:Scheduler.process_batch_result",
+    hook_type=HookType.BEFORE,
+    expected_params=("self", "batch", "result"),
+    reason=(
+        "A request that finishes with this result must own what the pass left, "
+        "not what it read."
+    ),
+    upstream_link="managers/scheduler.py:3814",
+    remove_when="SGLang lets a backend free memory when a result arrives.",
+)
+
+
+def hook(scheduler: Any, batch: Any, result: Any) -> None:
+    """Free what the step's passes replaced."""
+    del batch
+    runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
+    if runtime is not None:
+        runtime.scheduler.settle(scheduler.tree_cache, result)

@@ -1,0 +1,23 @@
+"""Put the ``--kv-compress*`` flags into SGLang's parser."""
+
+from __future__ import annotations
+
+import argparse
+
+from sglang_kvc.hooks import HookType, Patch
+
+PATCH = Patch(
+    target="sglang.srt.server_args:ServerArgs.add_cli_args",
+    hook_type=HookType.AFTER,
+    expected_params=("parser",),
+    reason="SGLang has no registry for the command-line flags of plugins.",
+    upstream_link="https://github.com/sgl-project/sglang/blob/v0.5.17/python/sglang/srt/server_args.py#L8214",
+    remove_when="plugins can declare flags.",
+)
+
+
+def hook(_result: None, parser: argparse.ArgumentParser) -> None:
+    """Add our argument group."""
+    from sglang_kvc.options import add_cli_arguments
+
+    add_cli_arguments(parser)

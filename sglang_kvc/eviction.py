@@ -1,0 +1,95 @@
+"""Run eviction passes on the device: observe, pool, select, pack, commit.
+
+Paper: Algorithm 1 and eq. 6-10, 19-20 (arXiv 2410.00161), in the form of
+`kernels/select.py`. Nothing here waits for the device; every size is known to the
+host because a pass keeps exactly budget / 16 * L * H blocks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.kernels.observe import observe_scores, pool_scores
+from sglang_kvc.kernels.pack import commit_tables, pack_entries
+from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
+from sglang_kvc.kernels.select import select_entries
+from sglang_kvc.memory import pass_workspace_tokens
+
+if TYPE_CHECKING:
+    from sglang_kvc.request_state import PassRecord
+    from sglang_kvc.runtime import KVCompressRuntime
+
+
+class PassRunner:
+    """Launches the passes of a step on the current (forward) stream."""
+
+    def __init__(self, runtime: KVCompressRuntime, sm_scale: float) -> None:
+        self.runtime = runtime
+        self.sm_scale = sm_scale
+        self.power = 2 if runtime.options.metric == "l2" else 1
+        context = runtime.tables.req_to_token.shape[1]
+        self.max_tokens = pass_workspace_tokens(context)
+
+    def run(self, records: list[PassRecord]) -> None:
+        """Run every pass of a step; passes that fit the workspace share a launch."""
+        group: list[PassRecord] = []
+        tokens = 0
+        for record in records:
+            need = _entry_tokens(record)
+            if group and tokens + need > self.max_tokens:
+                self._run_group(group)
+                group, tokens = [], 0
+            group.append(record)
+            tokens += need
+        if group:
+            self._run_group(group)
+
+    def _run_group(self, records: list[PassRecord]) -> None:
+        runtime, options = self.runtime, self.runtime.options
+        arena, tables = runtime.arena, runtime.tables
+        heads = arena.heads_per_page
+        plan = build_plan(
+            [_plan_request(r, heads, options.protected) for r in records],
+            heads,
+            runtime.device,
+        )
+        dest_pages = torch.cat([r.target[::PAGE_SIZE] // PAGE_SIZE for r in records])
+        scores = observe_scores(
+            runtime.query_ring,
+            arena,
+            tables,
+            plan,
+            self.sm_scale,
+            self.power,
+            options.window,
+        )
+        scores = pool_scores(scores, plan, tables, options.pool, heads)
+        selected = select_entries(scores, heads, tables, plan, options.sinks)
+        pack_entries(arena, selected, dest_pages, plan)
+        commit_tables(tables, arena, selected, plan, dest_pages, scores)
+
+
+def _entry_tokens(record: PassRecord) -> int:
+    """Workspace entries of a pass per head on average, tokens."""
+    tail = record.seq_len - record.fold_old
+    return record.budget_old + -(-tail // PAGE_SIZE) * PAGE_SIZE
+
+
+def _plan_request(record: PassRecord, heads: int, protected: int) -> PassRequest:
+    """Host numbers of one pass, in the terms of `layout.PassPlan`."""
+    fold_blocks = (record.fold_new - record.fold_old) // PAGE_SIZE
+    freed_pages = (record.budget_old - record.budget) // PAGE_SIZE + fold_blocks
+    return PassRequest(
+        slot=record.slot,
+        seq_len=record.seq_len,
+        fold_old=record.fold_old,
+        fold_new=record.fold_new,
+        query_start=record.query_start,
+        packed_pages=record.budget_old // PAGE_SIZE,
+        evict_blocks=freed_pages * heads,
+        protected=max(record.fold_new - (record.seq_len - protected), 0),
+        is_first=record.is_first,
+    )

@@ -1,0 +1,143 @@
+"""How much memory our metadata takes, so that it is charged before the pool is sized.
+
+Per token of KV: one fp32 score per layer and head, inside the arena. Per running
+request: the query ring and the block tables. Once: the decode and pass workspaces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_kvc.kernels.decode_attention import make_decode_workspace
+from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
+
+SCORE_BYTES = 4
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Shape of the model on this rank; `itemsize` is that of K, V and the queries."""
+
+    num_layers: int
+    num_kv_heads: int
+    num_qo_heads: int
+    head_dim: int
+    itemsize: int
+
+    @property
+    def heads_per_page(self) -> int:
+        """Head blocks in a page, L * H."""
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token over all layers and heads."""
+        return 2 * self.heads_per_page * self.head_dim * self.itemsize
+
+    @property
+    def score_bytes_per_token(self) -> int:
+        """Bytes of the stored scores of one token."""
+        return self.heads_per_page * SCORE_BYTES
+
+
+@dataclass(frozen=True)
+class MetadataBytes:
+    """Bytes of everything that is not K or V.
+
+    Attributes
+    ----------
+    per_token : scores, per token of the pool.
+    ring, tables, workspace : fixed parts, see `metadata_bytes`.
+    """
+
+    per_token: int
+    ring: int
+    tables: int
+    workspace: int
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that do not grow with the pool."""
+        return self.ring + self.tables + self.workspace
+
+    def scale_kv_bytes(self, available: int, shape: ModelShape) -> int:
+        """Bytes to offer for K and V out of `available` for K, V and our metadata."""
+        rest = max(available - self.fixed, 0)
+        kv = shape.kv_bytes_per_token
+        return int(rest * kv / (kv + self.per_token))
+
+    def describe_fixed(self) -> str:
+        """The parts that do not grow with the pool, for an error message."""
+        return (
+            f"{self.fixed / GIB:.2f} GiB (query ring {self.ring / GIB:.2f}, workspace "
+            f"{self.workspace / GIB:.2f}, tables {self.tables / GIB:.2f})"
+        )
+
+    def describe(self, kv_bytes: int, tokens: int) -> str:
+        """One line for the start-up log."""
+        scores = self.per_token * tokens
+        total = self.fixed + scores
+        return (
+            f"KV-Compress metadata: {total / GIB:.3f} GiB = "
+            f"{100 * total / max(kv_bytes, 1):.2f} % of {kv_bytes / GIB:.2f} GiB of KV "
+            f"(scores {scores / GIB:.3f}, query ring {self.ring / GIB:.3f}, "
+            f"tables {self.tables / GIB:.3f}, workspace {self.workspace / GIB:.3f})"
+        )
+
+
+def pass_workspace_tokens(context_len: int) -> int:
+    """Most resident tokens per head that one launch of passes works on.
+
+    A pass of one request of any legal length must fit; smaller ones share a launch.
+    """
+    return -(-context_len // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
+
+
+def metadata_bytes(
+    shape: ModelShape,
+    options: KVCompressOptions,
+    *,
+    max_running_requests: int,
+    context_len: int,
+) -> MetadataBytes:
+    """Bytes of our metadata for a server of this shape.
+
+    Parameters
+    ----------
+    max_running_requests : request slots, without the padding slot.
+    context_len : longest request, tokens.
+
+    Returns
+    -------
+    MetadataBytes
+        The pass workspace counts the three fp32 and one int64 per resident KV of the
+        longest request that `eviction.run_passes` holds at once (scores, pooled
+        scores, and the kept list, which is at most as long).
+    """
+    slots = max_running_requests + 1
+    ring = (
+        slots
+        * shape.num_layers
+        * options.window
+        * shape.num_qo_heads
+        * shape.head_dim
+        * shape.itemsize
+    )
+    partials = make_decode_workspace(
+        max_running_requests,
+        shape.num_qo_heads,
+        shape.head_dim,
+        device="meta",
+        num_kv_heads=shape.num_kv_heads,
+    )
+    decode_workspace = sum(part.nbytes for part in partials)
+    table_ints = 1 + (shape.heads_per_page + 1) + -(-context_len // PAGE_SIZE)
+    entries = pass_workspace_tokens(context_len) * shape.heads_per_page
+    kept = entries if options.rate < 2 else entries // 2
+    return MetadataBytes(
+        per_token=shape.score_bytes_per_token,
+        ring=ring,
+        tables=slots * table_ints * 4,
+        workspace=decode_workspace + entries * 8 + kept * 12,
+    )

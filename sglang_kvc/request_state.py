@@ -1,0 +1,202 @@
+"""What the host knows of one request: which KVs are packed, what is in flight.
+
+Two clocks (integration contract with SGLang's overlap scheduler, which launches step
+k + 1 before it processes the result of step k):
+
+* *launch order*: what the next plan must assume (``fold``, ``packed``, ``observed``);
+* *result order*: what the request owns in the allocator (``settled_*``).
+
+Logical length counts every token of the request; resident length counts the tokens of
+memory a KV head holds on average. This module imports neither torch nor SGLang.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
+from sglang_kvc.request_options import RequestOptions, resolve_budget
+
+NEVER = 1 << 62
+"""A logical length that no request reaches."""
+
+
+def floor_page(tokens: int) -> int:
+    """Largest multiple of the page size that is not above `tokens`."""
+    return tokens // PAGE_SIZE * PAGE_SIZE
+
+
+def ceil_page(tokens: int) -> int:
+    """Smallest multiple of the page size that is not below `tokens`."""
+    return -(-tokens // PAGE_SIZE) * PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class RequestPolicy:
+    """When and how far one request is compressed; fixed for its life.
+
+    Attributes
+    ----------
+    options : the server's options.
+    request : what the request asked for.
+    """
+
+    options: KVCompressOptions
+    request: RequestOptions
+
+    @property
+    def growth(self) -> int:
+        """Full tail tokens that make a pass due: the interval in whole pages."""
+        return ceil_page(self.options.interval)
+
+    def budget(self, length: int) -> int:
+        """Tokens to keep per KV head at logical `length`; NEVER when not compressed."""
+        budget = resolve_budget(self.request, self.options, length)
+        return NEVER if budget is None else budget
+
+    def first_due(self, length: int) -> int:
+        """Logical length at which an uncompressed request should be looked at again.
+
+        A lower bound: with a rate the budget grows with the request, so the answer
+        is checked when it is reached and moved on if the pass would free nothing.
+        """
+        budget = self.budget(length)
+        if budget == NEVER or self.request.rate == 1:
+            return NEVER
+        return max(budget + self.growth, length + 1)
+
+    def may_compress(self, length: int, max_new_tokens: int) -> bool:
+        """Whether a request of `length` tokens can reach a pass before it ends."""
+        if floor_page(length) > self.budget(length):
+            return True
+        return self.first_due(length) <= length + max_new_tokens
+
+
+@dataclass(eq=False)
+class PassRecord:
+    """One planned eviction pass: launched with a step, settled with its result.
+
+    Attributes
+    ----------
+    req : SGLang's request; only touched while the pass is not dead.
+    state : the state of the admission that planned the pass.
+    slot : row of the request in the device tables.
+    seq_len : logical length at the step that carries the pass.
+    fold_old, fold_new : packed logical tokens before and after.
+    budget_old, budget : packed tokens per head before and after (0 = none before).
+    query_start : first position whose query is observed.
+    target : token ids of the fresh pages, int64 [budget].
+    """
+
+    req: Any
+    state: RequestState
+    slot: int
+    seq_len: int
+    fold_old: int
+    fold_new: int
+    budget_old: int
+    budget: int
+    query_start: int
+    target: Any
+    dead: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        """First pass of the request: everything it holds is in token layout."""
+        return self.budget_old == 0
+
+
+@dataclass(eq=False)
+class RequestState:
+    """Compression state of one admission of a request (a retraction ends it).
+
+    `kv` is SGLang's record of the request's memory; the state belongs to it.
+    """
+
+    policy: RequestPolicy
+    kv: Any
+    slot: int
+    # Launch order.
+    fold: int = 0
+    budget: int = 0
+    observed: int = 0
+    # Result order.
+    settled_fold: int = 0
+    settled_packed: Any = None
+    in_flight: list[PassRecord] = field(default_factory=list)
+    # Reported in meta_info.
+    passes: int = 0
+    deferred_passes: int = 0
+    peak_resident: int = 0
+
+    def resident(self, length: int) -> int:
+        """Resident tokens per KV head at logical `length` (launch order)."""
+        return self.budget + length - self.fold
+
+    def next_due(self, length: int) -> int:
+        """Logical length at which the next pass should be looked at."""
+        if self.fold == 0:
+            return self.policy.first_due(length)
+        return max(self.fold + self.policy.growth, length + 1)
+
+    def propose(self, req: Any, length: int) -> PassRecord | None:
+        """The pass that is worth running at logical `length`, without its target.
+
+        Returns None if it would free no whole page.
+        """
+        fold_new = floor_page(length)
+        budget = self.policy.budget(length)
+        if self.budget + fold_new - self.fold <= budget:
+            return None
+        window = self.policy.options.window
+        return PassRecord(
+            req=req,
+            state=self,
+            slot=self.slot,
+            seq_len=length,
+            fold_old=self.fold,
+            fold_new=fold_new,
+            budget_old=self.budget,
+            budget=budget,
+            query_start=max(self.observed, length - window, 0),
+            target=None,
+        )
+
+    def launch(self, record: PassRecord) -> None:
+        """Move the launch-order state past `record`."""
+        if not record.is_first:
+            self.peak_resident = max(self.peak_resident, self.resident(record.seq_len))
+        self.fold, self.budget = record.fold_new, record.budget
+        self.observed = record.seq_len
+        self.passes += 1
+        self.in_flight.append(record)
+
+    def settle(self, record: PassRecord) -> None:
+        """Move the result-order state past `record`."""
+        self.in_flight.remove(record)
+        self.settled_fold = record.fold_new
+        self.settled_packed = record.target
+
+    def abandon(self) -> list[PassRecord]:
+        """Mark every pass in flight dead; returns them (their targets must be freed)."""
+        dead, self.in_flight = self.in_flight, []
+        for record in dead:
+            record.dead = True
+        return dead
+
+    def summary(self, length: int) -> dict[str, Any]:
+        """What ``meta_info["kv_compress"]`` shows for logical `length`."""
+        resident = self.resident(length)
+        budget = self.policy.budget(length)
+        return {
+            "enabled": budget != NEVER,
+            "logical_tokens": length,
+            "resident_tokens": resident,
+            "peak_resident_tokens": max(self.peak_resident, resident)
+            if self.fold
+            else resident,
+            "budget_tokens": (self.budget or budget) if budget != NEVER else None,
+            "passes": self.passes,
+            "deferred_passes": self.deferred_passes,
+        }

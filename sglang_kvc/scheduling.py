@@ -1,0 +1,210 @@
+"""Which requests get a pass in a step, and what the pass does to SGLang's accounting.
+
+One rule: allocate while scheduling, copy on the forward stream, free while processing
+the result. The functions here are called from the hooks in `patches/`:
+
+=====================================  =========================================
+SGLang                                 here
+=====================================  =========================================
+after ScheduleBatch.prepare_for_*      `PassScheduler.plan_extend`, `plan_decode`
+around TpModelWorker.forward_batch...  `run_step`
+before Scheduler.process_batch_result  `PassScheduler.settle`
+around PrefillAdder                    `admission.py`
+=====================================  =========================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.common import evict_from_tree_cache
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.reporting import Report
+from sglang_kvc.request_options import RequestOptions
+from sglang_kvc.request_state import NEVER, PassRecord, RequestPolicy, RequestState
+
+if TYPE_CHECKING:
+    from sglang_kvc.options import KVCompressOptions
+    from sglang_kvc.runtime import KVCompressRuntime
+
+
+@dataclass
+class StepPlan:
+    """What a step does besides its forward: slots to reset, passes to run."""
+
+    reset_slots: list[int] = field(default_factory=list)
+    passes: list[PassRecord] = field(default_factory=list)
+
+
+def state_of(req: Any) -> RequestState | None:
+    """Compression state of a request; it lives and dies with the request's KV."""
+    state: RequestState | None = getattr(req, "kv_compress_state", None)
+    return state if state is not None and state.kv is req.kv else None
+
+
+def policy_of(req: Any) -> RequestPolicy | None:
+    """Policy attached when the request entered the queue (`admission.attach_policy`)."""
+    return getattr(req, "kv_compress_policy", None)
+
+
+class PassScheduler:
+    """Plans and settles passes; host side only, one per server.
+
+    Parameters
+    ----------
+    options : the server's options.
+    num_slots : rows of SGLang's request table, the padding row included.
+
+    Attributes
+    ----------
+    due_lens : logical length at which each slot is looked at, int64 [num_slots]; a
+        decode step compares it with the batch's lengths in one vector operation.
+    """
+
+    def __init__(self, options: KVCompressOptions, num_slots: int) -> None:
+        self.options = options
+        self.due_lens = np.full(num_slots, NEVER, dtype=np.int64)
+        # Tokens that started prompts still need: a pass must not take their pages.
+        self.pending_prompt_tokens = 0
+
+    def plan_extend(self, batch: Any) -> None:
+        """After ``prepare_for_extend``: new states, and the passes of last chunks."""
+        plan = StepPlan()
+        self.pending_prompt_tokens = 0
+        for req in batch.reqs:
+            state = state_of(req)
+            if state is None:
+                state = self._new_state(req)
+                plan.reset_slots.append(state.slot)
+            missing = len(req.full_untruncated_fill_ids) - req.extend_range.end
+            if missing:
+                self.pending_prompt_tokens += missing + PAGE_SIZE
+        for req in batch.reqs:
+            if req.extend_range.end == len(req.full_untruncated_fill_ids):
+                self._plan_request(batch, req, req.extend_range.end, plan)
+        batch.kv_compress_plan = plan
+
+    def plan_decode(self, batch: Any) -> None:
+        """After ``prepare_for_decode``: passes of the requests that are due."""
+        plan = StepPlan()
+        lens = batch.seq_lens_cpu.numpy()
+        due = lens >= self.due_lens[batch.req_pool_indices_cpu.numpy()]
+        for row in np.flatnonzero(due):
+            self._plan_request(batch, batch.reqs[row], int(lens[row]), plan)
+        batch.kv_compress_plan = plan
+
+    def _new_state(self, req: Any) -> RequestState:
+        # A request that did not come through the queue hook (SGLang's own warm-up or
+        # health probes) is served uncompressed.
+        policy = policy_of(req) or RequestPolicy(
+            self.options, RequestOptions(enabled=False)
+        )
+        state = RequestState(policy=policy, kv=req.kv, slot=int(req.req_pool_idx))
+        req.kv_compress_state = state
+        req.customized_info = {"kv_compress": Report(req, state)}
+        self.due_lens[state.slot] = NEVER
+        return state
+
+    def _plan_request(self, batch: Any, req: Any, length: int, plan: StepPlan) -> None:
+        state = state_of(req)
+        assert state is not None
+        record = state.propose(req, length)
+        if record is not None:
+            record.target = self._take_pages(batch, record.budget)
+            if record.target is None:
+                # Retried at every step: memory comes back as others finish.
+                state.deferred_passes += 1
+                self.due_lens[state.slot] = length + 1
+                return
+            state.launch(record)
+            plan.passes.append(record)
+        self.due_lens[state.slot] = state.next_due(length)
+
+    def _take_pages(self, batch: Any, tokens: int) -> Any:
+        """Fresh pages for `tokens` tokens, or None if they cannot be spared.
+
+        One page per running request stays free: the next decode step may need it, and
+        a retraction costs more than a late pass.
+        """
+        allocator = batch.token_to_kv_pool_allocator
+        reserve = len(batch.reqs) * PAGE_SIZE + self.pending_prompt_tokens
+        evict_from_tree_cache(batch.tree_cache, tokens + reserve)
+        if allocator.available_size() < tokens + reserve:
+            return None
+        return allocator.alloc(tokens)
+
+    def settle(self, tree_cache: Any, result: Any) -> None:
+        """Before ``process_batch_result``: give back what the passes of a step freed.
+
+        No wait is needed: whoever gets the pages writes them in a later step of the
+        stream on which the pass was launched.
+        """
+        records: list[PassRecord] = getattr(result, "kv_compress_passes", [])
+        for record in records:
+            if record.dead:
+                continue
+            row = tree_cache.req_to_token_pool.req_to_token[record.slot]
+            if record.is_first:
+                _settle_first(tree_cache, record, row)
+            else:
+                _settle_periodic(tree_cache, record, row)
+            record.state.settle(record)
+            # Keeps SGLang's formula for a running request's own pages right:
+            # allocated - protected = budget + tail.
+            record.req.cache_protected_len = record.fold_new - record.budget
+
+
+def _settle_first(tree_cache: Any, record: PassRecord, row: Any) -> None:
+    """Hand the folded token pages to the tree (unlocked) or to the allocator."""
+    req = record.req
+    allocator = tree_cache.token_to_kv_pool_allocator
+    start, end = req.cache_protected_len, record.fold_new
+    freed_end = end
+    if not tree_cache.disable and not getattr(req, "skip_radix_cache_insert", False):
+        token_ids = (req.origin_input_ids + req.output_ids)[:end]
+        result = tree_cache.insert(
+            InsertParams(
+                key=RadixKey(token_ids, req.extra_key),
+                value=row[:end].long(),
+                priority=getattr(req, "priority", 0) or 0,
+            )
+        )
+        freed_end = result.prefix_len
+    # Pages that the tree already holds in another copy, or that nobody keeps.
+    if freed_end > start:
+        allocator.free_segment(row[start:freed_end].long(), start_pos=start)
+    if req.last_node is not None:
+        tree_cache.dec_lock_ref(req.last_node)
+    req.last_node = tree_cache.root_node
+    req.prefix_indices = req.prefix_indices[:0]
+
+
+def _settle_periodic(tree_cache: Any, record: PassRecord, row: Any) -> None:
+    """Free the packed pages and the folded tail pages that the pass has read."""
+    allocator = tree_cache.token_to_kv_pool_allocator
+    allocator.free_segment(record.state.settled_packed, start_pos=0)
+    folded = row[record.fold_old : record.fold_new].long()
+    allocator.free_segment(folded, start_pos=0)
+
+
+def run_step(runtime: KVCompressRuntime, worker: Any, batch: Any, forward: Any) -> Any:
+    """Around ``forward_batch_generation``: reset, forward, passes; on its stream."""
+    plan: StepPlan | None = getattr(batch, "kv_compress_plan", None)
+    if plan is None:
+        return forward()
+    batch.kv_compress_plan = None
+    if plan.reset_slots:
+        runtime.reset_slots(plan.reset_slots)
+    result = forward()
+    if plan.passes:
+        runtime.passes.run(plan.passes)
+        result.kv_compress_passes = plan.passes
+        # The scheduling stream may go on once the forward has read the request table;
+        # a pass reads it later, so make SGLang wait for the whole step instead.
+        worker.war_fastpath_runner.war_fastpath_read_done_event = None
+    return result

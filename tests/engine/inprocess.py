@@ -1,0 +1,223 @@
+"""SGLang's real Scheduler in this process, fed from a list instead of a socket.
+
+The event loops, radix cache, chunking, overlap and leak checks are SGLang's own; only
+receiving requests and sending outputs are replaced. One scheduler per process.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")
+os.environ.setdefault("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "0")
+
+import torch
+
+IDLE_POLLS = 3
+
+
+@dataclass
+class Request:
+    """One request of a test; `arrive` and `abort_at` count scheduler polls."""
+
+    rid: str
+    ids: list[int]
+    max_new: int = 16
+    kv: dict[str, Any] | None = None
+    arrive: int = 0
+    abort_at: int | None = None
+    ignore_eos: bool = True
+    stop: list[int] = field(default_factory=list)
+    top_logprobs: int = 0
+
+
+@dataclass
+class Output:
+    """What the client would have received."""
+
+    ids: list[int] = field(default_factory=list)
+    finish: dict[str, Any] | None = None
+    cached_tokens: int = 0
+    kv: list[dict[str, Any]] = field(default_factory=list)
+    top_logprobs: list[list[tuple[float, int]]] = field(default_factory=list)
+    retractions: int = 0
+
+
+def make_server_args(model: str, *, compress: bool, **overrides: Any) -> Any:
+    """ServerArgs for the CPU; `compress` False gives stock SGLang (torch_native)."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    args = {
+        "model_path": model,
+        "device": "cpu",
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "disable_cuda_graph": True,
+        "chunked_prefill_size": 256,
+        "max_total_tokens": 16384,
+        "max_running_requests": 16,
+        **overrides,
+    }
+    if compress:
+        from sglang_kvc.server_args import build_server_args
+
+        return build_server_args(kv_compress=True, **args)
+    return ServerArgs(attention_backend="torch_native", **args)
+
+
+class InProcessScheduler:
+    """A scheduler that serves lists of `Request`.
+
+    Parameters
+    ----------
+    server_args : from `make_server_args`.
+    """
+
+    def __init__(self, server_args: Any) -> None:
+        from sglang.srt import runtime_context
+        from sglang.srt.managers.scheduler import Scheduler
+        from sglang.srt.managers.scheduler_components.output_sender import (
+            SenderWrapper,
+        )
+        from sglang.srt.server_args import PortArgs
+
+        runtime_context.publish(server_args, role="scheduler")
+        self._sent: list[Any] = []
+        SenderWrapper.send_output = lambda _, output, recv_obj=None: (  # type: ignore[method-assign]
+            self._sent.append(output)
+        )
+        self.sch = Scheduler(
+            server_args, PortArgs.init_new(server_args), 0, 0, 0, 0, 0, 0, None
+        )
+        self.sch.schedule_stream = self.sch.device_module.Stream(priority=0)
+        self.sch.schedule_stream.synchronize = lambda: None
+        self.sch._war_barrier_enabled = False
+        self.sch.result_queue = __import__("collections").deque()
+        receiver = type(self.sch.request_receiver)
+        receiver.recv_requests = lambda _: self._poll()  # type: ignore[method-assign]
+        self.on_poll: Any = None
+
+    # Configuration ---------------------------------------------------------------
+
+    def set_overlap(self, on: bool) -> None:
+        """Choose the event loop."""
+        sch = self.sch
+        sch.enable_overlap = on
+        sch.tp_worker.enable_overlap = on
+        object.__setattr__(sch.batch_result_processor, "enable_overlap", on)
+        if on and not hasattr(sch, "batch_record_buf"):
+            sch.batch_record_buf, sch.batch_record_ct = [None] * 2, 0
+
+    def set_radix(self, on: bool) -> None:
+        """Switch the prefix cache; the pool must be idle and is flushed."""
+        self.flush()
+        self.sch.tree_cache.disable = not on
+
+    def flush(self) -> None:
+        """SGLang's flush_cache, which must succeed."""
+        assert self.sch.flush_cache(empty_cache=False)
+
+    @property
+    def allocator(self) -> Any:
+        """SGLang's token allocator."""
+        return self.sch.token_to_kv_pool_allocator
+
+    # Serving ----------------------------------------------------------------------
+
+    def _poll(self) -> list[Any]:
+        from sglang.srt.managers.io_struct import AbortReq
+
+        now, self._clock = self._clock, self._clock + 1
+        if self.on_poll is not None:
+            self.on_poll(now)
+        due = [r for r in self._waiting if r.arrive <= now]
+        self._waiting = [r for r in self._waiting if r.arrive > now]
+        out: list[Any] = [_tokenized(r) for r in due]
+        for request in self._requests:
+            if request.abort_at == now:
+                out.append(AbortReq(rid=request.rid))
+        if not out and not self._waiting and self.sch.is_fully_idle():
+            self._idle += 1
+            if self._idle > IDLE_POLLS:
+                self.sch.gracefully_exit = True
+        else:
+            self._idle = 0
+        return out
+
+    def serve(self, requests: list[Request]) -> dict[str, Output]:
+        """Serve `requests` to the end; SGLang's idle check runs before it returns."""
+        self._requests, self._waiting = requests, list(requests)
+        self._clock = self._idle = 0
+        self._sent.clear()
+        sch = self.sch
+        sch.gracefully_exit, sch.last_batch = False, None
+        with torch.no_grad():
+            if sch.enable_overlap:
+                sch.event_loop_overlap()
+            else:
+                sch.event_loop_normal()
+        return _collect(self._sent, requests)
+
+
+def _tokenized(request: Request) -> Any:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    params = SamplingParams(
+        temperature=0.0,
+        max_new_tokens=request.max_new,
+        ignore_eos=request.ignore_eos,
+        stop_token_ids=request.stop or None,
+        custom_params={"kv_compress": request.kv} if request.kv is not None else None,
+    )
+    params.normalize(None)
+    return TokenizedGenerateReqInput(
+        rid=request.rid,
+        input_text=None,
+        input_ids=array("q", request.ids),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=params,
+        return_logprob=request.top_logprobs > 0,
+        logprob_start_len=-1,
+        top_logprobs_num=request.top_logprobs,
+        token_ids_logprob=None,
+        stream=True,
+    )
+
+
+def _collect(sent: list[Any], requests: list[Request]) -> dict[str, Output]:
+    from sglang.srt.managers.io_struct import unwrap_from_pickle
+
+    outputs = {r.rid: Output() for r in requests}
+    for message in sent:
+        for i, rid in enumerate(getattr(message, "rids", None) or []):
+            out = outputs[rid]
+            if message.output_ids is not None:
+                out.ids += list(message.output_ids[i])
+            out.finish = message.finished_reasons[i] or out.finish
+            out.cached_tokens = message.cached_tokens[i]
+            if message.retraction_counts:
+                out.retractions = message.retraction_counts[i]
+            info = unwrap_from_pickle(message.customized_info)
+            if info:
+                out.kv += [s for s in info["kv_compress"][i] if s is not None]
+            values = message.output_top_logprobs_val
+            if values and values[i]:
+                for val, idx in zip(
+                    values[i], message.output_top_logprobs_idx[i], strict=True
+                ):
+                    out.top_logprobs.append(list(zip(val, idx, strict=True)))
+    for message in sent:
+        rid = getattr(message, "rid", None)
+        if rid in outputs and outputs[rid].finish is None:
+            outputs[rid].finish = getattr(message, "finished_reason", None)
+    return outputs

@@ -1,0 +1,67 @@
+"""Follow which logical positions every head holds through the served passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_kvc import eviction
+from sglang_kvc.kernels.layout import PAGE_SIZE
+
+
+class PassTracer:
+    """Wraps `eviction.select_entries` and keeps the positions of every survivor.
+
+    Attributes
+    ----------
+    kept : for each slot, a list over passes of [heads] lists of positions.
+    """
+
+    def __init__(self, runtime: Any) -> None:
+        self.runtime = runtime
+        self.kept: dict[int, list[list[list[int]]]] = {}
+        self._original = eviction.select_entries
+        self._pack = eviction.pack_entries
+        self._row_position: dict[int, dict[int, int]] = {}
+
+    def __enter__(self) -> PassTracer:
+        eviction.select_entries = self._select
+        eviction.pack_entries = self._record
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        eviction.select_entries = self._original
+        eviction.pack_entries = self._pack
+
+    def _select(self, scores: Any, heads: int, tables: Any, plan: Any, sinks: int) -> Any:
+        selected = self._original(scores, heads, tables, plan, sinks)
+        self._plan, self._heads = plan, heads
+        return selected
+
+    def _record(self, arena: Any, selected: Any, dest_pages: Any, plan: Any) -> None:
+        self._pack(arena, selected, dest_pages, plan)
+        heads, tables = self._heads, self.runtime.tables
+        for r, slot in enumerate(plan.slots.tolist()):
+            known = {} if plan.is_first[r] else self._row_position[slot]
+            low, high = int(plan.fold_old[r]), int(plan.fold_new[r])
+            tokens = tables.req_to_token[slot, low:high].tolist()
+            for pos, token in zip(range(low, high), tokens, strict=True):
+                page, offset = divmod(token, PAGE_SIZE)
+                for lh in range(heads):
+                    row = (page * heads + lh) * PAGE_SIZE + offset
+                    known[row] = pos
+            base = int(plan.keep_base[r])
+            offsets = (selected.block_offsets[r].long() * PAGE_SIZE).tolist()
+            rows = selected.source_rows[base : base + offsets[-1]].tolist()
+            kept = [
+                [known[row] for row in rows[offsets[h] : offsets[h + 1]]]
+                for h in range(heads)
+            ]
+            self.kept.setdefault(slot, []).append(kept)
+            entry = torch.arange(base, base + offsets[-1])
+            page = dest_pages[entry // (PAGE_SIZE * heads)]
+            block = page * heads + entry // PAGE_SIZE % heads
+            dest = (block * PAGE_SIZE + entry % PAGE_SIZE).tolist()
+            flat = [pos for positions in kept for pos in positions]
+            self._row_position[slot] = dict(zip(dest, flat, strict=True))

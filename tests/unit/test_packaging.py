@@ -1,0 +1,137 @@
+"""The package is importable in every way it is installed, and shadows nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import entry_points, requires, version
+from pathlib import Path
+
+import pytest
+
+import sglang_kvc
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = "sglang_kvc.plugin:register"
+
+
+def run_python(code: str, cwd: Path, path: Path | None = None) -> dict[str, str]:
+    """Run code in a new interpreter and return the dict it prints as JSON."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    result = subprocess.run(
+        [sys.executable, "-c", f"import json, sys\n{code}"],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found: dict[str, str] = json.loads(result.stdout)
+    return found
+
+
+def source_files() -> set[str]:
+    """Return the modules of the package as paths inside a wheel."""
+    folders = {"sglang_kvc": "", "kernels": "sglang_kvc/", "patches": "sglang_kvc/"}
+    return {
+        f"{prefix}{folder}/{file.name}"
+        for folder, prefix in folders.items()
+        for file in (ROOT / folder).glob("*.py")
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel from a copy of the tree, so that no build folder is left."""
+    tree = tmp_path_factory.mktemp("tree")
+    for folder in ("sglang_kvc", "kernels", "patches"):
+        shutil.copytree(
+            ROOT / folder,
+            tree / folder,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    (tree / "README.md").touch()
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=tree, check=True)
+    return next((tree / "dist").glob("*.whl"))
+
+
+def test_pypi_kernels_package_wins_in_repository_root() -> None:
+    found = run_python(
+        "import kernels, sglang_kvc.kernels.layout as layout\n"
+        "print(json.dumps({'pypi': kernels.__file__, 'ours': layout.__file__}))",
+        cwd=ROOT,
+    )
+    assert "site-packages" in Path(found["pypi"]).parts
+    assert Path(found["ours"]).resolve() == ROOT / "kernels" / "layout.py"
+
+
+def test_installed_package_is_found_from_elsewhere(tmp_path: Path) -> None:
+    found = run_python(
+        "import importlib.util as u\n"
+        "names = 'sglang_kvc', 'sglang_kvc.kernels.layout', 'kernels'\n"
+        "print(json.dumps({name: u.find_spec(name).origin for name in names}))",
+        cwd=tmp_path,
+    )
+    assert Path(found["sglang_kvc"]).name == "__init__.py"
+    assert Path(found["sglang_kvc.kernels.layout"]).name == "layout.py"
+    assert "site-packages" in Path(found["kernels"]).parts
+
+
+def test_wheel_holds_all_modules_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == source_files()
+
+
+def test_wheel_declares_the_plugin(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    name = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
+    assert f"kvcompress = {PLUGIN}" in archive.read(name).decode()
+
+
+def test_wheel_imports(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    found = run_python(
+        "import sglang_kvc.kernels.layout as layout\n"
+        "print(json.dumps({'ours': layout.__file__}))",
+        cwd=tmp_path,
+        path=tmp_path / "site",
+    )
+    expected = tmp_path / "site" / "sglang_kvc" / "kernels" / "layout.py"
+    assert Path(found["ours"]) == expected
+
+
+def test_installed_metadata() -> None:
+    plugins = {p.name: p.value for p in entry_points(group="sglang.srt.plugins")}
+    assert plugins["kvcompress"] == PLUGIN
+    assert version("sglang_kvc") == sglang_kvc.__version__
+    assert "sglang==0.5.17" in (requires("sglang_kvc") or [])
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    """Options are unpickled in every SGLang process; the front ends start at once."""
+    found = run_python(
+        "import sglang_kvc.options, sglang_kvc.serve\n"
+        "heavy = {'torch', 'sglang', 'transformers'} & set(sys.modules)\n"
+        "print(json.dumps({'heavy': ' '.join(heavy)}))",
+        cwd=tmp_path,
+    )
+    assert found["heavy"] == ""
+
+
+def test_lock_file_pins_sglang_with_hashes_and_names_no_index() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    pins = re.findall(r"^[a-z0-9._-]+==.*$", lock, flags=re.MULTILINE)
+    assert "sglang==0.5.17 \\" in pins
+    assert all(pin.endswith("\\") for pin in pins), "a pin without hashes"
+    assert "://" not in lock
+    assert "index-url" not in lock
