@@ -4,15 +4,15 @@ One launch serves compressed and uncompressed requests. The KVs of (request, KV 
 are its packed entries, then the tail entries of positions fold_len .. seq_len - 1
 (`layout`); attention does not depend on their order, so no position is needed.
 
-======================  =====================  ==========================================
+======================  =====================  =========================================
 tensor                  shape                  meaning
-======================  =====================  ==========================================
+======================  =====================  =========================================
 ``q``                   [B, Hq, D]             query of the newest token
 ``slots``               [B] int32 or int64     row of each request in the tables
 ``seq_lens``            [B] int32 or int64     logical tokens, the newest one included
 ``partial_out``         [rows, splits, D]      fp32, softmax output of one split
 ``partial_lse``         [rows, splits]         fp32, log2 of its sum of exponentials
-======================  =====================  ==========================================
+======================  =====================  =========================================
 """
 
 from typing import NamedTuple

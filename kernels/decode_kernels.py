@@ -15,7 +15,7 @@ def _attend_tile(
     arena_k,
     arena_v,
     m,
-    l,
+    denom,
     acc,
     qk_scale,
     D: tl.constexpr,
@@ -32,9 +32,9 @@ def _attend_tile(
     m_new = tl.maximum(m, tl.max(s, 1))
     decay = tl.exp2(m - m_new)
     p = tl.exp2(s - m_new[:, None])
-    l = l * decay + tl.sum(p, 1)
+    denom = denom * decay + tl.sum(p, 1)
     pv = tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    return m_new, l, acc * decay[:, None] + pv
+    return m_new, denom, acc * decay[:, None] + pv
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def decode_split_kernel(
     q_mask = (g < G)[:, None] & (d < D)[None, :]
     query = tl.load(q + q_row[:, None] + d[None, :], mask=q_mask, other=0.0)
     m = tl.full([GP], float("-inf"), tl.float32)
-    l = tl.zeros([GP], tl.float32)
+    denom = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
 
     pages = packed_pages + slot * page_table_stride
@@ -117,8 +117,8 @@ def decode_split_kernel(
         ordinal = first_block + (i + t) // S
         page = tl.load(pages + ordinal // LH, mask=ok, other=0).to(tl.int64)
         row = (page * LH + ordinal % LH) * S + t % S
-        m, l, acc = _attend_tile(
-            query, row, ok, arena_k, arena_v, m, l, acc, qk_scale, D, DP
+        m, denom, acc = _attend_tile(
+            query, row, ok, arena_k, arena_v, m, denom, acc, qk_scale, D, DP
         )
 
     # fold_len and packed_len are multiples of S, so a tail page starts at lane 0 of 16.
@@ -127,14 +127,16 @@ def decode_split_kernel(
         ok = i + t < end
         token = tl.load(tokens + i + t, mask=ok, other=0).to(tl.int64)
         row = (token // S * LH + lh) * S + token % S
-        m, l, acc = _attend_tile(
-            query, row, ok, arena_k, arena_v, m, l, acc, qk_scale, D, DP
+        m, denom, acc = _attend_tile(
+            query, row, ok, arena_k, arena_v, m, denom, acc, qk_scale, D, DP
         )
 
     out_row = (b.to(tl.int64) * (H * G) + q_head) * NUM_SPLITS + split
-    tl.store(partial_lse + out_row, m + tl.log2(l), mask=g < G)
+    tl.store(partial_lse + out_row, m + tl.log2(denom), mask=g < G)
     tl.store(
-        partial_out + out_row[:, None] * D + d[None, :], acc / l[:, None], mask=q_mask
+        partial_out + out_row[:, None] * D + d[None, :],
+        acc / denom[:, None],
+        mask=q_mask,
     )
 
 

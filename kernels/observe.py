@@ -1,20 +1,20 @@
 """Score resident KVs by the attention that recent queries pay them.
 
-    score(i) = stored(i) + sum over queries p, sum over heads g of prob(p, g, i) ** power
+    score(i) = stored(i) + sum over positions p, query heads g of prob(p, g, i) ** power
 
 ``prob`` is the exact softmax of sm_scale q k over all entries visible to position p:
 every packed entry, and the tail entries of positions <= p. ``stored`` is the running
 score in the arena, taken as 0 in a first pass. Everything is fp32; q k multiplies in
 the model's dtype and adds in fp32.
 
-======================  =====================  ==========================================
+======================  =====================  =========================================
 tensor                  shape                  meaning
-======================  =====================  ==========================================
+======================  =====================  =========================================
 ``query_ring``          [slots, L, w, Hq, D]   row j: largest position p < seq_len with
                                                p % w = j; observed iff p >= query_start
 ``scores``              [plan.num_entries]     fp32 workspace, layout in `PassPlan`;
                                                0 at positions >= seq_len
-======================  =====================  ==========================================
+======================  =====================  =========================================
 """
 
 import torch
@@ -100,6 +100,7 @@ def observe_scores_ref(
 # Partial log-sum-exps of a launch, fp32 values: 32 MB.
 _MAX_PARTIAL = 8 << 20
 _TARGET_PROGRAMS = 2048
+_MAX_SPLITS = 64
 
 
 def _fill(rows: int, work_items: int) -> int:
@@ -128,7 +129,8 @@ def observe_scores_triton(
     lse_rows, lse_tile = min(row_tile, 128 if narrow else 32), 64 if narrow else 32
     score_rows, score_tile = min(row_tile, 64 if narrow else 32), 128 if narrow else 32
     max_entries = plan.max_blocks * PAGE_SIZE
-    splits = min(_fill(num_requests * heads, -(-max_entries // 1024)), 64)
+    splits = _fill(num_requests * heads, -(-max_entries // 1024))
+    splits = min(splits, _MAX_SPLITS)
     chunk = max(1, min(num_requests, _MAX_PARTIAL // (heads * splits * num_rows)))
 
     device = arena.k.device
@@ -138,9 +140,7 @@ def observe_scores_triton(
     )
     lse = partial
     if splits > 1:
-        lse = torch.empty(
-            chunk * heads * num_rows, dtype=torch.float32, device=device
-        )
+        lse = torch.empty(chunk * heads * num_rows, dtype=torch.float32, device=device)
     axes = {
         "L": arena.num_layers,
         "H": arena.num_kv_heads,
@@ -169,13 +169,17 @@ def observe_scores_triton(
             sm_scale * LOG2E,
             ROWS=lse_rows,
             TILE=lse_tile,
-            NUM_SPLITS=splits,
             num_warps=8 if lse_rows == 128 else 4,
             **axes,
         )
         if splits > 1:
             merge_lse_kernel[(rows, -(-num_rows // 128))](
-                partial, lse, ROWS=num_rows, BLOCK=128, NUM_SPLITS=splits
+                partial,
+                lse,
+                splits,
+                ROWS=num_rows,
+                BLOCK=128,
+                MAX_SPLITS=_MAX_SPLITS,
             )
         score_kernel[(rows, _fill(rows, -(-max_entries // score_tile)))](
             query_ring,

@@ -81,18 +81,18 @@ def lse_kernel(
     S: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
 ):
-    """Grid (requests * L * H, NUM_SPLITS): program (x, s) reduces one equal share of
-    the entries of head x % (L * H) of request first_request + x // (L * H).
+    """Grid (requests * L * H, P): program (x, s) reduces one of P equal shares of the
+    entries of head x % (L * H) of request first_request + x // (L * H).
 
     Pointers: ring, arena, tables as in ``layout``; plan vectors [R] int64; partial_lse
-    [requests * L * H, NUM_SPLITS, W * G] fp32, written in full: -inf where a row sees
+    [requests * L * H, P, W * G] fp32, written in full: -inf where a row sees
     nothing of the share. Rows are taken ROWS at a time.
     """
     LH: tl.constexpr = L * H
     x = tl.program_id(0)
     split = tl.program_id(1)
+    num_splits = tl.num_programs(1)
     r = first_request + x // LH
     lh = x % LH
     slot = tl.load(slots + r)
@@ -103,20 +103,20 @@ def lse_kernel(
     last_block = tl.load(block_offsets + slot * (LH + 1) + lh + 1)
     packed_len = (last_block - first_block) * S
     n = packed_len + seq_len - fold_len
-    share = tl.cdiv(tl.cdiv(n, NUM_SPLITS), TILE) * TILE
+    share = tl.cdiv(tl.cdiv(n, num_splits), TILE) * TILE
     start = split * share
     end = tl.minimum(start + share, n)
     tokens = req_to_token + slot * token_table_stride
     pages = packed_pages + slot * page_table_stride
     t = tl.arange(0, TILE)
-    out = partial_lse + (x.to(tl.int64) * NUM_SPLITS + split) * (W * G)
+    out = partial_lse + (x.to(tl.int64) * num_splits + split) * (W * G)
 
     for first_row in range(0, W * G, ROWS):
         row = first_row + tl.arange(0, ROWS)
         position = _query_rows(row, seq_len, query_start, G, W)
         query = _load_queries(query_ring, slot, lh, row, position, L, H, G, W, D, DP)
         m = tl.full([ROWS], float("-inf"), tl.float32)
-        l = tl.zeros([ROWS], tl.float32)
+        denom = tl.zeros([ROWS], tl.float32)
         for i in range(start, end, TILE):
             entry = i + t
             valid = entry < end
@@ -140,33 +140,36 @@ def lse_kernel(
             m_new = tl.maximum(m, tl.max(s, 1))
             # A row that has seen nothing yet: exp2(-inf - 0) = 0, not NaN.
             shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            l = l * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
+            denom = denom * tl.exp2(m - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
             m = m_new
-        lse = tl.where(l > 0, m + tl.log2(tl.maximum(l, 1e-38)), float("-inf"))
+        lse = tl.where(denom > 0, m + tl.log2(tl.maximum(denom, 1e-38)), float("-inf"))
         tl.store(out + row, lse, mask=row < W * G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def merge_lse_kernel(
     partial_lse,
     lse,
+    num_splits,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
 ):
-    """Grid (heads, row blocks): log-sum-exp of [heads, NUM_SPLITS, ROWS] over splits."""
+    """Grid (heads, row blocks): log-sum-exp over dim 1 of [heads, num_splits, ROWS]."""
     x = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    split = tl.arange(0, NUM_SPLITS)
+    split = tl.arange(0, MAX_SPLITS)
     part = tl.load(
-        partial_lse + (x * NUM_SPLITS + split[:, None]) * ROWS + row[None, :],
-        mask=(row < ROWS)[None, :],
+        partial_lse + (x * num_splits + split[:, None]) * ROWS + row[None, :],
+        mask=(split < num_splits)[:, None] & (row < ROWS)[None, :],
         other=float("-inf"),
     )
     m = tl.max(part, 0)
     shift = tl.where(m == float("-inf"), 0.0, m)
-    l = tl.sum(tl.exp2(part - shift[None, :]), 0)
-    merged = tl.where(l > 0, shift + tl.log2(tl.maximum(l, 1e-38)), float("-inf"))
+    denom = tl.sum(tl.exp2(part - shift[None, :]), 0)
+    merged = tl.where(
+        denom > 0, shift + tl.log2(tl.maximum(denom, 1e-38)), float("-inf")
+    )
     tl.store(lse + x * ROWS + row, merged, mask=row < ROWS)
 
 
@@ -261,4 +264,4 @@ def score_kernel(
             if POWER == 2:
                 p = p * p
             total += tl.sum(p, 1)
-        tl.store(out + entry, tl.where(valid, total, 0.0), mask=entry < size)
+        tl.store(out + entry, total, mask=entry < size)

@@ -4,19 +4,25 @@ Kept entry m of a plan goes to page dest_pages[m // (S * L * H)], block slot
 (m // S) % (L * H), offset m % S: blocks in (head, ordinal) order, densely. Pages are
 fresh, so sources and destinations never overlap. Moves are bit-exact.
 
-======================  ==========================  =====================================
+======================  ==========================  ====================================
 tensor                  shape                       meaning
-======================  ==========================  =====================================
+======================  ==========================  ====================================
 ``source_rows``         [plan.num_kept] int64       arena row of each survivor
 ``dest_pages``          [num_kept // (S*L*H)]       int64 page ids, in keep_base order
-======================  ==========================  =====================================
+======================  ==========================  ====================================
 """
 
 import torch
+import triton
 
 from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
+from sglang_kvc.kernels.pack_kernels import (
+    annotate_kernel,
+    pack_kernel,
+    publish_kernel,
+)
 from sglang_kvc.kernels.select import SelectedEntries
 
 
@@ -30,8 +36,8 @@ def pack_entries_ref(
     heads_per_page = arena.heads_per_page
     entry = torch.arange(plan.num_kept, device=dest_pages.device)
     block = entry // PAGE_SIZE
-    block = dest_pages[block // heads_per_page] * heads_per_page + block % heads_per_page
-    dest = block * PAGE_SIZE + entry % PAGE_SIZE
+    page, in_page = dest_pages[block // heads_per_page], block % heads_per_page
+    dest = (page * heads_per_page + in_page) * PAGE_SIZE + entry % PAGE_SIZE
     source = selected.source_rows
     for cells in (arena.k.view(-1, arena.head_dim), arena.v.view(-1, arena.head_dim)):
         cells[dest] = cells[source]
@@ -80,15 +86,94 @@ def commit_tables_ref(
         ].to(tables.packed_pages.dtype)
 
 
+def pack_entries_triton(
+    arena: Arena,
+    selected: SelectedEntries,
+    dest_pages: torch.Tensor,
+    plan: PassPlan,
+) -> None:
+    """Triton form of `pack_entries`."""
+    if plan.num_kept == 0:
+        return
+    block = 4 * PAGE_SIZE
+    pack_kernel[(-(-plan.num_kept // block),)](
+        arena.k,
+        arena.v,
+        arena.score,
+        selected.source_rows,
+        selected.scores,
+        dest_pages,
+        plan.num_kept,
+        LH=arena.heads_per_page,
+        S=PAGE_SIZE,
+        D=arena.head_dim,
+        DP=triton.next_power_of_2(arena.head_dim),
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def commit_tables_triton(
+    tables: BlockTables,
+    arena: Arena,
+    selected: SelectedEntries,
+    plan: PassPlan,
+    dest_pages: torch.Tensor,
+    scores: torch.Tensor,
+) -> None:
+    """Triton form of `commit_tables`: annotate through the old tables, then publish."""
+    num_requests, heads = plan.slots.shape[0], arena.heads_per_page
+    annotate_kernel[(num_requests * heads,)](
+        arena.score,
+        scores,
+        tables.req_to_token,
+        tables.block_offsets,
+        plan.slots,
+        plan.seq_lens,
+        plan.fold_old,
+        plan.fold_new,
+        plan.tail_blocks,
+        plan.entry_base,
+        tables.req_to_token.stride(0),
+        LH=heads,
+        S=PAGE_SIZE,
+        BLOCK=32,
+        num_warps=1,
+    )
+    publish_kernel[(num_requests,)](
+        tables.fold_lens,
+        tables.block_offsets,
+        tables.packed_pages,
+        plan.slots,
+        plan.fold_new,
+        plan.keep_base,
+        selected.block_offsets,
+        dest_pages,
+        tables.packed_pages.stride(0),
+        LH=heads,
+        S=PAGE_SIZE,
+        BLOCK=256,
+        num_warps=4,
+    )
+
+
 def pack_entries(
     arena: Arena,
     selected: SelectedEntries,
     dest_pages: torch.Tensor,
     plan: PassPlan,
 ) -> None:
-    """Copy the survivors' K, V and score into their packed blocks."""
-    assert not use_triton(dest_pages)
-    pack_entries_ref(arena, selected, dest_pages, plan)
+    """Copy the survivors' K, V and score into their packed blocks.
+
+    Parameters
+    ----------
+    arena : written in place, in pages `dest_pages` only.
+    selected : from `select_entries`.
+    dest_pages : [plan.num_kept // (S * L * H)] int64, page ids that nobody else uses.
+    plan : only read.
+    """
+    op = pack_entries_triton if use_triton(dest_pages) else pack_entries_ref
+    op(arena, selected, dest_pages, plan)
 
 
 def commit_tables(
@@ -99,6 +184,16 @@ def commit_tables(
     dest_pages: torch.Tensor,
     scores: torch.Tensor,
 ) -> None:
-    """Make the packed blocks of every request of the plan its state."""
-    assert not use_triton(scores)
-    commit_tables_ref(tables, arena, selected, plan, dest_pages, scores)
+    """Make the packed blocks the state of every request of the plan.
+
+    Parameters
+    ----------
+    tables : ``block_offsets``, ``fold_lens`` and the used part of ``packed_pages`` are
+        overwritten in the rows of the plan's slots.
+    arena : ``score`` of the positions fold_new .. seq_len - 1 is set from `scores`;
+        positions below fold_new, which may be shared with the prefix tree, are not.
+    selected, plan, dest_pages : as given to `pack_entries`.
+    scores : [plan.num_entries] fp32 that `select_entries` chose by.
+    """
+    op = commit_tables_triton if use_triton(scores) else commit_tables_ref
+    op(tables, arena, selected, plan, dest_pages, scores)

@@ -65,9 +65,9 @@ def build_plan(
     ----------
     requests : at least one; plain Python integers.
     heads_per_page : L * H.
-    device : where the plan's vectors go. One copy of [12, R] int64, asynchronous on
-        CUDA (from pinned memory, which the caching host allocator keeps until the copy
-        has run).
+    device : where the plan's vectors go. One copy of [12, R] int64 (R rounded up to
+        even), asynchronous on CUDA: from pinned memory, which the caching host
+        allocator keeps until the copy has run.
 
     Raises
     ------
@@ -105,8 +105,13 @@ def build_plan(
         max_blocks = max(max_blocks, packed + tail_blocks)
 
     on_cuda = torch.device(device).type == "cuda"
-    host = torch.tensor(
-        list(zip(*columns, strict=True)), dtype=torch.int64, pin_memory=on_cuda
+    count = len(requests)
+    # An even row length aligns every row to 16 bytes: kernels, which Triton specialises
+    # on alignment, compile once for all R.
+    host = torch.zeros(
+        len(columns[0]), count + count % 2, dtype=torch.int64, pin_memory=on_cuda
     )
-    fields = host.to(device, non_blocking=True).unbind(0)
-    return PassPlan(*fields, entry_base, keep_base, max_blocks)
+    host[:, :count] = torch.tensor(columns).t()
+    rows = host.to(device, non_blocking=True).unbind(0)
+    fields = [row[:count] for row in rows]
+    return PassPlan._make([*fields, entry_base, keep_base, max_blocks])

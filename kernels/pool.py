@@ -1,14 +1,14 @@
-"""Max-pool first-pass scores along key positions: out[i] = max_{|j - i| <= w // 2} s[j].
+"""Max-pool first-pass scores along key positions: out[i] = max of s[i - r .. i + r].
 
-Neighbours belong to the same head and to positions < seq_len. Requests whose pass is
-not their first, and padding entries, are copied: pooling needs consecutive positions,
-and a running score has been pooled before.
+r is half the width, rounded down. Neighbours belong to the same head and to positions
+< seq_len. Requests whose pass is not their first, and padding entries, are copied:
+pooling needs consecutive positions, and a running score has been pooled before.
 
-======================  =====================  ==========================================
+======================  =====================  =========================================
 tensor                  shape                  meaning
-======================  =====================  ==========================================
+======================  =====================  =========================================
 ``scores``, result      [plan.num_entries]     fp32 workspace, layout in `PassPlan`
-======================  =====================  ==========================================
+======================  =====================  =========================================
 """
 
 import torch

@@ -6,14 +6,14 @@ price_h[k] = a_h[S * k + S - 1]. The E cheapest blocks over all heads go, ties b
 (head, k); a head that loses e_h blocks loses its S * e_h lowest entries, ties by
 ordinal. Survivors keep their order. Sinks and protected entries count as +inf.
 
-======================  =====================  ==========================================
+======================  =====================  =========================================
 tensor                  shape                  meaning
-======================  =====================  ==========================================
+======================  =====================  =========================================
 ``scores``              [plan.num_entries]     fp32 >= 0, layout in `PassPlan`
 ``source_rows``         [plan.num_kept] int64  arena row of each survivor
 ``kept_scores``         [plan.num_kept] fp32   its score
 ``block_offsets``       [R, L*H + 1] int32     exclusive prefix sum of n_h / S - e_h
-======================  =====================  ==========================================
+======================  =====================  =========================================
 """
 
 from typing import NamedTuple
@@ -23,6 +23,12 @@ import torch
 from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
+from sglang_kvc.kernels.select_kernels import (
+    deal_kernel,
+    histogram_kernel,
+    pick_digit_kernel,
+    survivors_kernel,
+)
 
 
 class SelectedEntries(NamedTuple):
@@ -91,6 +97,86 @@ def select_entries_ref(
     return selected
 
 
+def select_entries_triton(
+    scores: torch.Tensor,
+    arena_heads: int,
+    tables: BlockTables,
+    plan: PassPlan,
+    sinks: int,
+) -> SelectedEntries:
+    """Triton form of `select_entries`; 18 launches, whatever the sizes."""
+    device = scores.device
+    num_requests = plan.slots.shape[0]
+    rows = num_requests * arena_heads
+    prefix = torch.zeros(num_requests, dtype=torch.int32, device=device)
+    below = torch.zeros(rows, dtype=torch.int32, device=device)
+    equal = torch.empty(rows, dtype=torch.int32, device=device)
+    evicted = torch.empty(rows, dtype=torch.int32, device=device)
+    histogram = torch.empty(rows, 16, dtype=torch.int32, device=device)
+    selected = SelectedEntries(
+        torch.empty(plan.num_kept, dtype=torch.int64, device=device),
+        torch.empty(plan.num_kept, dtype=torch.float32, device=device),
+        torch.empty(num_requests, arena_heads + 1, dtype=torch.int32, device=device),
+    )
+    axes = {"LH": arena_heads, "S": PAGE_SIZE}
+    for shift in range(28, -1, -4):
+        histogram_kernel[(rows,)](
+            scores,
+            tables.block_offsets,
+            plan.slots,
+            plan.tail_blocks,
+            plan.fold_blocks,
+            plan.protected,
+            plan.entry_base,
+            prefix,
+            histogram,
+            shift,
+            sinks,
+            BLOCK=1024,
+            num_warps=8,
+            **axes,
+        )
+        pick_digit_kernel[(num_requests,)](
+            histogram, plan.evict_blocks, prefix, below, equal, shift, BLOCK=64, **axes
+        )
+    deal_kernel[(num_requests,)](
+        tables.block_offsets,
+        plan.slots,
+        plan.fold_blocks,
+        plan.evict_blocks,
+        below,
+        equal,
+        evicted,
+        selected.block_offsets,
+        BLOCK=64,
+        **axes,
+    )
+    survivors_kernel[(rows,)](
+        scores,
+        tables.req_to_token,
+        tables.block_offsets,
+        tables.packed_pages,
+        plan.slots,
+        plan.fold_old,
+        plan.tail_blocks,
+        plan.fold_blocks,
+        plan.protected,
+        plan.entry_base,
+        plan.keep_base,
+        evicted,
+        selected.block_offsets,
+        selected.source_rows,
+        selected.scores,
+        tables.req_to_token.stride(0),
+        tables.packed_pages.stride(0),
+        sinks,
+        BLOCK=1024,
+        num_warps=8,
+        **axes,
+    )
+    return selected
+
+
 def select_entries(
     scores: torch.Tensor,
     arena_heads: int,
@@ -98,6 +184,20 @@ def select_entries(
     plan: PassPlan,
     sinks: int,
 ) -> SelectedEntries:
-    """Choose the survivors of every request of the plan."""
-    assert not use_triton(scores)
-    return select_entries_ref(scores, arena_heads, tables, plan, sinks)
+    """Choose the survivors of every request of the plan.
+
+    Parameters
+    ----------
+    scores : [plan.num_entries] fp32 >= 0, pooled; only read.
+    arena_heads : L * H.
+    tables : the tables as they were when the scores were made; only read.
+    plan : only read.
+    sinks : first entries of every head that must stay.
+
+    Returns
+    -------
+    SelectedEntries : new tensors. If a plan asks for more blocks than unforced entries
+        allow, forced ones go too, in the same order, so that sizes always hold.
+    """
+    op = select_entries_triton if use_triton(scores) else select_entries_ref
+    return op(scores, arena_heads, tables, plan, sinks)

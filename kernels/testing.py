@@ -31,7 +31,9 @@ class Case(NamedTuple):
         return self.query_ring.shape[3] // self.arena.num_kv_heads
 
 
-def _deal_blocks(total: int, cap: int, heads: int, skew: float, rng: random.Random):
+def _deal_blocks(
+    total: int, cap: int, heads: int, skew: float, rng: random.Random
+) -> list[int]:
     """Split `total` blocks over heads, at most `cap` each; a high `skew` is uneven."""
     weights = [rng.random() ** skew for _ in range(heads)]
     counts = [min(cap, int(total * w / sum(weights))) for w in weights]
@@ -162,8 +164,8 @@ def make_plan(
     heads = case.arena.heads_per_page
     requests: list[PassRequest] = []
     for r, slot in enumerate(case.slots):
-        new = case.seq_lens[r] // PAGE_SIZE * PAGE_SIZE if fold_new is None else fold_new[r]
-        new = max(new, case.folds[r])
+        full = case.seq_lens[r] // PAGE_SIZE * PAGE_SIZE
+        new = max(full if fold_new is None else fold_new[r], case.folds[r])
         held = case.packed_pages[r] + (new - case.folds[r]) // PAGE_SIZE
         keep = (held + 1) // 2 if keep_pages is None else keep_pages[r]
         requests.append(

@@ -15,7 +15,7 @@ PATCH = Patch(
         "`Engine.__init__` loads the plugins itself, so a hook on it comes too late; "
         "it looks this class attribute up afterwards to build its `ServerArgs`."
     ),
-    upstream_link="https://github.com/sgl-project/sglang/blob/v0.5.17/python/sglang/srt/entrypoints/engine.py#L211",
+    upstream_link="entrypoints/engine.py:211",
     remove_when="plugins can declare keyword arguments of `Engine`.",
 )
 

@@ -13,7 +13,7 @@ PATCH = Patch(
         "SGLANG_USE_CPU_ENGINE=1, which needs kernels that CUDA wheels lack. The flag "
         "is read in that constructor only and selects the plain torch path."
     ),
-    upstream_link="https://github.com/sgl-project/sglang/blob/v0.5.17/python/sglang/srt/layers/rotary_embedding/base.py#L103",
+    upstream_link="layers/rotary_embedding/base.py:103",
     remove_when="the constructor no longer imports vllm on a CPU.",
 )
 

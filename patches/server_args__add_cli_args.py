@@ -11,7 +11,7 @@ PATCH = Patch(
     hook_type=HookType.AFTER,
     expected_params=("parser",),
     reason="SGLang has no registry for the command-line flags of plugins.",
-    upstream_link="https://github.com/sgl-project/sglang/blob/v0.5.17/python/sglang/srt/server_args.py#L8214",
+    upstream_link="server_args.py:8214",
     remove_when="plugins can declare flags.",
 )
 

@@ -14,7 +14,7 @@ PATCH = Patch(
         "Unsupported settings, models and missing hooks must stop the server with one "
         "clear message before anything is spawned."
     ),
-    upstream_link="https://github.com/sgl-project/sglang/blob/v0.5.17/python/sglang/srt/server_args.py#L8699",
+    upstream_link="server_args.py:8699",
     remove_when="attention backends can check `ServerArgs` in the parent process.",
 )
 

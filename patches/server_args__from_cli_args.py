@@ -16,7 +16,7 @@ PATCH = Patch(
         "`ServerArgs` drops flags that are not its own fields, and resolves all "
         "settings during construction, so ours must be in place before."
     ),
-    upstream_link="https://github.com/sgl-project/sglang/blob/v0.5.17/python/sglang/srt/server_args.py#L8463",
+    upstream_link="server_args.py:8463",
     remove_when="plugins can declare flags and defaults.",
 )
 

@@ -15,7 +15,7 @@ PATCH = Patch(
         "kernels; on a CPU, with our name, the first prefill dies with '0 active "
         "drivers'. Other backends and machines with a GPU are not affected."
     ),
-    upstream_link="https://github.com/sgl-project/sglang/blob/v0.5.17/python/sglang/srt/utils/common.py#L1304",
+    upstream_link="utils/common.py:1304",
     remove_when="`support_triton` asks the device.",
 )
 

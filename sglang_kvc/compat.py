@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from sglang_kvc.errors import SeamDriftError, UnsupportedSGLangError
@@ -68,8 +69,13 @@ SEAMS = (
         "hooks",
     ),
     Seam(
-        "sglang.srt.plugins.hook_registry:HookRegistry.apply_hooks", ("cls",), "hooks"
+        "sglang.srt.plugins.hook_registry:HookRegistry._apply_target",
+        ("cls", "target", "hooks"),
+        "hooks",
     ),
+    Seam("sglang.srt.plugins.hook_registry:HookRegistry._patched", None, "hooks"),
+    Seam("sglang.srt.plugins.hook_registry:HookRegistry._hooks", None, "hooks"),
+    Seam("sglang.srt.plugins.hook_registry:_current_plugin_source", None, "hooks"),
     Seam(
         "sglang.srt.environ:envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
         None,
@@ -83,8 +89,11 @@ SEAMS = (
 
 
 def sglang_version() -> str:
-    """Version of the installed SGLang, for example ``0.5.17``."""
-    return str(importlib.import_module("sglang.version").__version__)
+    """Version of the installed SGLang, for example ``0.5.17``; "none" without one."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def check_sglang_version(version: str | None = None) -> None:

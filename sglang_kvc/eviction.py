@@ -47,16 +47,44 @@ class PassRunner:
         if group:
             self._run_group(group)
 
+    def warm_up(self) -> None:
+        """Compile every kernel of a pass, on the padding slot and the padding page.
+
+        Whatever the pass leaves there is reset; nobody reads the padding page.
+        """
+        heads = self.runtime.arena.heads_per_page
+        pages = torch.zeros(1, dtype=torch.int64, device=self.runtime.device)
+        # A short pass and one that splits its keys take different kernels.
+        for tokens in (20 * PAGE_SIZE, 512 * PAGE_SIZE):
+            length = min(tokens, self.max_tokens // (2 * PAGE_SIZE) * PAGE_SIZE)
+            request = PassRequest(
+                slot=0,
+                seq_len=length,
+                fold_old=0,
+                fold_new=length,
+                query_start=max(length - self.runtime.options.window, 0),
+                packed_pages=0,
+                evict_blocks=(length // PAGE_SIZE - 1) * heads,
+                protected=0,
+                is_first=True,
+            )
+            self._launch([request], pages, sinks=0)
+        self.runtime.reset_slots([0])
+
     def _run_group(self, records: list[PassRecord]) -> None:
+        heads = self.runtime.arena.heads_per_page
+        protected = self.runtime.options.protected
+        requests = [_plan_request(r, heads, protected) for r in records]
+        pages = torch.cat([r.target[::PAGE_SIZE] // PAGE_SIZE for r in records])
+        self._launch(requests, pages, self.runtime.options.sinks)
+
+    def _launch(
+        self, requests: list[PassRequest], dest_pages: torch.Tensor, sinks: int
+    ) -> None:
         runtime, options = self.runtime, self.runtime.options
         arena, tables = runtime.arena, runtime.tables
         heads = arena.heads_per_page
-        plan = build_plan(
-            [_plan_request(r, heads, options.protected) for r in records],
-            heads,
-            runtime.device,
-        )
-        dest_pages = torch.cat([r.target[::PAGE_SIZE] // PAGE_SIZE for r in records])
+        plan = build_plan(requests, heads, runtime.device)
         scores = observe_scores(
             runtime.query_ring,
             arena,
@@ -67,7 +95,7 @@ class PassRunner:
             options.window,
         )
         scores = pool_scores(scores, plan, tables, options.pool, heads)
-        selected = select_entries(scores, heads, tables, plan, options.sinks)
+        selected = select_entries(scores, heads, tables, plan, sinks)
         pack_entries(arena, selected, dest_pages, plan)
         commit_tables(tables, arena, selected, plan, dest_pages, scores)
 

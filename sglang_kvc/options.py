@@ -200,70 +200,35 @@ class KVCompressOptions:
         return max(ceil_to_page(self.min_budget), kept)
 
 
-@dataclass(frozen=True)
-class _Flag:
-    field: str
-    parse: Callable[[str], Any]
-    metavar: str
-    help: str
-
-    @property
-    def key(self) -> str:
-        return f"{SWITCH}_{self.field}"
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.key.replace("_", "-")
-
-
-_FLAGS = (
-    _Flag(
-        "rate",
-        float,
-        "X",
-        "Compression rate: keep 1/X of the tokens of a request, per KV head on "
-        "average.",
-    ),
-    _Flag(
-        "budget",
+_FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "rate": (float, "X", "Keep 1/X of a request's tokens, per KV head on average."),
+    "budget": (
         int,
         "TOKENS",
         "Keep this many tokens per KV head on average, whatever the length of the "
         "request (rounded up to 16). Excludes --kv-compress-rate. Default: by rate.",
     ),
-    _Flag(
-        "min_budget",
-        int,
-        "TOKENS",
-        "With a rate: lower bound in tokens of what a request keeps.",
-    ),
-    _Flag(
-        "window",
+    "min_budget": (int, "TOKENS", "With a rate: never keep fewer tokens than this."),
+    "window": (
         int,
         "QUERIES",
         f"Last queries, 1 to {MAX_WINDOW}, whose attention scores the keys.",
     ),
-    _Flag("protected", int, "TOKENS", "Most recent tokens that are never evicted."),
-    _Flag(
-        "interval",
-        int,
-        "TOKENS",
-        "Decoded tokens between two eviction passes of a request.",
-    ),
-    _Flag("sinks", int, "TOKENS", "First tokens that are never evicted."),
-    _Flag(
-        "pool",
+    "protected": (int, "TOKENS", "Most recent tokens that are never evicted."),
+    "interval": (int, "TOKENS", "Decoded tokens between two passes of a request."),
+    "sinks": (int, "TOKENS", "First tokens that are never evicted."),
+    "pool": (
         int,
         "WIDTH",
         f"Max-pooling width over key positions, odd, 1 to {MAX_POOL}; 1 is off.",
     ),
-    _Flag(
-        "metric",
+    "metric": (
         str,
-        "",
+        "{" + ",".join(METRICS) + "}",
         "Score of a key: sum of squared (l2) or plain (l1) attention probabilities.",
     ),
-)
+}
+assert list(_FLAGS) == [field.name for field in dataclasses.fields(KVCompressOptions)]
 
 
 def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
@@ -285,16 +250,14 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="Compress the KV cache of every request.",
     )
-    for flag in _FLAGS:
-        default = getattr(KVCompressOptions, flag.field)
-        text = flag.help if default is None else f"{flag.help} Default: {default}."
-        kind: dict[str, Any] = (
-            {"choices": METRICS}
-            if flag.field == "metric"
-            else {"metavar": flag.metavar}
-        )
+    for field, (parse, metavar, text) in _FLAGS.items():
+        default = getattr(KVCompressOptions, field)
         group.add_argument(
-            flag.flag, dest=flag.key, type=flag.parse, default=None, help=text, **kind
+            f"--kv-compress-{field.replace('_', '-')}",
+            type=parse,
+            metavar=metavar,
+            choices=METRICS if field == "metric" else None,
+            help=text if default is None else f"{text} Default: {default}.",
         )
 
 
@@ -319,7 +282,7 @@ def options_from_mapping(values: MutableMapping[str, Any]) -> KVCompressOptions 
         together with a budget, or a value outside its range.
     """
     given = {key: values.pop(key) for key in list(values) if key.startswith(SWITCH)}
-    keys = {flag.key: flag.field for flag in _FLAGS}
+    keys = {f"{SWITCH}_{field}": field for field in _FLAGS}
     for key in given:
         if key != SWITCH and key not in keys:
             raise ConfigError(_unknown_key(key, [SWITCH, *keys]))
@@ -350,8 +313,3 @@ def _unknown_key(key: str, valid: list[str]) -> str:
     close = difflib.get_close_matches(key, valid, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"Unknown keyword {key}.{hint} Valid: {', '.join(valid)}."
-
-
-assert {flag.field for flag in _FLAGS} == {
-    field.name for field in dataclasses.fields(KVCompressOptions)
-}

@@ -28,10 +28,11 @@ from sglang_kvc.fetch_model import DEFAULT_MODEL, fetch
 # One core decodes a few tokens per second, so a CPU server is for trying things out.
 CPU_POOL_TOKENS = 20480
 CPU_CONTEXT_TOKENS = 8192
+CPU_MAX_REQUESTS = 16
 
-_POLL_S = 1.0
+_POLL_S = 2.0
 _REPORT_S = 15.0
-_STOP_S = 20.0
+_STOP_S = 10.0
 
 
 def has_gpu() -> bool:
@@ -69,6 +70,7 @@ def server_command(
         command += ["--device", "cpu", "--dtype", "float32"]
         command += ["--max-total-tokens", str(CPU_POOL_TOKENS)]
         command += ["--context-length", str(_cpu_context(Path(model)))]
+        command += ["--max-running-requests", str(CPU_MAX_REQUESTS)]
     return [*command, *extra]
 
 
@@ -111,21 +113,21 @@ def curl_lines(url: str) -> str:
 
     The budget is below the length of the answer, so eviction passes do happen.
     """
-    story = "Write a long story about a lighthouse keeper and a whale."
     options = {"kv_compress": {"budget": 64}}
     native = {
-        "text": story,
+        "text": "Once upon a time there was a lighthouse keeper who",
         "sampling_params": {
             "temperature": 0,
-            "max_new_tokens": 200,
+            "max_new_tokens": 128,
+            "ignore_eos": True,
             "custom_params": options,
         },
     }
     chat = {
         "model": "default",
-        "messages": [{"role": "user", "content": story}],
+        "messages": [{"role": "user", "content": "Tell me a story about a whale."}],
         "temperature": 0,
-        "max_tokens": 200,
+        "max_tokens": 128,
         "custom_params": options,
     }
     requests = (("/generate", native), ("/v1/chat/completions", chat))
@@ -176,7 +178,7 @@ def _run(command: Sequence[str], url: str) -> int:
         _log(f"error: the server ended with status {status}; its log is above")
         return 1
     except KeyboardInterrupt:
-        _log("stopping ...")
+        _log("stopping, Ctrl-C again kills it at once ...")
         return 0
     finally:
         stop(server)
@@ -210,8 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=30000)
     known, extra = parser.parse_known_args(arguments)
-    # `kill` and a closed terminal must stop the server just as Ctrl-C does.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # `kill` and a closed terminal must stop the server just as Ctrl-C does, and a
+    # shell that starts us in the background makes us ignore Ctrl-C's signal.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     local_host = "127.0.0.1" if known.host == "0.0.0.0" else known.host
     if _is_taken(local_host, known.port):

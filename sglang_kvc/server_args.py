@@ -22,16 +22,14 @@ from sglang_kvc.options import (
     options_from_mapping,
 )
 from sglang_kvc.refusals import (
+    raise_if_any,
     refuse_unsupported,
     refuse_unsupported_model,
-    refuse_unsupported_values,
+    unsupported_values,
 )
 
 OPTIONS_ATTRIBUTE = "_kv_compress_options"
 """Underscore attribute of ServerArgs: it rides along when the object is pickled."""
-
-MAX_RUNNING_REQUESTS = 256
-"""Default: per-request tables are allocated for this many requests at start-up."""
 
 _BACKEND_FIELDS = (
     "attention_backend",
@@ -39,6 +37,12 @@ _BACKEND_FIELDS = (
     "decode_attention_backend",
     "radix_cache_backend",
 )
+_DEFAULTS = {
+    # Captured prefill is untested with our backend.
+    "cuda_graph_backend_prefill": "disabled",
+    # Tables are allocated for this many requests at start-up.
+    "max_running_requests": 256,
+}
 _POST_CAPTURE_SIZING = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
 _FALSE = ("0", "false", "no", "n")
 
@@ -69,8 +73,12 @@ def construct(build: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
     if options is None:
         _refuse_bare_backend(values)
         return build(**values)
-    refuse_unsupported_values(values)
-    server_args = build(**force_settings(values))
+    forced = forced_settings(values)
+    given = {name: value for name, value in values.items() if value is not None}
+    free = {name: value for name, value in given.items() if name not in forced}
+    raise_if_any([*contradictions(given, forced), *unsupported_values(free)])
+    os.environ[_POST_CAPTURE_SIZING] = "0"
+    server_args = build(**{**values, **_DEFAULTS, **given, **forced})
     setattr(server_args, OPTIONS_ATTRIBUTE, options)
     refuse_unsupported(server_args)
     return server_args
@@ -100,50 +108,36 @@ def options_of(server_args: Any) -> KVCompressOptions | None:
     return options
 
 
-def force_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Raw arguments with everything set that KV-Compress needs.
+def forced_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Raw arguments that KV-Compress cannot do without.
 
     Parameters
     ----------
     values : Mapping
-        Raw arguments; a missing one and one of None both mean "not given".
-
-    Returns
-    -------
-    dict
-        A changed copy. The environment variable for sizing the pool after graph
-        capture is switched off as well: our pool has a fixed size.
-
-    Raises
-    ------
-    ConfigError
-        Naming every argument that was given another value.
+        Raw arguments; they tell whether the server will run on a CPU.
     """
     forced: dict[str, Any] = {
         "attention_backend": BACKEND,
         "radix_cache_backend": BACKEND,
         "page_size": PAGE_SIZE,
     }
-    defaults: dict[str, Any] = {"max_running_requests": MAX_RUNNING_REQUESTS}
-    if not values.get("disable_prefill_cuda_graph"):
-        defaults["cuda_graph_backend_prefill"] = "disabled"
     if values.get("device") == "cpu" or no_accelerator():
         forced["cuda_graph_backend_prefill"] = "disabled"
         forced["cuda_graph_backend_decode"] = "disabled"
+    return forced
+
+
+def contradictions(values: Mapping[str, Any], forced: Mapping[str, Any]) -> list[str]:
+    """One sentence for each given argument or variable that has another value."""
     wrong = [
-        f"--{name.replace('_', '-')} {values[name]} (needs {value})"
+        f"{name}={values[name]!r}: leave it out, --kv-compress sets {value!r}"
         for name, value in forced.items()
-        if values.get(name) not in (None, value)
+        if values.get(name, value) != value
     ]
-    if os.environ.setdefault(_POST_CAPTURE_SIZING, "0").lower() not in _FALSE:
-        wrong.append(f"{_POST_CAPTURE_SIZING}={os.environ[_POST_CAPTURE_SIZING]}")
-    if wrong:
-        raise ConfigError(
-            f"--kv-compress contradicts {'; '.join(wrong)}. Drop these settings: "
-            "--kv-compress chooses them itself."
-        )
-    given = {name: value for name, value in values.items() if value is not None}
-    return {**values, **defaults, **given, **forced}
+    sizing = os.environ.get(_POST_CAPTURE_SIZING, "0")
+    if sizing.lower() not in _FALSE:
+        wrong.append(f"{_POST_CAPTURE_SIZING}={sizing}: unset it, our pool is fixed")
+    return wrong
 
 
 def check_server_args(server_args: Any, model_config: Any = None) -> None:
@@ -176,6 +170,6 @@ def _refuse_bare_backend(values: Mapping[str, Any]) -> None:
         if values.get(name) == BACKEND:
             raise ConfigError(
                 f"--{name.replace('_', '-')} {BACKEND} works only with --kv-compress. "
-                "Give --kv-compress, which chooses the backends itself (in Python: "
-                "Engine(kv_compress=True), or sglang_kvc.server_args.build_server_args)."
+                "Give --kv-compress, which chooses the backends itself; in Python "
+                "Engine(kv_compress=True) or sglang_kvc.server_args.build_server_args."
             )

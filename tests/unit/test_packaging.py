@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,9 +22,10 @@ PLUGIN = "sglang_kvc.plugin:register"
 
 def run_python(code: str, cwd: Path, path: Path | None = None) -> dict[str, str]:
     """Run code in a new interpreter and return the dict it prints as JSON."""
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
+    environment = dict(os.environ)
     if path is not None:
-        environment["PYTHONPATH"] = str(path)
+        old = environment.get("PYTHONPATH", "")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(path), old)))
     result = subprocess.run(
         [sys.executable, "-c", f"import json, sys\n{code}"],
         cwd=cwd,
@@ -41,9 +43,9 @@ def source_files() -> set[str]:
     """Return the modules of the package as paths inside a wheel."""
     folders = {"sglang_kvc": "", "kernels": "sglang_kvc/", "patches": "sglang_kvc/"}
     return {
-        f"{prefix}{folder}/{file.name}"
+        f"{prefix}{file.relative_to(ROOT)}"
         for folder, prefix in folders.items()
-        for file in (ROOT / folder).glob("*.py")
+        for file in (ROOT / folder).rglob("*.py")
     }
 
 
@@ -71,20 +73,20 @@ def test_pypi_kernels_package_wins_in_repository_root() -> None:
         "print(json.dumps({'pypi': kernels.__file__, 'ours': layout.__file__}))",
         cwd=ROOT,
     )
-    assert "site-packages" in Path(found["pypi"]).parts
+    assert Path(found["pypi"]).name == "__init__.py", "a namespace, not the package"
+    assert Path(found["pypi"]).parent != ROOT / "kernels"
     assert Path(found["ours"]).resolve() == ROOT / "kernels" / "layout.py"
 
 
 def test_installed_package_is_found_from_elsewhere(tmp_path: Path) -> None:
     found = run_python(
         "import importlib.util as u\n"
-        "names = 'sglang_kvc', 'sglang_kvc.kernels.layout', 'kernels'\n"
+        "names = 'sglang_kvc', 'sglang_kvc.kernels.layout'\n"
         "print(json.dumps({name: u.find_spec(name).origin for name in names}))",
         cwd=tmp_path,
     )
     assert Path(found["sglang_kvc"]).name == "__init__.py"
     assert Path(found["sglang_kvc.kernels.layout"]).name == "layout.py"
-    assert "site-packages" in Path(found["kernels"]).parts
 
 
 def test_wheel_holds_all_modules_and_nothing_else(wheel: Path) -> None:

@@ -1,0 +1,71 @@
+"""One JSON line per run, with everything needed to repeat it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def _git(*args: str) -> str:
+    run = subprocess.run(
+        ["git", *args], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    return run.stdout.strip()
+
+
+def environment() -> dict[str, Any]:
+    """Command, commit, hardware and versions of this process."""
+    import torch
+
+    gpu = driver = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(
+            query, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    versions = {}
+    for name in ("sglang", "torch", "triton", "flashinfer-python", "transformers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *map(_relative, sys.argv)]),
+        "commit": commit(),
+        "gpu": gpu,
+        "driver": driver,
+        "versions": versions,
+    }
+
+
+def _relative(word: str) -> str:
+    """Paths inside the repository without the machine's part."""
+    return word.replace(f"{ROOT}/", "")
+
+
+def commit() -> str:
+    """Commit of the working tree; ``+dirty`` if it differs.
+
+    A copy without git history states it in the file ``.commit``.
+    """
+    head = _git("rev-parse", "--short=12", "HEAD")
+    if not head:
+        stamp = ROOT / ".commit"
+        return stamp.read_text().strip() if stamp.exists() else "unknown"
+    return head + ("+dirty" if _git("status", "--porcelain", "-uno") else "")
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Append one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        stream.write(json.dumps(record) + "\n")

@@ -1,0 +1,40 @@
+"""One real scheduler per pytest process, on SmolLM2 and the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.engine.inprocess import InProcessScheduler, make_server_args
+
+# Small numbers so that short prompts are compressed and pass twice in few tokens.
+OPTIONS = {
+    "kv_compress_rate": 4,
+    "kv_compress_min_budget": 64,
+    "kv_compress_interval": 64,
+}
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    """SmolLM2-135M-Instruct; fetched if missing, a failure to fetch fails the test."""
+    from sglang_kvc.fetch_model import fetch
+
+    return str(fetch("smollm2-135m-instruct"))
+
+
+@pytest.fixture(scope="session")
+def scheduler(model_path: str) -> InProcessScheduler:
+    """The scheduler with --kv-compress; chunk 256, overlap and radix cache on."""
+    return InProcessScheduler(make_server_args(model_path, compress=True, **OPTIONS))
+
+
+@pytest.fixture
+def fresh(scheduler: InProcessScheduler) -> Iterator[InProcessScheduler]:
+    """The scheduler with an empty cache and its default switches."""
+    scheduler.set_overlap(True)
+    scheduler.set_radix(True)
+    yield scheduler
+    scheduler.on_poll = None
+    scheduler.flush()

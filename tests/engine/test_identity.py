@@ -1,0 +1,82 @@
+"""Nothing evicted: the same tokens as stock SGLang."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.inprocess import InProcessScheduler, Request
+from tests.engine.texts import prompt
+
+LENGTHS = (
+    20, 31, 47, 63, 64, 65, 100, 127, 150, 200, 255, 256, 257, 300, 333, 400,
+    511, 513, 600, 769, 1000, 1400, 2000, 3000,
+)  # fmt: skip
+NEW_TOKENS = 24
+NEAR_TIE = 1e-3
+MAX_DIVERGING = 2
+
+
+def identity_requests(model_path: str) -> list[Request]:
+    """24 prompts; every third shares a 160-token prefix with the one before it."""
+    requests = []
+    for i, length in enumerate(LENGTHS):
+        ids = prompt(model_path, 500 * i, length)
+        if i % 3 == 2 and length > 180:
+            ids = prompt(model_path, 500 * (i - 1), 160) + ids[160:]
+        # Half ask for rate 1, half for a budget that is never reached.
+        kv: dict[str, Any] = {"rate": 1} if i % 2 else {"budget": 100_000}
+        requests.append(
+            Request(
+                f"r{i}", ids, NEW_TOKENS, kv=kv, arrive=3 * i, top_logprobs=2
+            )
+        )
+    return requests
+
+
+@pytest.fixture(scope="module")
+def stock_outputs(
+    model_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Outputs of stock SGLang for `identity_requests`."""
+    folder = tmp_path_factory.mktemp("stock")
+    source, target = folder / "requests.json", folder / "outputs.json"
+    requests = identity_requests(model_path)
+    source.write_text(json.dumps([dataclasses.asdict(r) for r in requests]))
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.engine.stock", model_path, source, target],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert target.exists(), run.stderr[-4000:]
+    return json.loads(target.read_text())
+
+
+def test_rate_one_equals_stock_token_for_token(
+    fresh: InProcessScheduler, model_path: str, stock_outputs: dict[str, Any]
+) -> None:
+    """24 prompts of 20 to 3,000 tokens, chunk 256, prefix hits, overlap on."""
+    outputs = fresh.serve(identity_requests(model_path))
+    assert any(out.cached_tokens for out in outputs.values())
+    diverging = []
+    for rid, stock in stock_outputs.items():
+        ours = outputs[rid].ids
+        assert len(ours) == NEW_TOKENS
+        assert outputs[rid].kv[-1]["passes"] == 0
+        if ours == stock["ids"]:
+            continue
+        first = next(i for i in range(NEW_TOKENS) if ours[i] != stock["ids"][i])
+        (a, _), (b, _) = stock["top"][first][:2]
+        assert abs(a - b) < NEAR_TIE, f"{rid} differs at {first}, gap {abs(a - b):.2e}"
+        diverging.append(rid)
+    assert len(diverging) <= MAX_DIVERGING, diverging

@@ -1,0 +1,113 @@
+"""Freed memory is real and exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_kvc.request_state import ceil_page, floor_page
+from tests.engine.inprocess import InProcessScheduler, Request
+from tests.engine.texts import prompt
+
+
+class SettleProbe:
+    """Records the allocator's available tokens around every settling."""
+
+    def __init__(self, scheduler: InProcessScheduler) -> None:
+        self.allocator = scheduler.allocator
+        self.passes = scheduler.allocator.get_kvcache().runtime.scheduler
+        self.seen: list[tuple[Any, int]] = []
+        self.original = self.passes.settle
+
+    def __enter__(self) -> SettleProbe:
+        self.passes.settle = self._settle
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.passes.settle = self.original
+
+    def _settle(self, tree_cache: Any, result: Any) -> None:
+        records = list(getattr(result, "kv_compress_passes", []))
+        before = self.allocator.available_size()
+        self.original(tree_cache, result)
+        if records:
+            self.seen.append((records[0], self.allocator.available_size() - before))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_pass_frees_exactly_what_it_folds(
+    fresh: InProcessScheduler, model_path: str, overlap: bool
+) -> None:
+    """Radix cache off: available tokens rise by the page-rounded difference."""
+    fresh.set_radix(False)
+    fresh.set_overlap(overlap)
+    length, budget = 700, 128
+    total = fresh.allocator.available_size()
+    with SettleProbe(fresh) as probe:
+        out = fresh.serve(
+            [Request("x", prompt(model_path, 0, length), 150, kv={"budget": budget})]
+        )["x"]
+    (first, gain), *periodic = probe.seen
+    # The fresh pages were taken at launch; settling returns what was read.
+    assert gain == floor_page(length)
+    assert first.budget == budget
+    assert len(periodic) == 2
+    for record, gain in periodic:
+        assert gain == budget + record.fold_new - record.fold_old
+    assert fresh.allocator.available_size() == total
+    peak = max(summary["resident_tokens"] for summary in out.kv[1:])
+    interval = ceil_page(first.state.policy.options.interval)
+    assert peak <= budget + interval + 32
+
+
+def test_budget_grows_with_the_request_at_a_rate(
+    fresh: InProcessScheduler, model_path: str
+) -> None:
+    """rate X keeps 1/X of the logical length, at every pass."""
+    with SettleProbe(fresh) as probe:
+        fresh.serve([Request("x", prompt(model_path, 0, 600), 150, kv={"rate": 4})])
+    assert [r.budget for r, _ in probe.seen] == [
+        ceil_page(-(-r.seq_len // 4)) for r, _ in probe.seen
+    ]
+    assert len(probe.seen) == 3
+
+
+def test_request_that_outgrows_its_budget_while_decoding(
+    fresh: InProcessScheduler, model_path: str
+) -> None:
+    """A prompt below the budget makes its first pass at budget + interval."""
+    with SettleProbe(fresh) as probe:
+        out = fresh.serve(
+            [Request("x", prompt(model_path, 0, 100), 120, kv={"budget": 112})]
+        )["x"]
+    (record, _) = probe.seen[0]
+    assert record.is_first
+    assert record.seq_len == 112 + 64
+    assert out.kv[-1]["resident_tokens"] < out.kv[-1]["logical_tokens"]
+
+
+def test_disabled_request_keeps_everything(
+    fresh: InProcessScheduler, model_path: str
+) -> None:
+    """enabled: false beside a compressed request in the same batch."""
+    ids = prompt(model_path, 0, 500)
+    off = Request("off", ids, 70, kv={"enabled": False})
+    on = Request("on", prompt(model_path, 2000, 500), 70)
+    out = fresh.serve([off, on])
+    assert out["off"].kv[-1]["resident_tokens"] == out["off"].kv[-1]["logical_tokens"]
+    assert out["on"].kv[-1]["passes"] == 2
+    fresh.flush()
+    assert fresh.serve([Request("r", ids, 70, kv={"rate": 1})])["r"].ids == out["off"].ids
+
+
+def test_bad_request_fails_alone(fresh: InProcessScheduler, model_path: str) -> None:
+    """A wrong option aborts its request with HTTP 400; its neighbour is served."""
+    bad = Request("bad", prompt(model_path, 0, 80), 8, kv={"rate": 0.5})
+    good = Request("good", prompt(model_path, 0, 80), 8)
+    out = fresh.serve([bad, good])
+    assert out["bad"].finish is not None
+    assert out["bad"].finish["type"] == "abort"
+    assert "rate" in out["bad"].finish["message"]
+    assert int(out["bad"].finish["status_code"]) == 400
+    assert len(out["good"].ids) == 8

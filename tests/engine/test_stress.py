@@ -1,0 +1,49 @@
+"""300 mixed requests on a tiny pool: no page lost, no output changed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Report of `tests.engine.stress`, run in a process of its own."""
+    target = tmp_path_factory.mktemp("stress") / "report.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.engine.stress", target],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert target.exists(), run.stderr[-4000:]
+    result: dict[str, Any] = json.loads(target.read_text())
+    assert "traceback" not in result, result["traceback"]
+    return result
+
+
+def test_every_page_has_one_owner_through_the_load(report: dict[str, Any]) -> None:
+    """Strict idle and busy checks were on, and each poll was audited."""
+    loads = report["loads"]
+    assert loads["requests"] >= 300
+    # The load really exercised what it claims to.
+    assert loads["aborted"] > 20
+    assert loads["passes"] > 100
+    assert loads["retractions"] > 10
+    assert loads["audits"] > 500
+
+
+def test_overlap_and_radix_cache_change_no_output(report: dict[str, Any]) -> None:
+    """fp32: the same tokens with overlap off and with the radix cache off."""
+    assert report["equal"] == {"overlap off": [], "radix off": []}
+
+
+def test_a_planted_leak_is_seen(report: dict[str, Any]) -> None:
+    """SGLang's idle check fails when a pass does not give its pages back."""
+    assert "leak" in report["leak"].lower()

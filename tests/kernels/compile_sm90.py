@@ -1,0 +1,114 @@
+"""Compile every kernel for sm_90, without a GPU.
+
+``python -m tests.kernels.compile_sm90``
+
+The wrappers run on CPU tensors under a driver that only names the target, and each
+launch stops after compilation. Prints one JSON object a kernel: registers, spilled
+bytes and shared memory as ptxas reports them. Must not run under TRITON_INTERPRET=1.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from sglang_kvc.kernels.append import append_kv_triton
+from sglang_kvc.kernels.decode_attention import decode_attention_triton
+from sglang_kvc.kernels.observe import observe_scores_triton, pool_scores_triton
+from sglang_kvc.kernels.pack import commit_tables_triton, pack_entries_triton
+from sglang_kvc.kernels.select import select_entries_triton
+from sglang_kvc.kernels.testing import make_case, make_plan
+
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+compiled: dict[str, Any] = {}
+
+
+class Target:
+    """A driver for compilation only."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(
+    self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
+) -> Any:
+    """Stand-in for `JITFunction.run`."""
+    kernel = original_run(self, *args, grid=grid, warmup=True, **kwargs)
+    compiled[kernel.hash] = kernel
+    return kernel
+
+
+def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> None:
+    """Call every wrapper once."""
+    case = make_case(
+        2,
+        layers,
+        heads,
+        group,
+        dim,
+        [5000, 333],
+        [256, 128],
+        dtype=torch.bfloat16,
+        window=window,
+    )
+    arena, tables = case.arena, case.tables
+    slots, seq_lens = torch.tensor(case.slots), torch.tensor(case.seq_lens)
+    q = torch.randn(2, heads * group, dim, dtype=torch.bfloat16)
+    k = q[:, :heads]
+    decode_attention_triton(q, arena, 1, tables, slots, seq_lens, 0.1)
+    append_kv_triton(k, k, q, arena, 1, slots, case.query_ring, slots)
+    plan = make_plan(case)
+    scores = observe_scores_triton(case.query_ring, arena, tables, plan, 0.1, 2, window)
+    scores = pool_scores_triton(scores, plan, tables, 7, arena.heads_per_page)
+    selected = select_entries_triton(scores, arena.heads_per_page, tables, plan, 4)
+    pages = torch.zeros(99, dtype=torch.int64)
+    pack_entries_triton(arena, selected, pages, plan)
+    commit_tables_triton(tables, arena, selected, plan, pages, scores)
+
+
+def usage(kernel: Any) -> dict[str, Any]:
+    """Read what ptxas noted in the compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", cubin.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    numbers = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "kernel": kernel.metadata.name,
+        "registers": numbers["REG"],
+        "spilled": numbers["STACK"] + numbers["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+    }
+
+
+if __name__ == "__main__":
+    original_run = JITFunction.run
+    JITFunction.run = compile_only
+    driver.set_active(Target())
+    launch_all(layers=2, heads=3, group=4, dim=128, window=32)
+    launch_all(layers=2, heads=2, group=7, dim=96, window=8)
+    for kernel in compiled.values():
+        json.dump(usage(kernel), sys.stdout)
+        sys.stdout.write("\n")

@@ -1,0 +1,47 @@
+"""Lanes of the kernel tests: Triton's interpreter on a CPU, or a CUDA device.
+
+``TRITON_INTERPRET=1 pytest tests/kernels`` interprets the kernels (the variable must be
+set before Triton is imported, so it is a run of its own); without it the same tests run
+on the GPU.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this lane cannot run."""
+    no_triton = pytest.mark.skip(reason="needs a CUDA device or TRITON_INTERPRET=1")
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device, without TRITON_INTERPRET=1")
+    for item in items:
+        if item.get_closest_marker("gpu") and not ON_GPU:
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("interpreter") and not (ON_GPU or INTERPRETED):
+            item.add_marker(no_triton)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the tensors of a test live."""
+    return "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what ``torch.empty`` gives, so that an element nobody wrote shows."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            return tensor
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else -(2**30))
+
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k))
+    )

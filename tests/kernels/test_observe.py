@@ -1,0 +1,171 @@
+"""`observe_scores` (arithmetic) and `pool_scores` (a choice: bit-equal)."""
+
+import pytest
+import torch
+
+from sglang_kvc.kernels.observe import (
+    observe_scores,
+    observe_scores_ref,
+    observe_scores_triton,
+    pool_scores,
+    pool_scores_ref,
+    pool_scores_triton,
+)
+from sglang_kvc.kernels.testing import Case, make_case, make_plan
+from tests.kernels import oracles
+
+
+def check(case: Case, power: int, query_start: int = 0) -> None:
+    """Compare the kernel with float64 and with torch at the model's dtype."""
+    arena, window = case.arena, case.query_ring.shape[2]
+    plan = make_plan(case, query_start=[query_start] * len(case.slots))
+    scale = arena.head_dim**-0.5
+    args = (case.query_ring, arena, case.tables, plan, scale, power, window)
+    out = observe_scores_triton(*args)
+    truth = oracles.observe(case, scale, power, query_start)
+    if arena.k.dtype == torch.float32:
+        working = observe_scores_ref(*args)
+    else:
+        working = oracles.observe(case, scale, power, query_start, arena.k.dtype)
+    oracles.assert_arith(out, working.float(), truth)
+    assert (out[truth == 0] == 0).all()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("seq_lens", "folds", "layers", "heads", "group", "dim", "window", "dtype"),
+    [
+        ([1], [0], 1, 1, 1, 64, 8, torch.float32),
+        ([15, 16, 17], [0, 0, 0], 1, 2, 3, 64, 8, torch.float32),
+        ([63, 100], [0, 64], 2, 1, 4, 96, 8, torch.float16),
+        ([100], [48], 1, 2, 7, 128, 8, torch.float16),
+        ([200, 70], [96, 0], 1, 1, 8, 64, 32, torch.float32),
+        ([500], [256], 1, 1, 3, 128, 16, torch.float16),
+        # Four splits; in the short request, early rows see nothing of a late split.
+        ([2100, 60], [0, 0], 1, 1, 1, 64, 40, torch.float32),
+    ],
+)
+def test_close_to_truth(
+    seq_lens: list[int],
+    folds: list[int],
+    layers: int,
+    heads: int,
+    group: int,
+    dim: int,
+    window: int,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    case = make_case(
+        len(seq_lens),
+        layers,
+        heads,
+        group,
+        dim,
+        seq_lens,
+        folds,
+        dtype=dtype,
+        device=device,
+        window=window,
+    )
+    check(case, power=1 + dim % 128 // 64)
+
+
+@pytest.mark.interpreter
+def test_only_new_queries_count(device: str) -> None:
+    case = make_case(1, 1, 2, 2, 64, [84], [64], device=device, window=16)
+    check(case, power=2, query_start=79)
+
+
+@pytest.mark.interpreter
+def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    case = make_case(3, 1, 2, 2, 64, [50, 33, 80], [32, 0, 32], device=device)
+    plan = make_plan(case)
+    args = (case.query_ring, case.arena, case.tables, plan, 0.125, 2, 8)
+    whole = observe_scores_triton(*args)
+    monkeypatch.setattr("sglang_kvc.kernels.observe._MAX_PARTIAL", 1)
+    assert torch.equal(observe_scores_triton(*args), whole)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("width", [1, 2, 7, 63])
+def test_pooling_equals_reference(width: int, device: str) -> None:
+    case = make_case(3, 2, 2, 1, 16, [37, 90, 16], [0, 48, 0], device=device)
+    plan = make_plan(case)
+    scores = torch.rand(plan.num_entries, device=device)
+    args = (plan, case.tables, width, 4)
+    pooled = pool_scores_triton(scores, *args)
+    assert pooled.data_ptr() != scores.data_ptr()
+    assert torch.equal(pooled, pool_scores_ref(scores, *args))
+
+
+def test_reference_against_loops() -> None:
+    case = make_case(2, 2, 2, 2, 16, [52, 21], [32, 0], window=8)
+    for power in (1, 2):
+        args = (case.query_ring, case.arena, case.tables, make_plan(case), 0.25)
+        out = observe_scores(*args, power, 8)
+        truth = oracles.observe(case, 0.25, power)
+        torch.testing.assert_close(out, truth.float())
+
+
+def test_pooling_reference_against_a_loop() -> None:
+    case = make_case(2, 1, 2, 1, 16, [37, 40], [0, 16])
+    plan = make_plan(case)
+    scores = torch.rand(plan.num_entries)
+    pooled = pool_scores(scores, plan, case.tables, 7, 2)
+    expected = scores.clone()
+    for head in range(2):
+        first = head * 48
+        for i in range(37):
+            near = range(max(i - 3, 0), min(i + 4, 37))
+            expected[first + i] = max(scores[first + j] for j in near)
+    assert torch.equal(pooled, expected)
+
+
+@pytest.mark.parametrize(
+    ("power", "window", "message"),
+    [(3, 8, "power must be 1 or 2, got 3"), (2, 4, "window must be 8, got 4")],
+)
+def test_bad_arguments_are_named(power: int, window: int, message: str) -> None:
+    case = make_case(1, 1, 1, 1, 16, [20])
+    plan = make_plan(case)
+    with pytest.raises(ValueError, match=message):
+        observe_scores(
+            case.query_ring, case.arena, case.tables, plan, 0.25, power, window
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("seq_lens", "folds", "group", "dim", "window"),
+    [
+        ([20_000], [0], 4, 128, 32),
+        ([3000, 700, 40], [2048, 0, 32], 7, 128, 8),
+        ([2500, 5000], [0, 4096], 8, 64, 128),
+        ([900], [512], 1, 96, 16),
+    ],
+)
+def test_gpu_sizes(
+    seq_lens: list[int],
+    folds: list[int],
+    group: int,
+    dim: int,
+    window: int,
+    device: str,
+) -> None:
+    heads = 64 if len(seq_lens) == 1 else 6
+    case = make_case(
+        len(seq_lens),
+        heads // 2,
+        2,
+        group,
+        dim,
+        seq_lens,
+        folds,
+        dtype=torch.bfloat16,
+        device=device,
+        window=window,
+        skew=4.0,
+        spare_pages=0,
+    )
+    check(case, power=2)

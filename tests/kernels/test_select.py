@@ -1,0 +1,149 @@
+"""`select_entries`: indices, so equality, ties included."""
+
+import pytest
+import torch
+
+from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.kernels.select import (
+    SelectedEntries,
+    select_entries,
+    select_entries_ref,
+    select_entries_triton,
+)
+from sglang_kvc.kernels.testing import Case, make_case, make_plan
+from tests.kernels import oracles
+
+
+def make_scores(entries: int, levels: int, device: str) -> torch.Tensor:
+    """Random scores: skewed towards 0, or one of `levels` values."""
+    generator = torch.Generator(device).manual_seed(entries)
+    scores = torch.rand(entries, generator=generator, device=device)
+    return (scores * levels).floor() / levels if levels else scores**8
+
+
+def assert_equal(ours: SelectedEntries, theirs: SelectedEntries) -> None:
+    """Same survivors, same scores, same offsets."""
+    for name in SelectedEntries._fields:
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+CASES = [
+    # seq_lens, folds, pages kept, protected, sinks
+    ([16], [0], [1], 0, 0),
+    ([17], [0], [0], 0, 0),
+    ([63, 100, 47], [0, 64, 0], [2, 3, 1], 8, 0),
+    ([500, 140], [256, 128], [9, 3], 5, 3),
+    ([333, 15, 200], [160, 0, 0], [4, 0, 12], 32, 4),
+    # More is evicted than unforced entries allow.
+    ([128], [0], [1], 40, 20),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("seq_lens", "folds", "keep", "protected", "sinks"), CASES)
+@pytest.mark.parametrize("levels", [0, 3])
+def test_equals_reference(
+    seq_lens: list[int],
+    folds: list[int],
+    keep: list[int],
+    protected: int,
+    sinks: int,
+    levels: int,
+    device: str,
+) -> None:
+    case = make_case(len(seq_lens), 2, 2, 1, 16, seq_lens, folds, device=device)
+    plan = make_plan(case, keep, protected=protected)
+    scores = make_scores(plan.num_entries, levels, device)
+    args = (scores, 4, case.tables, plan, sinks)
+    assert_equal(select_entries_triton(*args), select_entries_ref(*args))
+
+
+@pytest.mark.interpreter
+def test_ties_are_dealt_across_scan_blocks(device: str) -> None:
+    case = make_case(1, 67, 1, 1, 8, [32], device=device)
+    plan = make_plan(case, [1], protected=0)
+    # 67 blocks go: 60 of heads 0 to 29, then 7 of the 10 tied ones of heads 62 to 66.
+    scores = torch.full((67, 32), 2.0, device=device)
+    scores[:30] = 0.0
+    scores[62:] = 1.0
+    args = (scores.view(-1), 67, case.tables, plan, 0)
+    selected = select_entries_triton(*args)
+    assert_equal(selected, select_entries_ref(*args))
+    left = selected.block_offsets[0].diff().tolist()
+    assert left == [0] * 30 + [2] * 32 + [0, 0, 0, 1, 2]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("layers", "seq_len", "keep"), [(67, 40, 1), (1, 1100, 9)], ids=["heads", "entries"]
+)
+def test_more_than_one_block_of_a_scan(
+    layers: int, seq_len: int, keep: int, device: str
+) -> None:
+    case = make_case(1, layers, 1, 1, 8, [seq_len], device=device)
+    plan = make_plan(case, [keep], protected=0)
+    # Far apart magnitudes reach every digit, 0 and the smallest subnormals included.
+    scores = 10.0 ** -(torch.rand(plan.num_entries, device=device) * 44)
+    scores[::7] = 0.0
+    args = (scores, layers, case.tables, plan, 1)
+    assert_equal(select_entries_triton(*args), select_entries_ref(*args))
+
+
+@pytest.mark.parametrize(("seq_lens", "folds", "keep", "protected", "sinks"), CASES)
+@pytest.mark.parametrize("levels", [0, 1, 4])
+def test_reference_against_literal_algorithm(
+    seq_lens: list[int],
+    folds: list[int],
+    keep: list[int],
+    protected: int,
+    sinks: int,
+    levels: int,
+) -> None:
+    case = make_case(len(seq_lens), 3, 2, 1, 8, seq_lens, folds)
+    plan = make_plan(case, keep, protected=protected)
+    scores = make_scores(plan.num_entries, levels, "cpu")
+    selected = select_entries(scores, 6, case.tables, plan, sinks)
+    fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
+    rows, kept, offsets = oracles.select(case, scores, fold_new, keep, protected, sinks)
+    assert selected.source_rows.tolist() == rows
+    assert selected.scores.tolist() == kept
+    assert selected.block_offsets.tolist() == offsets
+
+
+def test_what_is_forced_stays() -> None:
+    case = make_case(1, 1, 2, 1, 8, [160], [0])
+    plan = make_plan(case, [2], protected=5)
+    scores = torch.ones(plan.num_entries)
+    for head in range(2):
+        scores[head * 160 : head * 160 + 3] = 0
+        scores[head * 160 + 155 : head * 160 + 160] = 0
+    rows = select_entries(scores, 2, case.tables, plan, sinks=3).source_rows.tolist()
+    for head in range(2):
+        held = [row for row, _ in oracles.entries(case, 0, head)]
+        assert set(held[:3] + held[-5:]) <= set(rows)
+
+
+def long_case(device: str) -> Case:
+    """Compressed and first passes, skewed, 64 heads."""
+    return make_case(
+        3,
+        32,
+        2,
+        1,
+        16,
+        [20_000, 6000, 3000],
+        [0, 4096, 2048],
+        skew=4.0,
+        device=device,
+        spare_pages=0,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("levels", [0, 5])
+def test_gpu_long(levels: int, device: str) -> None:
+    case = long_case(device)
+    plan = make_plan(case, [128, 64, 100], protected=32)
+    scores = make_scores(plan.num_entries, levels, device)
+    args = (scores, 64, case.tables, plan, 4)
+    assert_equal(select_entries_triton(*args), select_entries_ref(*args))

@@ -1,0 +1,187 @@
+"""Server options: ranges, budgets, command line, keyword arguments."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pickle
+from typing import Any
+
+import pytest
+
+from sglang_kvc.errors import ConfigError
+from sglang_kvc.options import (
+    PAGE_SIZE,
+    KVCompressOptions,
+    add_cli_arguments,
+    ceil_to_page,
+    options_from_mapping,
+)
+
+
+def parse(*argv: str) -> KVCompressOptions | None:
+    """Options from a command line."""
+    parser = argparse.ArgumentParser()
+    add_cli_arguments(parser)
+    values = vars(parser.parse_args(argv))
+    options = options_from_mapping(values)
+    assert values == {}, "our arguments must not reach SGLang"
+    return options
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pages"), [(0, 1), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2)]
+)
+def test_ceil_to_page(tokens: int, pages: int) -> None:
+    assert ceil_to_page(tokens) == pages * PAGE_SIZE
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        *[("rate", value) for value in (0.99, 0, -1, math.nan, math.inf, True, "4")],
+        *[("budget", value) for value in (0, -16, 512.0, True, "512")],
+        *[("min_budget", value) for value in (0, 1.5, None)],
+        *[("window", value) for value in (0, 257, 32.0)],
+        *[("protected", value) for value in (0, -1)],
+        *[("interval", value) for value in (0, False)],
+        *[("sinks", value) for value in (-1, 4.0)],
+        *[("pool", value) for value in (0, 2, 64, 65)],
+        *[("metric", value) for value in ("l3", None, "L2")],
+    ],
+)
+def test_bad_value_is_named(field: str, bad: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        KVCompressOptions(**{field: bad})
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        {"rate": 1},
+        {"rate": 10**400},
+        {"window": 256},
+        {"pool": 1},
+        {"pool": 63},
+        {"sinks": 0, "protected": 1, "min_budget": 1},
+        {"metric": "l1"},
+        {"budget": 48},
+    ],
+)
+def test_limits_are_legal(good: dict[str, Any]) -> None:
+    KVCompressOptions(**good)
+
+
+@pytest.mark.parametrize("name", ["budget", "min_budget"])
+def test_budget_below_forced_survivors_names_the_numbers(name: str) -> None:
+    assert KVCompressOptions(sinks=4, protected=100).floor == 112
+    with pytest.raises(ConfigError) as error:
+        KVCompressOptions(**{"sinks": 4, "protected": 100, name: 96})
+    for part in (f"{name}=96", "sinks=4", "protected=100", "112"):
+        assert part in str(error.value)
+
+
+def test_rate_and_budget_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="exclude each other"):
+        KVCompressOptions(rate=8, budget=1024)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        KVCompressOptions().budget_tokens(100, rate=8, budget=1024)
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "expected"),
+    [
+        ({}, 4096, 1024),
+        ({}, 4097, 1040),
+        ({}, 100, 512),
+        ({"rate": 1}, 1000, 1008),
+        ({"rate": 3, "min_budget": 48}, 100, 48),
+        ({"budget": 1000}, 10, 1008),
+        ({"budget": 1000}, 100_000, 1008),
+        ({"min_budget": 500}, 0, 512),
+    ],
+)
+def test_budget_tokens(options: dict[str, Any], length: int, expected: int) -> None:
+    kept = KVCompressOptions(**options).budget_tokens(length)
+    assert kept == expected
+    assert kept % PAGE_SIZE == 0
+
+
+def test_request_overrides_the_server() -> None:
+    by_budget = KVCompressOptions(budget=1024)
+    assert by_budget.budget_tokens(65536, rate=64) == 1024
+    assert by_budget.budget_tokens(65536, rate=16) == 4096
+    assert KVCompressOptions().budget_tokens(65536, budget=2000) == 2000
+
+
+def test_options_are_frozen_and_travel_by_pickle() -> None:
+    options = KVCompressOptions(rate=8)
+    assert pickle.loads(pickle.dumps(options)) == options
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.rate = 2.0  # type: ignore[misc]
+
+
+def test_command_line() -> None:
+    assert parse() is None
+    assert parse("--kv-compress") == KVCompressOptions()
+    argv = "--kv-compress --kv-compress-budget 2048 --kv-compress-min-budget 64"
+    argv += " --kv-compress-window 8 --kv-compress-protected 16"
+    argv += " --kv-compress-interval 128 --kv-compress-sinks 0 --kv-compress-pool 1"
+    argv += " --kv-compress-metric l1"
+    assert parse(*argv.split()) == KVCompressOptions(
+        budget=2048,
+        min_budget=64,
+        window=8,
+        protected=16,
+        interval=128,
+        sinks=0,
+        pool=1,
+        metric="l1",
+    )
+
+
+def test_setting_without_the_switch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"kv_compress_rate.*Add --kv-compress"):
+        parse("--kv-compress-rate", "8")
+
+
+@pytest.mark.parametrize("rate", ["4", "4.0", "8"])
+def test_rate_and_budget_on_the_command_line(rate: str) -> None:
+    """Also when the rate given is the default."""
+    with pytest.raises(ConfigError, match="exclude each other"):
+        parse("--kv-compress", "--kv-compress-rate", rate, "--kv-compress-budget", "64")
+
+
+def test_help_states_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(KVCompressOptions):
+        assert f"--kv-compress-{field.name.replace('_', '-')}" in text
+        if field.default is not None:
+            assert f"Default: {field.default}." in text
+
+
+def test_keywords_are_taken_out() -> None:
+    values = {"model_path": "m", "kv_compress": True, "kv_compress_rate": 8}
+    assert options_from_mapping(values) == KVCompressOptions(rate=8)
+    assert values == {"model_path": "m"}
+
+
+@pytest.mark.parametrize("values", [{}, {"kv_compress": False}, {"kv_compress": None}])
+def test_off(values: dict[str, Any]) -> None:
+    assert options_from_mapping(values) is None
+
+
+def test_unknown_keyword_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="Did you mean kv_compress_budget") as error:
+        options_from_mapping({"kv_compress": True, "kv_compress_bugdet": 1})
+    assert "kv_compress_min_budget" in str(error.value)
+    with pytest.raises(ConfigError, match="Unknown keyword kv_compressed"):
+        options_from_mapping({"kv_compressed": True})
+
+
+def test_switch_is_a_bool() -> None:
+    with pytest.raises(ConfigError, match="kv_compress must be True or False"):
+        options_from_mapping({"kv_compress": 8})
