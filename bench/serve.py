@@ -97,7 +97,9 @@ def child(args: argparse.Namespace) -> None:
     engine.shutdown()
 
 
-def run_system(args: argparse.Namespace, argv: list[str], system: str) -> dict[str, Any]:
+def run_system(
+    args: argparse.Namespace, argv: list[str], system: str
+) -> dict[str, Any]:
     """Run `child` in its own process; adds what its log shows."""
     with tempfile.TemporaryDirectory() as folder:
         target, log = Path(folder) / "result.json", Path(folder) / "log"

@@ -110,4 +110,4 @@ class PassPlan(NamedTuple):
     num_entries: int
     num_kept: int
     max_blocks: int
-    """Most blocks that one head can hold in this batch (upper bound known to the host)."""
+    """Most blocks that one head can hold in this batch: a bound the host knows."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_kvc.admission import attach_policy
-from sglang_kvc.runtime import runtime_of
 from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.runtime import runtime_of
 
 PATCH = Patch(
     target="sglang.srt.managers.scheduler:Scheduler._add_request_to_queue",

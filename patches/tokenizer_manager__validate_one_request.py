@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.request_options import validate_sampling_params
 from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.request_options import validate_sampling_params
 
 PATCH = Patch(
     target="sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",

@@ -6,8 +6,8 @@ Per layer and step:
 * extend: stock attention over the page view (`prefill.py`);
 * decode: `decode_attention` over packed blocks and tail (`kernels/`).
 
-The eviction passes do not run here but behind the whole forward (`scheduling.run_step`),
-because a pass selects jointly over all layers.
+The eviction passes do not run here but behind the whole forward, because a pass
+selects jointly over all layers (`scheduling.run_step`).
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
     whole pages from the head of the free list, request by request.
     """
 
+    free_pages: torch.Tensor
+
     def _take(self, num_pages: int) -> torch.Tensor | None:
         if num_pages > len(self.free_pages):
             return None

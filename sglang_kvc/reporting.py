@@ -22,7 +22,7 @@ class Report:
         self._req, self._state = req, state
 
     def __getitem__(self, index: slice) -> list[dict[str, Any]]:
-        """One summary, whatever is asked for: the length of the slice has no meaning."""
+        """One summary, whatever is asked for: the slice has no meaning."""
         del index
         req = self._req
         length = len(req.origin_input_ids) + len(req.output_ids)
@@ -48,7 +48,7 @@ class Summary(dict[str, Any]):
 
 
 class Accumulator(dict[str, Any]):
-    """``ReqState.customized_info_accumulated`` whose kv_compress entry is a `Summary`."""
+    """``ReqState.customized_info_accumulated`` with a `Summary` for our key."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         """Start our key with a `Summary` instead of a list."""

@@ -163,9 +163,12 @@ class RequestState:
             target=None,
         )
 
-    def launch(self, record: PassRecord) -> None:
-        """Move the launch-order state past `record`."""
-        if not record.is_first:
+    def launch(self, record: PassRecord, *, decoding: bool) -> None:
+        """Move the launch-order state past `record`.
+
+        The peak leaves out the prompt: it must be resident while it is prefilled.
+        """
+        if decoding:
             self.peak_resident = max(self.peak_resident, self.resident(record.seq_len))
         self.fold, self.budget = record.fold_new, record.budget
         self.observed = record.seq_len
@@ -179,7 +182,7 @@ class RequestState:
         self.settled_packed = record.target
 
     def abandon(self) -> list[PassRecord]:
-        """Mark every pass in flight dead; returns them (their targets must be freed)."""
+        """Mark every pass in flight dead; the caller must free their targets."""
         dead, self.in_flight = self.in_flight, []
         for record in dead:
             record.dead = True

@@ -48,7 +48,7 @@ def state_of(req: Any) -> RequestState | None:
 
 
 def policy_of(req: Any) -> RequestPolicy | None:
-    """Policy attached when the request entered the queue (`admission.attach_policy`)."""
+    """Policy attached by `admission.attach_policy` on entering the queue."""
     return getattr(req, "kv_compress_policy", None)
 
 
@@ -121,7 +121,7 @@ class PassScheduler:
                 state.deferred_passes += 1
                 self.due_lens[state.slot] = length + 1
                 return
-            state.launch(record)
+            state.launch(record, decoding=batch.forward_mode.is_decode())
             plan.passes.append(record)
         self.due_lens[state.slot] = state.next_due(length)
 

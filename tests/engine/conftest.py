@@ -12,7 +12,7 @@ from tests.engine.inprocess import InProcessScheduler, make_server_args
 OPTIONS = {
     "kv_compress_rate": 4,
     "kv_compress_min_budget": 64,
-    "kv_compress_interval": 64,
+    "kv_compress_interval": 16,
 }
 
 

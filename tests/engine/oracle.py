@@ -114,9 +114,7 @@ class Oracle:
         self.scores += added
         fold = self.length // BLOCK * BLOCK
         flat = self.visible.view(total, -1)
-        competing = [
-            [p for p in range(fold) if flat[h, p]] for h in range(total)
-        ]
+        competing = [[p for p in range(fold) if flat[h, p]] for h in range(total)]
         ranked, prices = [], []
         for h, positions in enumerate(competing):
             forced = set(positions[: self.sinks])
@@ -135,9 +133,7 @@ class Oracle:
         evicted = [0] * total
         for _, h, _ in blocks:
             evicted[h] += 1
-        kept = [
-            sorted(ranked[h][BLOCK * evicted[h] :]) for h in range(total)
-        ]
+        kept = [sorted(ranked[h][BLOCK * evicted[h] :]) for h in range(total)]
         self.fold, self.observed = fold, self.length
         self.ranked = ranked
         return OraclePass(
@@ -179,10 +175,7 @@ def explain_difference(
                 )
         cut = BLOCK * e_served
         expected = set(ranked[h][cut:])
-        if cut == 0:
-            edge = 0.0
-        else:
-            edge = float(result.scores[h, ranked[h][cut - 1]])
+        edge = float(result.scores[h, ranked[h][cut - 1]]) if cut else 0.0
         for p in expected ^ set(own):
             if not near(float(result.scores[h, p]), edge):
                 problems.append(

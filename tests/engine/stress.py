@@ -131,7 +131,7 @@ def run_loads(scheduler: InProcessScheduler, audit: PageAudit) -> dict[str, Any]
     for seed, (overlap, radix, retract) in enumerate(LOADS):
         scheduler.set_radix(radix)
         scheduler.set_overlap(overlap)
-        stock.TEST_RETRACT = retract
+        stock.TEST_RETRACT, stock.TEST_RETRACT_INTERVAL = retract, 9
         requests = mixed_requests(random.Random(seed), REQUESTS_PER_LOAD, aborts=True)
         scheduler.on_poll = audit.check
         outputs = scheduler.serve(requests)

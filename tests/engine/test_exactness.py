@@ -38,7 +38,7 @@ def test_kept_positions_equal_the_oracle(
     interval = runtime.options.interval
     ids = prompt(model_path, start, length)
     with PassTracer(runtime) as tracer:
-        new = PASSES_AFTER_PREFILL * interval + 24
+        new = PASSES_AFTER_PREFILL * interval + 8
         out = fresh.serve([Request("x", ids, max_new=new, kv={"budget": budget})])["x"]
     (passes,) = tracer.kept.values()
     assert len(passes) == PASSES_AFTER_PREFILL + 1

@@ -46,7 +46,7 @@ def test_a_pass_frees_exactly_what_it_folds(
     total = fresh.allocator.available_size()
     with SettleProbe(fresh) as probe:
         out = fresh.serve(
-            [Request("x", prompt(model_path, 0, length), 150, kv={"budget": budget})]
+            [Request("x", prompt(model_path, 0, length), 40, kv={"budget": budget})]
         )["x"]
     (first, gain), *periodic = probe.seen
     # The fresh pages were taken at launch; settling returns what was read.
@@ -66,7 +66,7 @@ def test_budget_grows_with_the_request_at_a_rate(
 ) -> None:
     """rate X keeps 1/X of the logical length, at every pass."""
     with SettleProbe(fresh) as probe:
-        fresh.serve([Request("x", prompt(model_path, 0, 600), 150, kv={"rate": 4})])
+        fresh.serve([Request("x", prompt(model_path, 0, 600), 40, kv={"rate": 4})])
     assert [r.budget for r, _ in probe.seen] == [
         ceil_page(-(-r.seq_len // 4)) for r, _ in probe.seen
     ]
@@ -79,11 +79,11 @@ def test_request_that_outgrows_its_budget_while_decoding(
     """A prompt below the budget makes its first pass at budget + interval."""
     with SettleProbe(fresh) as probe:
         out = fresh.serve(
-            [Request("x", prompt(model_path, 0, 100), 120, kv={"budget": 112})]
+            [Request("x", prompt(model_path, 0, 100), 36, kv={"budget": 112})]
         )["x"]
     (record, _) = probe.seen[0]
     assert record.is_first
-    assert record.seq_len == 112 + 64
+    assert record.seq_len == 112 + 16
     assert out.kv[-1]["resident_tokens"] < out.kv[-1]["logical_tokens"]
 
 
@@ -92,13 +92,15 @@ def test_disabled_request_keeps_everything(
 ) -> None:
     """enabled: false beside a compressed request in the same batch."""
     ids = prompt(model_path, 0, 500)
-    off = Request("off", ids, 70, kv={"enabled": False})
-    on = Request("on", prompt(model_path, 2000, 500), 70)
+    off = Request("off", ids, 20, kv={"enabled": False})
+    on = Request("on", prompt(model_path, 2000, 500), 20)
     out = fresh.serve([off, on])
     assert out["off"].kv[-1]["resident_tokens"] == out["off"].kv[-1]["logical_tokens"]
     assert out["on"].kv[-1]["passes"] == 2
     fresh.flush()
-    assert fresh.serve([Request("r", ids, 70, kv={"rate": 1})])["r"].ids == out["off"].ids
+    assert (
+        fresh.serve([Request("r", ids, 20, kv={"rate": 1})])["r"].ids == out["off"].ids
+    )
 
 
 def test_bad_request_fails_alone(fresh: InProcessScheduler, model_path: str) -> None:

@@ -8,16 +8,19 @@ import pathlib
 import sysconfig
 
 MODULES = (
-    "argparse asyncio/events asyncio/tasks collections/__init__ concurrent/futures/_base "
-    "csv ctypes/util dataclasses datetime decimal difflib email/message enum fractions "
-    "functools gettext heapq http/client http/cookiejar imaplib inspect ipaddress "
-    "json/__init__ locale logging/__init__ mailbox mimetypes optparse pathlib pdb "
-    "pickle pickletools platform plistlib poplib pprint profile random sched shelve "
-    "shlex shutil smtplib socket socketserver ssl statistics string subprocess tarfile "
-    "tempfile textwrap threading timeit tokenize trace traceback turtle typing "
-    "unittest/case unittest/mock urllib/parse urllib/request uuid warnings weakref "
-    "xml/dom/minidom xmlrpc/client zipfile"
-).split()
+    "argparse", "asyncio/events", "asyncio/tasks", "collections/__init__",
+    "concurrent/futures/_base", "csv", "ctypes/util", "dataclasses", "datetime",
+    "decimal", "difflib", "email/message", "enum", "fractions", "functools",
+    "gettext", "heapq", "http/client", "http/cookiejar", "imaplib", "inspect",
+    "ipaddress", "json/__init__", "locale", "logging/__init__", "mailbox",
+    "mimetypes", "optparse", "pathlib", "pdb", "pickle", "pickletools", "platform",
+    "plistlib", "poplib", "pprint", "profile", "random", "sched", "shelve", "shlex",
+    "shutil", "smtplib", "socket", "socketserver", "ssl", "statistics", "string",
+    "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit",
+    "tokenize", "trace", "traceback", "turtle", "typing", "unittest/case",
+    "unittest/mock", "urllib/parse", "urllib/request", "uuid", "warnings",
+    "weakref", "xml/dom/minidom", "xmlrpc/client", "zipfile",
+)  # fmt: skip
 
 
 @functools.cache
@@ -30,9 +33,9 @@ def corpus() -> str:
         if not path.exists():
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(
-                node, ast.Module | ast.ClassDef | ast.FunctionDef
-            ) and (text := ast.get_docstring(node)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
+                text := ast.get_docstring(node)
+            ):
                 parts.append(text)
     return "\n\n".join(parts)
 
@@ -50,5 +53,7 @@ def prompt(model_path: str, start: int, length: int) -> list[int]:
     """`length` consecutive token ids of the corpus."""
     ids = corpus_ids(model_path)
     if start + length > len(ids):
-        raise ValueError(f"the corpus has {len(ids)} tokens, asked for {start + length}")
+        raise ValueError(
+            f"the corpus has {len(ids)} tokens, asked for {start + length}"
+        )
     return ids[start : start + length]

@@ -34,7 +34,9 @@ class PassTracer:
         eviction.select_entries = self._original
         eviction.pack_entries = self._pack
 
-    def _select(self, scores: Any, heads: int, tables: Any, plan: Any, sinks: int) -> Any:
+    def _select(
+        self, scores: Any, heads: int, tables: Any, plan: Any, sinks: int
+    ) -> Any:
         selected = self._original(scores, heads, tables, plan, sinks)
         self._plan, self._heads = plan, heads
         return selected

@@ -14,6 +14,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Silence Triton's interpreter, which warns at every loop bound with NumPy 2."""
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this lane cannot run."""
     no_triton = pytest.mark.skip(reason="needs a CUDA device or TRITON_INTERPRET=1")
