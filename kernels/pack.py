@@ -7,7 +7,7 @@ fresh, so sources and destinations never overlap. Moves are bit-exact.
 ======================  ==========================  ====================================
 tensor                  shape                       meaning
 ======================  ==========================  ====================================
-``source_rows``         [plan.num_kept] int64       arena row of each survivor
+``source_rows``         [plan.num_kept] int32       arena row of each survivor
 ``dest_pages``          [num_kept // (S*L*H)]       int64 page ids, in keep_base order
 ======================  ==========================  ====================================
 """
@@ -38,7 +38,7 @@ def pack_entries_ref(
     block = entry // PAGE_SIZE
     page, in_page = dest_pages[block // heads_per_page], block % heads_per_page
     dest = (page * heads_per_page + in_page) * PAGE_SIZE + entry % PAGE_SIZE
-    source = selected.source_rows
+    source = selected.source_rows.long()
     for cells in (arena.k.view(-1, arena.head_dim), arena.v.view(-1, arena.head_dim)):
         cells[dest] = cells[source]
     arena.score.view(-1)[dest] = selected.scores

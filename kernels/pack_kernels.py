@@ -21,7 +21,7 @@ def pack_kernel(
 ):
     """Grid (cdiv(num_kept, BLOCK)): program x moves kept entries [x, x + 1) * BLOCK.
 
-    Pointers: arena as in ``layout``; source_rows [num_kept] int64, kept_scores
+    Pointers: arena as in ``layout``; source_rows [num_kept] int32, kept_scores
     [num_kept] fp32, dest_pages [num_kept // (S * LH)] int64. Lanes past num_kept are
     masked. Destination pages are fresh: no program reads what another one writes.
     """
@@ -32,7 +32,7 @@ def pack_kernel(
     block = m // S
     page = tl.load(dest_pages + block // LH, mask=ok, other=0)
     dest = (page * LH + block % LH) * S + m % S
-    source = tl.load(source_rows + m, mask=ok, other=0)
+    source = tl.load(source_rows + m, mask=ok, other=0).to(tl.int64)
     source_cell = source[:, None] * D + d[None, :]
     dest_cell = dest[:, None] * D + d[None, :]
     key = tl.load(arena_k + source_cell, mask=mask, other=0.0)

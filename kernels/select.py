@@ -10,7 +10,7 @@ ordinal. Survivors keep their order. Sinks and protected entries count as +inf.
 tensor                  shape                  meaning
 ======================  =====================  =========================================
 ``scores``              [plan.num_entries]     fp32 >= 0, layout in `PassPlan`
-``source_rows``         [plan.num_kept] int64  arena row of each survivor
+``source_rows``         [plan.num_kept] int32  arena row of each survivor
 ``kept_scores``         [plan.num_kept] fp32   its score
 ``block_offsets``       [R, L*H + 1] int32     exclusive prefix sum of n_h / S - e_h
 ======================  =====================  =========================================
@@ -52,7 +52,7 @@ def select_entries_ref(
     device = scores.device
     num_requests = plan.slots.shape[0]
     selected = SelectedEntries(
-        torch.empty(plan.num_kept, dtype=torch.int64, device=device),
+        torch.empty(plan.num_kept, dtype=torch.int32, device=device),
         torch.empty(plan.num_kept, dtype=torch.float32, device=device),
         torch.zeros(num_requests, arena_heads + 1, dtype=torch.int32, device=device),
     )
@@ -91,7 +91,7 @@ def select_entries_ref(
         stays = entry >= PAGE_SIZE * evicted[:, None]
         survives = torch.zeros_like(valid).scatter_(1, order, stays) & valid
         kept = slice(keep, keep + int(survives.sum()))
-        selected.source_rows[kept] = rows[survives]
+        selected.source_rows[kept] = rows[survives].int()
         selected.scores[kept] = own[survives]
         selected.block_offsets[r, 1:] = (counts // PAGE_SIZE - evicted).cumsum(0)
     return selected
@@ -114,7 +114,7 @@ def select_entries_triton(
     evicted = torch.empty(rows, dtype=torch.int32, device=device)
     histogram = torch.empty(rows, 16, dtype=torch.int32, device=device)
     selected = SelectedEntries(
-        torch.empty(plan.num_kept, dtype=torch.int64, device=device),
+        torch.empty(plan.num_kept, dtype=torch.int32, device=device),
         torch.empty(plan.num_kept, dtype=torch.float32, device=device),
         torch.empty(num_requests, arena_heads + 1, dtype=torch.int32, device=device),
     )

@@ -208,7 +208,7 @@ def survivors_kernel(
     """Grid (R * LH): program x finds its head's S * evicted[x] lowest entries and
     writes the others, in order, to the head's part of the kept list.
 
-    Pointers: tables as in ``layout``; plan vectors [R] int64; source_rows int64 and
+    Pointers: tables as in ``layout``; plan vectors [R] int64; source_rows int32 and
     kept_scores fp32 [num_kept]. Parts of heads are disjoint and filled exactly.
     """
     x = tl.program_id(0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_kvc.errors import ConfigError
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.kernels.observe import observe_scores, pool_scores
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
@@ -30,6 +31,11 @@ class PassRunner:
         self.runtime = runtime
         self.sm_scale = sm_scale
         self.power = 2 if runtime.options.metric == "l2" else 1
+        if runtime.arena.score.numel() >= 1 << 31:
+            raise ConfigError(
+                "the arena holds 2**31 KVs or more per layer and head in total, which "
+                "the kept list (int32) cannot address; lower --max-total-tokens"
+            )
         context = runtime.tables.req_to_token.shape[1]
         self.max_tokens = pass_workspace_tokens(context)
 

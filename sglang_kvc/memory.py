@@ -12,6 +12,8 @@ from sglang_kvc.kernels.decode_attention import make_decode_workspace
 from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
 
 SCORE_BYTES = 4
+OBSERVE_PARTIAL_BYTES = 48 << 20
+"""Partial log-sum-exps of `observe_scores`, at most."""
 GIB = 1 << 30
 
 
@@ -111,9 +113,9 @@ def metadata_bytes(
     Returns
     -------
     MetadataBytes
-        The pass workspace counts the three fp32 and one int64 per resident KV of the
-        longest request that `eviction.run_passes` holds at once (scores, pooled
-        scores, and the kept list, which is at most as long).
+        The pass workspace is the most that `PassRunner` holds at once for the longest
+        request: scores and pooled scores, or pooled scores and the kept list. The
+        kept list is counted for a rate of 2 or the server's own, if that is less.
     """
     slots = max_running_requests + 1
     ring = (
@@ -134,10 +136,12 @@ def metadata_bytes(
     decode_workspace = sum(part.nbytes for part in partials)
     table_ints = 1 + (shape.heads_per_page + 1) + -(-context_len // PAGE_SIZE)
     entries = pass_workspace_tokens(context_len) * shape.heads_per_page
+    # Select holds the pooled scores and, for each survivor, its row and its score.
     kept = entries if options.rate < 2 else entries // 2
+    workspace = entries * 4 + max(entries * 4, kept * 8) + OBSERVE_PARTIAL_BYTES
     return MetadataBytes(
         per_token=shape.score_bytes_per_token,
         ring=ring,
         tables=slots * table_ints * 4,
-        workspace=decode_workspace + entries * 8 + kept * 12,
+        workspace=decode_workspace + workspace,
     )

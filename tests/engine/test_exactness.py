@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sglang_kvc.request_state import floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.oracle import Oracle, explain_difference
 from tests.engine.texts import prompt
@@ -38,14 +39,15 @@ def test_kept_positions_equal_the_oracle(
     interval = runtime.options.interval
     ids = prompt(model_path, start, length)
     with PassTracer(runtime) as tracer:
-        new = PASSES_AFTER_PREFILL * interval + 8
+        # Passes are due when the tail holds one interval of whole pages.
+        new = floor_page(length) + PASSES_AFTER_PREFILL * interval - length + 4
         out = fresh.serve([Request("x", ids, max_new=new, kv={"budget": budget})])["x"]
     (passes,) = tracer.kept.values()
     assert len(passes) == PASSES_AFTER_PREFILL + 1
     assert out.kv[-1]["passes"] == len(passes)
 
     oracle.start(ids)
-    folds = [length // 16 * 16]
+    folds = [floor_page(length)]
     folds += [folds[0] + (i + 1) * interval for i in range(PASSES_AFTER_PREFILL)]
     tokens, differing = iter(out.ids), 0
     for fold, kept in zip(folds, passes, strict=True):

@@ -34,7 +34,7 @@ def test_whole_prompt_cached_is_compressed_alike(
     again = fresh.serve([Request("b", ids, 12)])["b"]
     window = fresh.allocator.get_kvcache().runtime.options.window
     assert again.cached_tokens == (700 - window) // 16 * 16
-    assert again.kv[-1]["passes"] == first.kv[-1]["passes"] == 1
+    assert again.kv[-1]["passes"] == first.kv[-1]["passes"] > 0
     assert again.ids == first.ids
 
 

@@ -78,7 +78,10 @@ def test_close_to_truth(
 @pytest.mark.interpreter
 @pytest.mark.parametrize("group", [1, 8])
 def test_groups(group: int, device: str) -> None:
-    check(make_case(2, 1, 1, group, 64, [100, 16], [64, 0], device=device))
+    case = make_case(
+        2, 1, 1, group, 64, [100, 16], [64, 0], dtype=torch.float16, device=device
+    )
+    check(case)
 
 
 @pytest.mark.interpreter

@@ -104,7 +104,7 @@ def test_reference_against_entries(fold_new: list[int] | None) -> None:
     for r in range(3):
         for lh in range(4):
             rows = [row for row, p in oracles.entries(after, r, lh) if p < 0]
-            source = selected.source_rows[kept : kept + len(rows)]
+            source = selected.source_rows[kept : kept + len(rows)].long()
             assert torch.equal(keys[rows], old_keys[source])
             assert torch.equal(values[rows], old_values[source])
             stored = after.arena.score.view(-1)[rows]

@@ -1,0 +1,407 @@
+"""One HTTP server on the CPU, used as its users do: curl, OpenAI, sgl programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import requests
+import sglang as sgl
+from sglang.lang.ir import SglSamplingParams
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+from sglang_kvc import reporting, serve
+from sglang_kvc.request_state import floor_page
+from tests.engine.texts import corpus, prompt
+
+pytestmark = pytest.mark.server
+
+MIN_BUDGET = 64
+INTERVAL = 16
+# Two pages: a pass may come one step late, and waits for a whole page.
+SLACK = 32
+FLAGS = (
+    f"--kv-compress-min-budget {MIN_BUDGET} --kv-compress-interval {INTERVAL} "
+    "--chunked-prefill-size 256 --max-total-tokens 8192 --max-running-requests 8"
+).split()
+START_S = 300
+
+# Regions of the corpus. Only tests of the prefix cache must not share theirs.
+LONG, SHARED, FLUSHED = 0, 20_000, 24_000
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    model: str
+    process: subprocess.Popen[bytes]
+
+    def post(self, path: str, body: dict[str, Any], **kwargs: Any) -> Any:
+        """Send a JSON body; return the response."""
+        return requests.post(f"{self.url}{path}", json=body, timeout=120, **kwargs)
+
+    def generate(
+        self, ids: list[int], max_new: int = 8, kv: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Answer a request through /generate and return its meta_info."""
+        response = self.post("/generate", body_of(ids, max_new, kv))
+        assert response.status_code == 200, response.text
+        info: dict[str, Any] = response.json()["meta_info"]
+        assert info["completion_tokens"] == max_new
+        return info
+
+    def stream(self, ids: list[int], max_new: int) -> Iterator[dict[str, Any]]:
+        """Chunks of a streamed /generate as they arrive."""
+        body = {**body_of(ids, max_new, None), "stream": True}
+        with self.post("/generate", body, stream=True) as response:
+            assert response.status_code == 200, response.text
+            for line in response.iter_lines():
+                if line and line != b"data: [DONE]":
+                    yield json.loads(line.removeprefix(b"data: "))
+
+
+def body_of(ids: list[int], max_new: int, kv: dict[str, Any] | None) -> dict[str, Any]:
+    """Body of a /generate request that decodes exactly `max_new` tokens."""
+    params = {"temperature": 0, "max_new_tokens": max_new, "ignore_eos": True}
+    custom = {"custom_params": {"kv_compress": kv}} if kv is not None else {}
+    return {"input_ids": ids, "sampling_params": {**params, **custom}}
+
+
+def check_bounded(kv: dict[str, Any]) -> None:
+    """A compressed request holds its budget, what one interval adds, and slack."""
+    assert kv["resident_tokens"] <= kv["budget_tokens"] + INTERVAL + SLACK
+
+
+@pytest.fixture(scope="module")
+def server(
+    model_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """``python -m sglang.launch_server --kv-compress`` on the CPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    serve.set_defaults(environment, gpu=False, local_model=True)
+    # Also on a machine with a GPU the server and its kernels are to use the CPU.
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = serve.server_command(model_path, "127.0.0.1", port, False, FLAGS)
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with log.open("wb") as out, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        process = subprocess.Popen(
+            command, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+        started = Server(f"http://127.0.0.1:{port}", model_path, process)
+        watchdog = threading.Timer(START_S, process.kill)
+        watchdog.start()
+        try:
+            ready = serve.wait_until_ready(process, started.url)
+            watchdog.cancel()
+            assert ready, f"the server did not start:\n{tail(log)}"
+            yield started
+            assert process.poll() is None, f"the server ended:\n{tail(log)}"
+        finally:
+            watchdog.cancel()
+            serve.stop(process)
+
+
+def tail(log: Path) -> str:
+    """End of the server's log."""
+    return log.read_text(errors="replace")[-5000:]
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    """OpenAI's client, as its documentation sets it up."""
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+# Native API ---------------------------------------------------------------------------
+
+
+def test_stream_stays_within_its_budget(server: Server) -> None:
+    """Every chunk reports; the logical length grows, the resident one does not."""
+    chunks = list(server.stream(prompt(server.model, LONG, 700), 40))
+    reports = [chunk["meta_info"]["kv_compress"] for chunk in chunks]
+    assert len(reports) > 10
+    assert all(isinstance(kv, dict) for kv in reports)
+    for kv in reports[1:]:
+        check_bounded(kv)
+    logical = [kv["logical_tokens"] for kv in reports]
+    assert logical == sorted(logical)
+    assert 700 <= logical[0] < 710
+    assert logical[-1] >= 700 + 38
+    # Rate 4 is the default: the budget follows the length.
+    assert reports[-1]["budget_tokens"] in (176, 192)
+    assert reports[-1]["passes"] >= 2
+
+
+@pytest.mark.parametrize("kv", [{"rate": 8}, {"budget": 96}])
+def test_request_chooses_its_budget(server: Server, kv: dict[str, Any]) -> None:
+    """Rate 8 of 700 tokens, in whole pages, is a budget of 96."""
+    info = server.generate(prompt(server.model, LONG, 700), 20, kv)["kv_compress"]
+    assert info["enabled"]
+    assert info["budget_tokens"] == 96
+    check_bounded(info)
+    assert info["logical_tokens"] >= 700 + 18
+
+
+def test_min_budget_of_the_server_holds(server: Server) -> None:
+    """A rate cannot ask for less than --kv-compress-min-budget."""
+    info = server.generate(prompt(server.model, LONG, 300), 4, {"rate": 50})
+    assert info["kv_compress"]["budget_tokens"] == MIN_BUDGET
+
+
+def test_request_keeps_everything(server: Server) -> None:
+    """enabled: false reports, too: nothing was evicted."""
+    kv = {"enabled": False}
+    info = server.generate(prompt(server.model, LONG, 700), 20, kv)["kv_compress"]
+    assert not info["enabled"]
+    assert info["budget_tokens"] is None
+    assert info["passes"] == 0
+    assert info["resident_tokens"] == info["logical_tokens"] >= 700 + 18
+
+
+def test_prefix_is_shared(server: Server) -> None:
+    """A compressed request leaves its prompt to the next one, whole."""
+    prefix = prompt(server.model, SHARED, 600)
+    first = server.generate(prefix + prompt(server.model, SHARED + 1000, 40))
+    second = server.generate(prefix + prompt(server.model, SHARED + 2000, 40))
+    assert first["kv_compress"]["passes"] >= 1
+    assert first["cached_tokens"] == 0
+    assert second["cached_tokens"] == floor_page(600)
+
+
+def test_flush_and_idle_check(server: Server) -> None:
+    """No page is lost: SGLang's idle check would end the server."""
+    ids = prompt(server.model, FLUSHED, 200)
+    server.generate(ids)
+    assert server.generate(ids)["cached_tokens"] > 0
+    response = server.post("/flush_cache?timeout=30", {})
+    assert response.status_code == 200, response.text
+    assert server.generate(ids)["cached_tokens"] == 0
+    time.sleep(2)
+    assert requests.get(f"{server.url}/health", timeout=60).status_code == 200
+    assert server.process.poll() is None
+
+
+# Wrong options ------------------------------------------------------------------------
+
+
+WRONG = [
+    ({"rate": 0.5}, "kv_compress.rate must be a finite number >= 1"),
+    ({"bugdet": 3}, "Did you mean 'budget'?"),
+    ({"budget": 16}, "needs at least 48 tokens"),
+    (8, "must be an object"),
+]
+
+
+def test_wrong_option_costs_only_its_request(
+    server: Server, client: openai.OpenAI
+) -> None:
+    """HTTP 400 with our message from both APIs, while a good request is decoded."""
+    ids = prompt(server.model, LONG, 100)
+    good = server.stream(ids, 100)
+    next(good)
+    for wrong, message in WRONG:
+        response = server.post("/generate", body_of(ids, 8, wrong))  # type: ignore[arg-type]
+        assert response.status_code == 400
+        assert message in response.json()["error"]["message"]
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError) as error:
+                client.chat.completions.create(
+                    model="default",
+                    messages=[{"role": "user", "content": "Hello"}],
+                    stream=stream,
+                    extra_body={"custom_params": {"kv_compress": wrong}},
+                )
+            assert message in str(error.value)
+    last = list(good)[-1]
+    assert last["meta_info"]["completion_tokens"] == 100
+    assert last["meta_info"]["finish_reason"]["type"] == "length"
+
+
+def test_wrong_option_of_a_stream(server: Server) -> None:
+    """SGLang has sent HTTP 200 by then; the error is the only event."""
+    body = {**body_of([1, 2, 3], 8, {"rate": 0.5}), "stream": True}
+    text = server.post("/generate", body).text
+    (event, done) = text.strip().split("\n\n")
+    assert done == "data: [DONE]"
+    error = json.loads(event.removeprefix("data: "))["error"]
+    assert error["code"] == 400
+    assert "kv_compress.rate must be" in error["message"]
+
+
+# OpenAI API ---------------------------------------------------------------------------
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    """extra_body carries the options in and meta_info out."""
+    question = f"Summarize:\n\n{corpus()[:1500]}"
+    answer = client.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=24,
+        extra_body={
+            "custom_params": {"kv_compress": {"budget": 96}},
+            "return_meta_info": True,
+        },
+    )
+    choice = answer.choices[0]
+    assert choice.message.content
+    kv = choice.to_dict()["meta_info"]["kv_compress"]  # type: ignore[index]
+    assert answer.usage is not None
+    assert kv["logical_tokens"] >= answer.usage.prompt_tokens > 200
+    assert kv["budget_tokens"] == 96
+    assert kv["passes"] >= 1
+    check_bounded(kv)
+
+
+def test_streamed_chat(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": f"Continue: {corpus()[:800]}"}],
+        temperature=0,
+        max_tokens=8,
+        stream=True,
+        extra_body={"custom_params": {"kv_compress": {"budget": 64}}},
+    )
+    pieces = [c.choices[0].delta.content for c in stream if c.choices]
+    assert "".join(piece or "" for piece in pieces)
+
+
+def test_requests_that_serve_prints(server: Server) -> None:
+    """What ``make serve`` shows for pasting works and does compress."""
+    commands = serve.curl_lines(server.url).replace("\\\n", " ").split("\n\n")
+    words = [shlex.split(command) for command in commands]
+    with ThreadPoolExecutor() as pool:
+        native, chat = pool.map(
+            lambda w: requests.post(w[2], w[-1], headers=header(w), timeout=120), words
+        )
+    assert native.json()["meta_info"]["kv_compress"]["passes"] >= 1
+    assert chat.json()["choices"][0]["message"]["content"]
+
+
+def header(words: list[str]) -> dict[str, str]:
+    """The -H argument of a curl command."""
+    name, _, value = words[words.index("-H") + 1].partition(": ")
+    return {name: value}
+
+
+# SGLang's frontend language -----------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Params(SglSamplingParams):
+    """sgl.gen's sampling parameters and what goes to the server beside them."""
+
+    custom_params: dict[str, Any] | None = None
+
+    def to_srt_kwargs(self) -> dict[str, Any]:
+        """Body of "sampling_params"."""
+        return {**super().to_srt_kwargs(), "custom_params": self.custom_params}
+
+
+class KVCompressEndpoint(sgl.RuntimeEndpoint):
+    """A backend whose programs carry KV-Compress settings, e.g. ``budget=1024``."""
+
+    def __init__(self, base_url: str, **settings: Any) -> None:
+        super().__init__(base_url)
+        self.custom_params = {"kv_compress": settings}
+
+    def generate(self, s: Any, sampling_params: SglSamplingParams) -> Any:
+        """Answer one sgl.gen."""
+        params = Params(**vars(sampling_params), custom_params=self.custom_params)
+        return super().generate(s, params)
+
+    def generate_stream(self, s: Any, sampling_params: SglSamplingParams) -> Any:
+        """Answer one sgl.gen of a program that runs with stream=True."""
+        params = Params(**vars(sampling_params), custom_params=self.custom_params)
+        return super().generate_stream(s, params)
+
+
+@sgl.function
+def read(s: Any, text: str) -> None:
+    """A program with a choice, an answer and two branches."""
+    s += text + "\n\nThis text is about "
+    s += sgl.select("topic", choices=["programming", "cooking"])
+    s += sgl.gen("summary", max_tokens=16, temperature=0, ignore_eos=True)
+    branches = s.fork(2)
+    for branch, what in zip(branches, ("author", "reader"), strict=True):
+        branch += f"\n\nIts {what} "
+        branch += sgl.gen("more", max_tokens=8, temperature=0, ignore_eos=True)
+    s["kv"] = [branch.get_meta_info("more")["kv_compress"] for branch in branches]
+
+
+@pytest.mark.parametrize("settings", [None, {"budget": 96}])
+def test_frontend_program(server: Server, settings: dict[str, Any] | None) -> None:
+    """The server's settings hold for programs; a subclass carries their own."""
+    if settings is None:
+        backend = sgl.RuntimeEndpoint(server.url)
+    else:
+        backend = KVCompressEndpoint(server.url, **settings)
+    state = read.run(text=corpus()[3000:5400], backend=backend)
+    assert state.error() is None
+    assert state["topic"] in ("programming", "cooking")
+    assert state["summary"]
+    info = state.get_meta_info("summary")
+    assert info["cached_tokens"] > 0
+    for kv in (info["kv_compress"], *state["kv"]):
+        expected = -(-kv["logical_tokens"] // 64) * 16 if settings is None else 96
+        assert abs(kv["budget_tokens"] - expected) <= 16
+        assert kv["passes"] >= 1
+        check_bounded(kv)
+
+
+def test_streamed_frontend_program(server: Server) -> None:
+    backend = KVCompressEndpoint(server.url, enabled=False)
+    state = read.run(text=corpus()[3000:3600], backend=backend, stream=True)
+    assert "".join(state.text_iter("summary"))
+    kv = state.get_meta_info("summary")["kv_compress"]
+    assert not kv["enabled"]
+
+
+def test_frontend_program_with_a_wrong_setting(server: Server) -> None:
+    backend = KVCompressEndpoint(server.url, rate=0.5)
+    state = read.run(text="Short.", backend=backend)
+    assert "kv_compress.rate must be" in str(state.error())
+
+
+# Streaming of differences -------------------------------------------------------------
+
+
+def test_backlog_of_incremental_chunks() -> None:
+    """--incremental-streaming-output: chunks that wait together become one."""
+    accumulated = reporting.Accumulator()
+    chunks = []
+    for length in (700, 701):
+        accumulated.setdefault("other", []).append(length)
+        if reporting.KEY not in accumulated:
+            accumulated[reporting.KEY] = []
+        accumulated[reporting.KEY].extend([{"logical_tokens": length}])
+        meta_info = {"other": [length], reporting.KEY: accumulated[reporting.KEY]}
+        chunks.append({"text": "x", "output_ids": [1], "meta_info": meta_info})
+    merged = TokenizerManager._coalesce_streaming_chunks(
+        None, chunks, "rid", accumulated.keys()
+    )
+    assert merged["meta_info"] == {
+        "other": [700, 701],
+        reporting.KEY: {"logical_tokens": 701},
+    }
