@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from _collections_abc import dict_keys
+
     from sglang_kvc.request_state import RequestState
 
 KEY = "kv_compress"
@@ -40,12 +42,6 @@ class Summary(dict[str, Any]):
             if item is not None:
                 self.update(item)
 
-    def __getitem__(self, key: Any) -> Any:
-        """A slice (incremental streaming) is the whole summary."""
-        if isinstance(key, slice):
-            return dict(self)
-        return super().__getitem__(key)
-
 
 class Accumulator(dict[str, Any]):
     """``ReqState.customized_info_accumulated`` with a `Summary` for our key."""
@@ -53,3 +49,7 @@ class Accumulator(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         """Start our key with a `Summary` instead of a list."""
         super().__setitem__(key, Summary() if key == KEY else value)
+
+    def keys(self) -> dict_keys[str, Any]:
+        """The keys of per-token lists, which SGLang cuts and joins; not ours."""
+        return {key: None for key in self if key != KEY}.keys()

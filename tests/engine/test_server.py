@@ -21,7 +21,6 @@ import pytest
 import requests
 import sglang as sgl
 from sglang.lang.ir import SglSamplingParams
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from sglang_kvc import reporting, serve
 from sglang_kvc.request_state import floor_page
@@ -88,10 +87,24 @@ def check_bounded(kv: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
+def refused(model_path: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that contradicts itself; it runs while the server starts."""
+    extra = ["--attention-backend", "triton"]
+    command = serve.server_command(model_path, "127.0.0.1", 1, False, extra)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
 def server(
-    model_path: str, tmp_path_factory: pytest.TempPathFactory
+    model_path: str,
+    refused: subprocess.Popen[str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     """``python -m sglang.launch_server --kv-compress`` on the CPU."""
+    del refused
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -111,6 +124,8 @@ def server(
         watchdog = threading.Timer(START_S, process.kill)
         watchdog.start()
         try:
+            # Meanwhile: the corpus becomes tokens.
+            prompt(model_path, 0, 1)
             ready = serve.wait_until_ready(process, started.url)
             watchdog.cancel()
             assert ready, f"the server did not start:\n{tail(log)}"
@@ -189,9 +204,11 @@ def test_prefix_is_shared(server: Server) -> None:
 
 
 def test_flush_and_idle_check(server: Server) -> None:
-    """No page is lost: SGLang's idle check would end the server."""
+    """No page is lost, and none held by a client that left; or the server ends."""
     ids = prompt(server.model, FLUSHED, 200)
-    server.generate(ids)
+    left = server.stream(ids, 4000)
+    next(left)
+    left.close()  # type: ignore[attr-defined]
     assert server.generate(ids)["cached_tokens"] > 0
     response = server.post("/flush_cache?timeout=30", {})
     assert response.status_code == 200, response.text
@@ -215,10 +232,20 @@ WRONG = [
 def test_wrong_option_costs_only_its_request(
     server: Server, client: openai.OpenAI
 ) -> None:
-    """HTTP 400 with our message from both APIs, while a good request is decoded."""
-    ids = prompt(server.model, LONG, 100)
-    good = server.stream(ids, 100)
-    next(good)
+    """HTTP 400 from both APIs, while the requests that ``make serve`` prints run."""
+    printed = serve.curl_lines(server.url).replace("\\\n", " ").split("\n\n")
+    with ThreadPoolExecutor() as pool:
+        good = [pool.submit(run_curl, command) for command in printed]
+        time.sleep(1)
+        check_wrong_options(server, client)
+        native, chat = [future.result().json() for future in good]
+    assert native["meta_info"]["completion_tokens"] == 128
+    assert native["meta_info"]["kv_compress"]["passes"] >= 1
+    assert chat["choices"][0]["message"]["content"]
+
+
+def check_wrong_options(server: Server, client: openai.OpenAI) -> None:
+    """Send `WRONG` to all endpoints that answer before a stream starts."""
     for wrong, message in WRONG:
         response = server.post("/generate", body_of(ids, 8, wrong))  # type: ignore[arg-type]
         assert response.status_code == 400
@@ -231,10 +258,16 @@ def test_wrong_option_costs_only_its_request(
                     stream=stream,
                     extra_body={"custom_params": {"kv_compress": wrong}},
                 )
-            assert message in str(error.value)
-    last = list(good)[-1]
-    assert last["meta_info"]["completion_tokens"] == 100
-    assert last["meta_info"]["finish_reason"]["type"] == "length"
+            assert message in error.value.response.json()["message"]
+
+
+def run_curl(command: str) -> requests.Response:
+    """Send what a printed curl command would."""
+    words = shlex.split(command)
+    assert words[:2] == ["curl", "-s"]
+    name, _, value = words[words.index("-H") + 1].partition(": ")
+    body = words[words.index("-d") + 1]
+    return requests.post(words[2], body, headers={name: value}, timeout=120)
 
 
 def test_wrong_option_of_a_stream(server: Server) -> None:
@@ -252,26 +285,28 @@ def test_wrong_option_of_a_stream(server: Server) -> None:
 
 
 def test_chat(client: openai.OpenAI) -> None:
-    """extra_body carries the options in and meta_info out."""
+    """extra_body carries the options in and meta_info out, for every choice."""
     question = f"Summarize:\n\n{corpus()[:1500]}"
     answer = client.chat.completions.create(
         model="default",
         messages=[{"role": "user", "content": question}],
         temperature=0,
         max_tokens=24,
+        n=2,
         extra_body={
             "custom_params": {"kv_compress": {"budget": 96}},
             "return_meta_info": True,
         },
     )
-    choice = answer.choices[0]
-    assert choice.message.content
-    kv = choice.to_dict()["meta_info"]["kv_compress"]  # type: ignore[index]
     assert answer.usage is not None
-    assert kv["logical_tokens"] >= answer.usage.prompt_tokens > 200
-    assert kv["budget_tokens"] == 96
-    assert kv["passes"] >= 1
-    check_bounded(kv)
+    assert len(answer.choices) == 2
+    for choice in answer.choices:
+        assert choice.message.content
+        kv = choice.meta_info["kv_compress"]  # type: ignore[attr-defined]
+        assert kv["logical_tokens"] >= answer.usage.prompt_tokens > 200
+        assert kv["budget_tokens"] == 96
+        assert kv["passes"] >= 1
+        check_bounded(kv)
 
 
 def test_streamed_chat(client: openai.OpenAI) -> None:
@@ -285,24 +320,6 @@ def test_streamed_chat(client: openai.OpenAI) -> None:
     )
     pieces = [c.choices[0].delta.content for c in stream if c.choices]
     assert "".join(piece or "" for piece in pieces)
-
-
-def test_requests_that_serve_prints(server: Server) -> None:
-    """What ``make serve`` shows for pasting works and does compress."""
-    commands = serve.curl_lines(server.url).replace("\\\n", " ").split("\n\n")
-    words = [shlex.split(command) for command in commands]
-    with ThreadPoolExecutor() as pool:
-        native, chat = pool.map(
-            lambda w: requests.post(w[2], w[-1], headers=header(w), timeout=120), words
-        )
-    assert native.json()["meta_info"]["kv_compress"]["passes"] >= 1
-    assert chat.json()["choices"][0]["message"]["content"]
-
-
-def header(words: list[str]) -> dict[str, str]:
-    """The -H argument of a curl command."""
-    name, _, value = words[words.index("-H") + 1].partition(": ")
-    return {name: value}
 
 
 # SGLang's frontend language -----------------------------------------------------------
@@ -378,17 +395,31 @@ def test_streamed_frontend_program(server: Server) -> None:
     assert not kv["enabled"]
 
 
+@pytest.mark.filterwarnings("ignore:Error in stream_executor")
 def test_frontend_program_with_a_wrong_setting(server: Server) -> None:
-    backend = KVCompressEndpoint(server.url, rate=0.5)
-    state = read.run(text="Short.", backend=backend)
+    @sgl.function
+    def ask(s: Any) -> None:
+        s += "Whales are " + sgl.gen("answer", max_tokens=4)
+
+    state = ask.run(backend=KVCompressEndpoint(server.url, rate=0.5))
     assert "kv_compress.rate must be" in str(state.error())
 
 
-# Streaming of differences -------------------------------------------------------------
+# Without a server -----------------------------------------------------------------
+
+
+def test_refused_command_ends_at_once(refused: subprocess.Popen[str]) -> None:
+    """A contradiction ends the command before a process or the model is loaded."""
+    _, errors = refused.communicate(timeout=120)
+    assert refused.returncode == 1
+    assert "attention_backend='triton': leave it out" in errors
+    assert "Load weight" not in errors
 
 
 def test_backlog_of_incremental_chunks() -> None:
     """--incremental-streaming-output: chunks that wait together become one."""
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
     accumulated = reporting.Accumulator()
     chunks = []
     for length in (700, 701):

@@ -1,0 +1,92 @@
+"""Everything that needs a GPU, in one run: kernels, memcheck, serving against stock.
+
+    python -m bench.gpu_check --model PATH_OF_AN_8B_SHAPE [--out DIR]
+
+1. every kernel against its reference (``pytest tests/kernels``);
+2. the small cases again under ``compute-sanitizer --tool memcheck``;
+3. `bench.serve`: 256 requests of 100 to 8,000 tokens at rate 8, dummy weights, CUDA
+   graphs, overlap, the same pool for stock SGLang and for --kv-compress.
+
+Appends to ``gpu_check.jsonl`` and ``serve.jsonl`` in ``--out``. Stops at the first red
+step: no figure is printed for a build whose kernels are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench.record import environment, write_record
+
+PYTEST = ["-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
+SMALL = (
+    "groups or padding_rows or test_equals_reference or only_new or more_than_one "
+    "or pooling or launches_are"
+)
+PASSED = re.compile(r"(\d+) passed")
+
+
+def run(name: str, command: list[str], out: Path, **environ: str) -> None:
+    """Run one step, print its last lines and record what passed."""
+    started = time.perf_counter()
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environ},
+        check=False,
+    )
+    seconds = time.perf_counter() - started
+    passed = PASSED.search(done.stdout)
+    record = {
+        "step": name,
+        "returncode": done.returncode,
+        "passed": int(passed[1]) if passed else 0,
+        "seconds": round(seconds, 1),
+    }
+    write_record(out / "gpu_check.jsonl", {**environment(), **record})
+    tail = "\n".join(done.stdout.strip().splitlines()[-3:])
+    print(f"== {name}: rc {done.returncode}, {seconds:.0f} s\n{tail}", flush=True)
+    if done.returncode:
+        print(done.stdout[-4000:])
+        raise SystemExit(f"{name} failed; nothing further is run")
+
+
+def main() -> None:
+    """Run the three steps."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder with an 8B config.json")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--pool", type=int, default=131072)
+    parser.add_argument("--workers", type=int, default=6, help="pytest-xdist, if there")
+    args = parser.parse_args()
+    python = sys.executable
+    try:
+        import xdist  # noqa: F401
+
+        parallel = ["-n", str(args.workers)]
+    except ImportError:
+        parallel = []
+    run("kernels", [python, *PYTEST, *parallel, "tests/kernels"], args.out)
+    run(
+        "memcheck",
+        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+        + [python, *PYTEST, "tests/kernels", "-k", SMALL],
+        args.out,
+        # Every tensor in an allocation of its own: an overrun leaves it.
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+    )
+    serve = [python, "-m", "bench.serve", "--model", args.model]
+    serve += ["--load-format", "dummy", "--pool", str(args.pool)]
+    serve += ["--out", str(args.out / "serve.jsonl")]
+    subprocess.run(serve, check=True)
+
+
+if __name__ == "__main__":
+    main()

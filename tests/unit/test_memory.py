@@ -1,0 +1,39 @@
+"""Our metadata stays small, and is charged before the pool is sized."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_kvc.memory import ModelShape, metadata_bytes
+from sglang_kvc.options import KVCompressOptions
+
+LLAMA_8B = ModelShape(
+    num_layers=32, num_kv_heads=8, num_qo_heads=32, head_dim=128, itemsize=2
+)
+GIB = 1 << 30
+
+
+def test_at_most_three_percent_at_8b_defaults() -> None:
+    """256 running requests, 131k context, the memory of one H200 beside 8B weights."""
+    sizes = metadata_bytes(
+        LLAMA_8B, KVCompressOptions(), max_running_requests=256, context_len=131_072
+    )
+    kv = sizes.scale_kv_bytes(110 * GIB, LLAMA_8B)
+    tokens = kv // LLAMA_8B.kv_bytes_per_token
+    metadata = sizes.fixed + sizes.per_token * tokens
+    assert metadata <= 0.03 * kv
+    assert kv + metadata <= 110 * GIB
+
+
+def test_nothing_is_offered_when_the_fixed_part_does_not_fit() -> None:
+    sizes = metadata_bytes(
+        LLAMA_8B, KVCompressOptions(), max_running_requests=256, context_len=131_072
+    )
+    assert sizes.scale_kv_bytes(sizes.fixed // 2, LLAMA_8B) == 0
+
+
+@pytest.mark.parametrize("window", [32, 64])
+def test_ring_is_the_window_of_every_slot(window: int) -> None:
+    options = KVCompressOptions(window=window)
+    sizes = metadata_bytes(LLAMA_8B, options, max_running_requests=10, context_len=4096)
+    assert sizes.ring == 11 * 32 * window * 32 * 128 * 2

@@ -1,0 +1,102 @@
+"""Host-side life of a request: when a pass is due and what it must keep."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_kvc.options import KVCompressOptions
+from sglang_kvc.request_options import RequestOptions
+from sglang_kvc.request_state import NEVER, RequestPolicy, RequestState
+
+OPTIONS = KVCompressOptions(rate=4, min_budget=64, window=32, interval=64)
+
+
+def make_state(**request: object) -> RequestState:
+    policy = RequestPolicy(OPTIONS, RequestOptions(**request))  # type: ignore[arg-type]
+    return RequestState(policy=policy, kv=None, slot=3)
+
+
+def launch(state: RequestState, length: int, decoding: bool = True) -> None:
+    record = state.propose(None, length)
+    assert record is not None
+    state.launch(record, decoding=decoding)
+
+
+def test_first_pass_of_a_prompt() -> None:
+    state = make_state()
+    record = state.propose(None, 1003)
+    assert record is not None
+    assert (record.fold_old, record.fold_new) == (0, 992)
+    assert record.budget == 256  # ceil16(1003 / 4)
+    assert record.query_start == 1003 - 32
+    assert record.is_first
+
+
+def test_nothing_to_free_is_no_pass() -> None:
+    assert make_state().propose(None, 70) is None  # below the floor of 64 + a page
+    assert make_state(enabled=False).propose(None, 5000) is None
+    assert make_state(budget=2048).propose(None, 2050) is None
+    assert make_state(rate=1).propose(None, 5000) is None
+
+
+@pytest.mark.parametrize("interval", [1, 16, 50, 64])
+def test_resident_stays_below_budget_plus_interval_plus_two_pages(
+    interval: int,
+) -> None:
+    options = KVCompressOptions(budget=128, interval=interval)
+    policy = RequestPolicy(options, RequestOptions())
+    state = RequestState(policy=policy, kv=None, slot=1)
+    launch(state, 777, decoding=False)
+    due = state.next_due(777)
+    for length in range(778, 1500):
+        assert state.resident(length) <= 128 + interval + 32
+        if length >= due:
+            launch(state, length)
+            due = state.next_due(length)
+    assert state.peak_resident <= 128 + interval + 32
+
+
+def test_queries_are_observed_once() -> None:
+    state = make_state(budget=128)
+    launch(state, 500, decoding=False)
+    record = state.propose(None, 520)
+    assert record is not None
+    assert record.query_start == 500  # not 520 - 32: those were observed
+
+
+def test_outgrown_budget_becomes_due_at_budget_plus_interval() -> None:
+    state = make_state(budget=128)
+    assert state.next_due(100) == 128 + 64
+    assert make_state(enabled=False).next_due(100) == NEVER
+    assert make_state(rate=1).next_due(100) == NEVER
+
+
+def test_may_compress_looks_at_what_the_request_can_reach() -> None:
+    policy = make_state(budget=128).policy
+    assert policy.may_compress(200, 1)
+    assert policy.may_compress(100, 92)
+    assert not policy.may_compress(100, 91)
+
+
+def test_abandoned_passes_are_dead_and_settled_ones_are_not() -> None:
+    state = make_state()
+    launch(state, 500, decoding=False)
+    (first,) = state.in_flight
+    first.target = "pages"
+    state.settle(first)
+    launch(state, 600)
+    (dead,) = state.abandon()
+    assert dead.dead
+    assert not first.dead
+    assert state.settled_packed == "pages"
+    assert state.settled_fold == 496
+    assert not state.in_flight
+
+
+def test_summary_of_a_request_that_outgrew_its_budget() -> None:
+    state = make_state(budget=64)
+    launch(state, 128)
+    summary = state.summary(130)
+    assert summary["resident_tokens"] == 64 + 2
+    assert summary["peak_resident_tokens"] == 128
+    assert summary["passes"] == 1
