@@ -65,8 +65,8 @@ class TorchPrefill(PrefillAttention):
             query = q[start : start + new].transpose(0, 1)
             mask = None
             if new != length:
-                mask = torch.ones(new, length, dtype=torch.bool, device=q.device)
-                mask = mask.tril(length - new)
+                mask = q.new_full((new, length), float("-inf"))
+                mask = mask.triu(length - new + 1)
             result = F.scaled_dot_product_attention(
                 query[None],
                 k[None],

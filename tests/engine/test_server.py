@@ -221,7 +221,7 @@ def test_flush_and_idle_check(server: Server) -> None:
 # Wrong options ------------------------------------------------------------------------
 
 
-WRONG = [
+WRONG: list[tuple[Any, str]] = [
     ({"rate": 0.5}, "kv_compress.rate must be a finite number >= 1"),
     ({"bugdet": 3}, "Did you mean 'budget'?"),
     ({"budget": 16}, "needs at least 48 tokens"),
@@ -247,7 +247,7 @@ def test_wrong_option_costs_only_its_request(
 def check_wrong_options(server: Server, client: openai.OpenAI) -> None:
     """Send `WRONG` to all endpoints that answer before a stream starts."""
     for wrong, message in WRONG:
-        response = server.post("/generate", body_of(ids, 8, wrong))  # type: ignore[arg-type]
+        response = server.post("/generate", body_of([1, 2, 3], 8, wrong))
         assert response.status_code == 400
         assert message in response.json()["error"]["message"]
         for stream in (False, True):
