@@ -75,7 +75,9 @@ class PassRunner:
                 is_first=True,
             )
             self._launch([request], pages, sinks=0)
-        self.runtime.reset_slots([0])
+            # The pass has packed the padding slot: it must be empty again, also for
+            # the next round, whose workspace is sized for an unpacked request.
+            self.runtime.reset_slots([0])
 
     def _run_group(self, records: list[PassRecord]) -> None:
         heads = self.runtime.arena.heads_per_page

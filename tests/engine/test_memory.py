@@ -113,3 +113,11 @@ def test_bad_request_fails_alone(fresh: InProcessScheduler, model_path: str) -> 
     assert "rate" in out["bad"].finish["message"]
     assert int(out["bad"].finish["status_code"]) == 400
     assert len(out["good"].ids) == 8
+
+
+def test_warm_up_leaves_the_padding_slot_empty(fresh: InProcessScheduler) -> None:
+    """What compiles the kernels on a GPU runs here too, and leaves no trace."""
+    runtime = fresh.allocator.get_kvcache().runtime
+    runtime.passes.warm_up()
+    assert not runtime.tables.fold_lens.any()
+    assert not runtime.tables.block_offsets[0].any()

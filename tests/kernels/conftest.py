@@ -45,7 +45,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:
             return tensor
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else -(2**30))
+        if tensor.is_floating_point():
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(-(2**30) if tensor.dtype.itemsize >= 4 else 1)
 
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
