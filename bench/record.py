@@ -48,8 +48,9 @@ def environment() -> dict[str, Any]:
 
 
 def _relative(word: str) -> str:
-    """Paths inside the repository without the machine's part."""
-    return word.replace(f"{ROOT}/", "")
+    """Paths inside the repository as they are, others by their last part."""
+    word = word.replace(f"{ROOT}/", "")
+    return Path(word).name if word.startswith(("/", ".")) else word
 
 
 def commit() -> str:

@@ -157,7 +157,9 @@ def main() -> None:
     for system in args.systems.split(","):
         print(f"running {system} ...", flush=True)
         row = run_system(args, argv, system)
-        write_record(Path(args.out), {**environment(), "args": vars(args), **row})
+        settings = {**vars(args), "model": Path(args.model).name}
+        del settings["out"], settings["system"]
+        write_record(Path(args.out), {**environment(), "args": settings, **row})
         rows.append(row)
         print_table(rows)
 
