@@ -100,7 +100,8 @@ def server(
     command = serve.server_command(model_path, "127.0.0.1", port, False, FLAGS)
     log = tmp_path_factory.mktemp("server") / "log.txt"
     with log.open("wb") as out, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_PROXY", "127.0.0.1")
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, "127.0.0.1")
         process = subprocess.Popen(
             command, env=environment, stdout=out, stderr=out, start_new_session=True
         )
