@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +14,6 @@ from sglang_kvc.memory import ModelShape, metadata_bytes
 
 if TYPE_CHECKING:
     from sglang_kvc.options import KVCompressOptions
-
-logger = logging.getLogger(__name__)
 
 
 def options_of(configurator: Any) -> KVCompressOptions | None:
