@@ -90,7 +90,9 @@ class PassPlan(NamedTuple):
     fold_blocks : (fold_new - fold_old) / S tail blocks a head that compete.
     evict_blocks : blocks to free, over all heads.
     protected : last entries a head below fold_new that must stay, tokens.
-    is_first : 1 for a first pass (stored scores are ignored, scores are pooled).
+    is_first : 1 for a first pass (stored scores are ignored).
+    pool_tail : 1 if the scores of the tail are max-pooled: its entries are consecutive
+        text that no pass has pooled before.
     entry_base : start of the request's part of the workspace.
     keep_base : start of its part of the kept list, a multiple of S * L * H.
     """
@@ -105,6 +107,7 @@ class PassPlan(NamedTuple):
     evict_blocks: torch.Tensor
     protected: torch.Tensor
     is_first: torch.Tensor
+    pool_tail: torch.Tensor
     entry_base: torch.Tensor
     keep_base: torch.Tensor
     num_entries: int

@@ -25,6 +25,7 @@ class PassRequest(TypedDict):
     evict_blocks: int
     protected: int
     is_first: bool
+    pool_tail: bool
 
 
 def kept_pages(request: PassRequest, heads_per_page: int) -> int:
@@ -65,7 +66,7 @@ def build_plan(
     ----------
     requests : at least one; plain Python integers.
     heads_per_page : L * H.
-    device : where the plan's vectors go. One copy of [12, R] int64 (R rounded up to
+    device : where the plan's vectors go. One copy of [13, R] int64 (R rounded up to
         even), asynchronous on CUDA: from pinned memory, which the caching host
         allocator keeps until the copy has run.
 
@@ -93,6 +94,7 @@ def build_plan(
                 request["evict_blocks"],
                 request["protected"],
                 int(request["is_first"]),
+                int(request["pool_tail"]),
                 entry_base,
                 keep_base,
             ]

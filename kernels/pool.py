@@ -1,8 +1,9 @@
-"""Max-pool first-pass scores along key positions: out[i] = max of s[i - r .. i + r].
+"""Max-pool new scores along key positions: out[i] = max of s[i - r .. i + r].
 
-r is half the width, rounded down. Neighbours belong to the same head and to positions
-< seq_len. Requests whose pass is not their first, and padding entries, are copied:
-pooling needs consecutive positions, and a running score has been pooled before.
+r is half the width, rounded down. Only the tail of a request is pooled, and only where
+the plan says so: its entries are consecutive text. Neighbours belong to the same head,
+to the tail and to positions < seq_len. Packed entries, whose neighbours in memory are
+not neighbours in the text, and padding are copied; their scores were pooled before.
 
 ======================  =====================  =========================================
 tensor                  shape                  meaning
@@ -29,17 +30,25 @@ def pool_scores_ref(
     """Plain torch form of `pool_scores`."""
     pooled = scores.clone()
     radius = width // 2
-    columns = (plan.seq_lens, plan.tail_blocks, plan.is_first, plan.entry_base)
+    columns = (
+        plan.slots,
+        plan.seq_lens,
+        plan.fold_old,
+        plan.tail_blocks,
+        plan.pool_tail,
+        plan.entry_base,
+    )
     requests = zip(*(column.tolist() for column in columns), strict=True)
-    for seq_len, tail_blocks, is_first, base in requests:
-        if not is_first:
+    head = torch.arange(num_heads_per_page, device=scores.device)
+    for slot, seq_len, fold, tail_blocks, pool_tail, base in requests:
+        if not pool_tail:
             continue
-        # fold_old = 0: no packed block, all heads are equally long.
-        size = tail_blocks * PAGE_SIZE
-        part = slice(base, base + num_heads_per_page * size)
-        heads = scores[part].view(num_heads_per_page, size)[:, :seq_len]
-        pooled[part].view(num_heads_per_page, size)[:, :seq_len] = (
-            torch.nn.functional.max_pool1d(heads, 2 * radius + 1, 1, radius)
+        # All heads have equally many tail entries, behind their packed ones.
+        offsets = tables.block_offsets[slot, 1 : num_heads_per_page + 1].long()
+        start = base + PAGE_SIZE * (offsets + head * tail_blocks)
+        index = start[:, None] + torch.arange(seq_len - fold, device=scores.device)
+        pooled[index] = torch.nn.functional.max_pool1d(
+            scores[index], 2 * radius + 1, 1, radius
         )
     return pooled
 
@@ -53,7 +62,7 @@ def pool_kernel(
     seq_lens,
     folds,
     tail_blocks,
-    is_first,
+    pool_tail,
     entry_base,
     LH: tl.constexpr,
     S: tl.constexpr,
@@ -61,10 +70,10 @@ def pool_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (R * LH, P): program (x, y) writes blocks y, y + P, ... of head x % LH of
-    request x // LH: the window maximum in a first pass, a copy otherwise.
+    request x // LH: the window maximum of tail entries to be pooled, else a copy.
 
     Pointers: scores, pooled [num_entries] fp32; plan vectors [R] int64. Lanes outside
-    [0, n) count as -inf; each entry is written by one program.
+    the tail count as -inf; each entry is written by one program.
     """
     x = tl.program_id(0)
     r = x // LH
@@ -76,7 +85,7 @@ def pool_kernel(
     packed_len = (last_block - first_block) * S
     n = packed_len + (tl.load(seq_lens + r) - tl.load(folds + r)).to(tl.int32)
     size = packed_len + tail.to(tl.int32) * S
-    reach = tl.where(tl.load(is_first + r) != 0, n, 0)
+    reach = tl.where(tl.load(pool_tail + r) != 0, n, 0)
     base = tl.load(entry_base + r) + (first_block + lh * tail) * S
 
     for i in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
@@ -84,7 +93,8 @@ def pool_kernel(
         best = tl.load(scores + base + entry, mask=entry < size, other=0.0)
         for shift in tl.static_range(-RADIUS, RADIUS + 1):
             near = entry + shift
-            inside = (near >= 0) & (near < reach) & (entry < reach)
+            inside = (near >= packed_len) & (near < reach)
+            inside = inside & (entry >= packed_len) & (entry < reach)
             best = tl.maximum(
                 best, tl.load(scores + base + near, mask=inside, other=float("-inf"))
             )
@@ -110,7 +120,7 @@ def pool_scores_triton(
         plan.seq_lens,
         plan.fold_old,
         plan.tail_blocks,
-        plan.is_first,
+        plan.pool_tail,
         plan.entry_base,
         LH=num_heads_per_page,
         S=PAGE_SIZE,
@@ -128,7 +138,7 @@ def pool_scores(
     width: int,
     num_heads_per_page: int,
 ) -> torch.Tensor:
-    """Smooth the scores of first passes; a new tensor, `scores` is only read.
+    """Smooth the scores of new text; a new tensor, `scores` is only read.
 
     Parameters
     ----------

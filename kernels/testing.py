@@ -179,6 +179,7 @@ def make_plan(
                 "evict_blocks": (held - keep) * heads,
                 "protected": protected,
                 "is_first": case.folds[r] == 0,
+                "pool_tail": case.folds[r] == 0 or r % 2 == 0,
             }
         )
     return build_plan(requests, heads, case.arena.k.device)

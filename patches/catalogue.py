@@ -31,6 +31,8 @@ SCHEDULER = (
     "kv_cache_configurator__build_token_to_kv_pool_allocator",
     "models_utils__enable_fused_set_kv_buffer",
     # Admission.
+    "tp_worker__get_worker_info",
+    "scheduler__init_req_max_new_tokens",
     "scheduler__add_request_to_queue",
     "schedule_batch__compute_max_prefix_len",
     "schedule_policy__running_request_offset",

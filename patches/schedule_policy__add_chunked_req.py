@@ -1,10 +1,10 @@
-"""Charge a new request what it can grow to."""
+"""Continue a prompt with the chunk and the charge that fit it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.admission import with_clip
+from sglang_kvc.admission import add_chunked
 from sglang_kvc.hooks import HookType, Patch
 
 PATCH = Patch(
@@ -13,7 +13,8 @@ PATCH = Patch(
     expected_params=("self", "req"),
     reason=(
         "Admission charges the prompt plus min(max_new_tokens, 4096); the "
-        "second part is bounded for a request that will be compressed."
+        "second part is bounded for a request that will be compressed, and a prompt "
+        "that is compressed between chunks waits when the pool is full."
     ),
     upstream_link="managers/schedule_policy.py:868",
     remove_when="Admission asks the cache for the growth of a request.",
@@ -21,5 +22,5 @@ PATCH = Patch(
 
 
 def hook(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the stock method with this request's clip."""
-    return with_clip(req, lambda: original(adder, req, *args, **kwargs))
+    """Run the stock method within this request's limits."""
+    return add_chunked(adder, req, lambda: original(adder, req, *args, **kwargs))

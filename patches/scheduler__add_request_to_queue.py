@@ -26,4 +26,4 @@ def hook(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     del args, kwargs
     runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
     if runtime is not None:
-        attach_policy(req, runtime.options)
+        attach_policy(req, runtime)

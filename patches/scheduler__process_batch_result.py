@@ -25,4 +25,4 @@ def hook(scheduler: Any, batch: Any, result: Any) -> None:
     del batch
     runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
     if runtime is not None:
-        runtime.scheduler.settle(scheduler.tree_cache, result)
+        runtime.scheduler.settle(scheduler, result)

@@ -25,7 +25,8 @@ from sglang_kvc.kernels.decode_attention import (
     decode_attention,
     make_decode_workspace,
 )
-from sglang_kvc.prefill import build_prefill
+from sglang_kvc.prefill import PrefillAttention, build_prefill
+from sglang_kvc.prefill_folded import build_folded_prefill
 from sglang_kvc.runtime import KVCompressRuntime
 
 if TYPE_CHECKING:
@@ -64,9 +65,12 @@ class KVCompressAttentionBackend(AttentionBackend):
         self.window = options.window
         sm_scale = _check_layers(model_runner.model)
         self.runtime = KVCompressRuntime(model_runner, options, sm_scale)
-        self.prefill = build_prefill(
-            self.token_to_kv_pool, self.req_to_token_pool.req_to_token
+        req_to_token = self.req_to_token_pool.req_to_token
+        self._whole = build_prefill(self.token_to_kv_pool, req_to_token)
+        self._folded = build_folded_prefill(
+            self.token_to_kv_pool, req_to_token, self.runtime.tables
         )
+        self.prefill: PrefillAttention = self._whole
         self._workspace: DecodeWorkspace | None = None
         if self.runtime.on_gpu:
             self._workspace = make_decode_workspace(
@@ -93,7 +97,9 @@ class KVCompressAttentionBackend(AttentionBackend):
             raise UnsupportedModeError(
                 f"--kv-compress does not support forward mode {mode.name}"
             )
-        self.prefill.plan(forward_batch)
+        folds = self.runtime.prefill_folds
+        self.prefill = self._folded if folds and self._folded else self._whole
+        self.prefill.plan(forward_batch, folds)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Ring row of every new token: slot * w + p % w, or -1 if p is too old."""

@@ -73,6 +73,7 @@ class PassRunner:
                 evict_blocks=(length // PAGE_SIZE - 1) * heads,
                 protected=0,
                 is_first=True,
+                pool_tail=True,
             )
             self._launch([request], pages, sinks=0)
             # The pass has packed the padding slot: it must be empty again, also for
@@ -128,4 +129,5 @@ def _plan_request(record: PassRecord, heads: int, protected: int) -> PassRequest
         evict_blocks=freed_pages * heads,
         protected=max(record.fold_new - (record.seq_len - protected), 0),
         is_first=record.is_first,
+        pool_tail=record.pool_tail,
     )

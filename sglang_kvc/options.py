@@ -21,8 +21,11 @@ from sglang_kvc.errors import ConfigError
 
 PAGE_SIZE = 16
 METRICS = ("l2", "l1")
+CHUNK_MODES = ("auto", "always", "never")
 MAX_WINDOW = 256
 MAX_POOL = 63
+
+_CHOICES = {"metric": METRICS, "chunks": CHUNK_MODES}
 
 BACKEND = "kvcompress"
 """Name under which the attention backend and the radix cache are registered."""
@@ -103,6 +106,8 @@ class KVCompressOptions:
         Width of the max-pooling over key positions, odd; 1 switches it off.
     metric : {"l2", "l1"}
         Sum of squared or of plain attention probabilities.
+    chunks : {"auto", "always", "never"}
+        Whether a long prompt is compressed between its chunks, see `chunking`.
 
     Raises
     ------
@@ -119,6 +124,7 @@ class KVCompressOptions:
     sinks: int = 4
     pool: int = 7
     metric: str = "l2"
+    chunks: str = "auto"
 
     def __post_init__(self) -> None:
         check_rate("rate", self.rate)
@@ -129,10 +135,12 @@ class KVCompressOptions:
         check_int("pool", self.pool, 1, MAX_POOL)
         if self.pool % 2 == 0:
             raise ConfigError(f"pool must be odd, got {self.pool}.")
-        if self.metric not in METRICS:
-            raise ConfigError(
-                f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}."
-            )
+        for name, valid in _CHOICES.items():
+            if getattr(self, name) not in valid:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(valid)}, "
+                    f"got {getattr(self, name)!r}."
+                )
         self.check_budget("min_budget", self.min_budget)
         if self.budget is not None:
             self.check_budget("budget", self.budget)
@@ -227,6 +235,12 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "{" + ",".join(METRICS) + "}",
         "Score of a key: sum of squared (l2) or plain (l1) attention probabilities.",
     ),
+    "chunks": (
+        str,
+        "{" + ",".join(CHUNK_MODES) + "}",
+        "Compress a prompt between its chunks, so that it never has to fit in the "
+        "pool: for prompts of half the pool or more (auto), always or never.",
+    ),
 }
 assert list(_FLAGS) == [field.name for field in dataclasses.fields(KVCompressOptions)]
 
@@ -256,7 +270,7 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
             f"--kv-compress-{field.replace('_', '-')}",
             type=parse,
             metavar=metavar,
-            choices=METRICS if field == "metric" else None,
+            choices=_CHOICES.get(field),
             help=text if default is None else f"{text} Default: {default}.",
         )
 

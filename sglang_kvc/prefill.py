@@ -19,6 +19,9 @@ from sglang_kvc.kv_pool import ArenaKVPool
 FLASHINFER_WORKSPACE_BYTES = 256 << 20
 HOPPER = 9
 
+Folds = list[tuple[int, int]]
+"""(logical tokens folded, tokens kept per head) of each request of a batch."""
+
 
 class PrefillAttention(abc.ABC):
     """Causal attention of new tokens over everything their request holds."""
@@ -28,8 +31,14 @@ class PrefillAttention(abc.ABC):
         self.req_to_token = req_to_token
 
     @abc.abstractmethod
-    def plan(self, batch: Any) -> None:
-        """Prepare one forward (ForwardBatch in extend mode)."""
+    def plan(self, batch: Any, folds: Folds) -> None:
+        """Prepare one forward.
+
+        Parameters
+        ----------
+        batch : ForwardBatch in extend mode.
+        folds : of each request; empty when none of them is compressed yet.
+        """
 
     @abc.abstractmethod
     def run(self, q: torch.Tensor, layer: Any) -> torch.Tensor:
@@ -45,8 +54,9 @@ class PrefillAttention(abc.ABC):
 class TorchPrefill(PrefillAttention):
     """SDPA per request, the CPU path and the reference."""
 
-    def plan(self, batch: Any) -> None:
+    def plan(self, batch: Any, folds: Folds) -> None:
         """Keep the batch; SDPA needs no metadata."""
+        del folds
         self._slots = batch.req_pool_indices.tolist()
         self._seq_lens = batch.seq_lens_cpu.tolist()
         self._new_lens = list(batch.extend_seq_lens_cpu)
@@ -84,8 +94,9 @@ class TorchPrefill(PrefillAttention):
 class FlashAttention3Prefill(PrefillAttention):
     """FlashAttention-3, SGLang's default on Hopper."""
 
-    def plan(self, batch: Any) -> None:
+    def plan(self, batch: Any, folds: Folds) -> None:
         """Page table and cumulative lengths, on the device."""
+        del folds
         self._pages = self.page_table(batch)
         self._seq_lens = batch.seq_lens.to(torch.int32)
         self._cu_new = F.pad(batch.extend_seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
@@ -125,8 +136,9 @@ class FlashInferPrefill(PrefillAttention):
         self._wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
         self._planned_for: tuple[int, float] | None = None
 
-    def plan(self, batch: Any) -> None:
+    def plan(self, batch: Any, folds: Folds) -> None:
         """Build FlashInfer's ragged page list; its plan runs at the first layer."""
+        del folds
         pages = (batch.seq_lens_cpu + PAGE_SIZE - 1) // PAGE_SIZE
         indptr = F.pad(pages.cumsum(0, dtype=torch.int32), (1, 0))
         table = self.page_table(batch)

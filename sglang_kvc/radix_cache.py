@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
-from sglang_kvc.scheduling import state_of
+from sglang_kvc.scheduling import settle_record, state_of
 
 
 def build(context: Any) -> KVCompressRadixCache:
@@ -25,13 +25,20 @@ class KVCompressRadixCache(RadixCache):
     def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
         """Cache a prompt or a chunk of it.
 
-        A compressed request has handed its prompt to the tree when its pass was
-        settled. With the radix cache off the request's own row is its prefix.
+        A compressed request has handed its prompt to the tree when its first pass was
+        settled. Between chunks its pass is settled here, before the next chunk takes
+        pages. Without the tree the request's own row is its prefix.
         """
         state = state_of(req)
-        if state is not None and state.settled_fold:
+        if state is not None and chunked:
+            for record in list(state.in_flight):
+                settle_record(self, record)
+        compressed = state is not None and state.settled_fold
+        if compressed and not chunked:
             return
-        if self.disable:
+        if compressed or self.disable:
+            # Below the fold these are old pages, which nobody reads; the last one
+            # tells the allocator where the tail ends.
             row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
             req.prefix_indices = row[: req.extend_range.end].long()
             return
@@ -47,15 +54,10 @@ class KVCompressRadixCache(RadixCache):
         pages, so the stock release is right for it.
         """
         state = state_of(req)
-        if state is None:
-            super().cache_finished_req(
-                req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle
-            )
-            return
         allocator = self.token_to_kv_pool_allocator
-        for record in state.abandon():
+        for record in state.abandon() if state is not None else ():
             allocator.free_segment(record.target, start_pos=0)
-        if not state.settled_fold:
+        if state is None or not state.settled_fold:
             super().cache_finished_req(
                 req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle
             )

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from sglang_kvc.chunking import ChunkRule
 from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
 from sglang_kvc.request_options import RequestOptions, resolve_budget
 
@@ -40,10 +41,12 @@ class RequestPolicy:
     ----------
     options : the server's options.
     request : what the request asked for.
+    chunk_rule : when prompts are compressed between chunks; None never.
     """
 
     options: KVCompressOptions
     request: RequestOptions
+    chunk_rule: ChunkRule | None = None
 
     @property
     def growth(self) -> int:
@@ -66,6 +69,20 @@ class RequestPolicy:
             return NEVER
         return max(budget + self.growth, length + 1)
 
+    def chunk_tokens(self, prompt_len: int) -> int:
+        """Chunk of a prompt that is compressed between chunks, tokens; 0 otherwise."""
+        budget = self.budget(prompt_len)
+        if self.chunk_rule is None or floor_page(prompt_len) <= budget:
+            return 0
+        return self.chunk_rule.chunk_tokens(prompt_len, budget)
+
+    def peak_tokens(self, prompt_len: int) -> int:
+        """Most tokens such a prompt holds at once while it is prefilled."""
+        assert self.chunk_rule is not None
+        return self.chunk_rule.peak(
+            self.budget(prompt_len), self.chunk_tokens(prompt_len)
+        )
+
     def may_compress(self, length: int, max_new_tokens: int) -> bool:
         """Whether a request of `length` tokens can reach a pass before it ends."""
         if floor_page(length) > self.budget(length):
@@ -79,14 +96,16 @@ class PassRecord:
 
     Attributes
     ----------
-    req : SGLang's request; only touched while the pass is not dead.
+    req : SGLang's request; only touched while the pass is not closed.
     state : the state of the admission that planned the pass.
     slot : row of the request in the device tables.
     seq_len : logical length at the step that carries the pass.
     fold_old, fold_new : packed logical tokens before and after.
     budget_old, budget : packed tokens per head before and after (0 = none before).
     query_start : first position whose query is observed.
+    pool_tail : scores of the tail are max-pooled (it is consecutive text, new to us).
     target : token ids of the fresh pages, int64 [budget].
+    closed : settled, or its request is gone: nothing is left to free.
     """
 
     req: Any
@@ -98,8 +117,9 @@ class PassRecord:
     budget_old: int
     budget: int
     query_start: int
+    pool_tail: bool
     target: Any
-    dead: bool = False
+    closed: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -127,6 +147,7 @@ class RequestState:
     in_flight: list[PassRecord] = field(default_factory=list)
     # Reported in meta_info.
     passes: int = 0
+    chunk_passes: int = 0
     deferred_passes: int = 0
     peak_resident: int = 0
 
@@ -140,13 +161,24 @@ class RequestState:
             return self.policy.first_due(length)
         return max(self.fold + self.policy.growth, length + 1)
 
-    def propose(self, req: Any, length: int) -> PassRecord | None:
+    def propose(
+        self, req: Any, length: int, prompt_len: int | None = None
+    ) -> PassRecord | None:
         """The pass that is worth running at logical `length`, without its target.
 
-        Returns None if it would free no whole page.
+        Parameters
+        ----------
+        length : tokens computed so far.
+        prompt_len : tokens of the prompt while it is prefilled: a pass between chunks
+            keeps what the whole prompt may keep.
+
+        Returns
+        -------
+        PassRecord or None
+            None if it would free no whole page.
         """
         fold_new = floor_page(length)
-        budget = self.policy.budget(length)
+        budget = self.policy.budget(prompt_len or length)
         if self.budget + fold_new - self.fold <= budget:
             return None
         window = self.policy.options.window
@@ -160,6 +192,7 @@ class RequestState:
             budget_old=self.budget,
             budget=budget,
             query_start=max(self.observed, length - window, 0),
+            pool_tail=self.budget == 0 or prompt_len is not None,
             target=None,
         )
 
@@ -177,15 +210,16 @@ class RequestState:
 
     def settle(self, record: PassRecord) -> None:
         """Move the result-order state past `record`."""
+        record.closed = True
         self.in_flight.remove(record)
         self.settled_fold = record.fold_new
         self.settled_packed = record.target
 
     def abandon(self) -> list[PassRecord]:
-        """Mark every pass in flight dead; the caller must free their targets."""
+        """Close every pass in flight; the caller must free their targets."""
         dead, self.in_flight = self.in_flight, []
         for record in dead:
-            record.dead = True
+            record.closed = True
         return dead
 
     def summary(self, length: int) -> dict[str, Any]:
@@ -201,5 +235,6 @@ class RequestState:
             else resident,
             "budget_tokens": (self.budget or budget) if budget != NEVER else None,
             "passes": self.passes,
+            "chunk_passes": self.chunk_passes,
             "deferred_passes": self.deferred_passes,
         }

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_kvc.chunking import ChunkRule
+from sglang_kvc.errors import ConfigError
 from sglang_kvc.eviction import PassRunner
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables
 from sglang_kvc.kv_pool import ArenaKVPool
 from sglang_kvc.memory import ModelShape, metadata_bytes
+from sglang_kvc.prefill_folded import can_prefill_folded
 from sglang_kvc.scheduling import PassScheduler
 
 if TYPE_CHECKING:
@@ -76,6 +79,19 @@ class KVCompressRuntime:
         )
         self.passes = PassRunner(self, sm_scale)
         self.scheduler = PassScheduler(options, slots)
+        self.prefill_folds: list[tuple[int, int]] = []
+        chunk = max(model_runner.server_args.chunked_prefill_size or 0, 0)
+        self.chunk_rule = ChunkRule(
+            mode=options.chunks,
+            pool_tokens=pool.size,
+            chunk_size=chunk if can_prefill_folded(pool) else 0,
+            window=options.window,
+        )
+        if options.chunks == "always" and not self.chunk_rule.chunk_size:
+            raise ConfigError(
+                "--kv-compress-chunks always needs chunked prefill and a Hopper GPU or "
+                "the CPU; leave it at auto, which then compresses whole prompts only"
+            )
         pool.runtime = self
 
     def _zeros(self, *shape: int) -> torch.Tensor:

@@ -35,10 +35,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepPlan:
-    """What a step does besides its forward: slots to reset, passes to run."""
+    """What a step does besides its forward.
+
+    Attributes
+    ----------
+    reset_slots : slots whose owner changed.
+    passes : eviction passes to run behind the forward.
+    folds : in a prefill step with compressed prompts, each request's fold before the
+        step's passes and the packed tokens it stands for; empty otherwise.
+    """
 
     reset_slots: list[int] = field(default_factory=list)
     passes: list[PassRecord] = field(default_factory=list)
+    folds: list[tuple[int, int]] = field(default_factory=list)
 
 
 def state_of(req: Any) -> RequestState | None:
@@ -73,20 +82,30 @@ class PassScheduler:
         self.pending_prompt_tokens = 0
 
     def plan_extend(self, batch: Any) -> None:
-        """After ``prepare_for_extend``: new states, and the passes of last chunks."""
+        """After ``prepare_for_extend``: new states, and the passes behind chunks.
+
+        A prompt gets a pass behind its last chunk; one that is compressed between
+        chunks (`chunking`) behind each of them.
+        """
         plan = StepPlan()
         self.pending_prompt_tokens = 0
+        due = []
         for req in batch.reqs:
             state = state_of(req)
             if state is None:
                 state = self._new_state(req)
                 plan.reset_slots.append(state.slot)
-            missing = len(req.full_untruncated_fill_ids) - req.extend_range.end
-            if missing:
+            plan.folds.append((state.fold, state.budget))
+            prompt_len = len(req.full_untruncated_fill_ids)
+            missing = prompt_len - req.extend_range.end
+            if not missing or state.policy.chunk_tokens(prompt_len):
+                due.append((req, prompt_len))
+            else:
                 self.pending_prompt_tokens += missing + PAGE_SIZE
-        for req in batch.reqs:
-            if req.extend_range.end == len(req.full_untruncated_fill_ids):
-                self._plan_request(batch, req, req.extend_range.end, plan)
+        if not any(fold for fold, _ in plan.folds):
+            plan.folds = []
+        for req, prompt_len in due:
+            self._plan_request(batch, req, req.extend_range.end, plan, prompt_len)
         batch.kv_compress_plan = plan
 
     def plan_decode(self, batch: Any) -> None:
@@ -110,10 +129,17 @@ class PassScheduler:
         self.due_lens[state.slot] = NEVER
         return state
 
-    def _plan_request(self, batch: Any, req: Any, length: int, plan: StepPlan) -> None:
+    def _plan_request(
+        self,
+        batch: Any,
+        req: Any,
+        length: int,
+        plan: StepPlan,
+        prompt_len: int | None = None,
+    ) -> None:
         state = state_of(req)
         assert state is not None
-        record = state.propose(req, length)
+        record = state.propose(req, length, prompt_len)
         if record is not None:
             record.target = self._take_pages(batch, record.budget)
             if record.target is None:
@@ -122,6 +148,7 @@ class PassScheduler:
                 self.due_lens[state.slot] = length + 1
                 return
             state.launch(record, decoding=batch.forward_mode.is_decode())
+            state.chunk_passes += prompt_len is not None and length < prompt_len
             plan.passes.append(record)
         self.due_lens[state.slot] = state.next_due(length)
 
@@ -138,7 +165,7 @@ class PassScheduler:
             return None
         return allocator.alloc(tokens)
 
-    def settle(self, tree_cache: Any, result: Any) -> None:
+    def settle(self, scheduler: Any, result: Any) -> None:
         """Before ``process_batch_result``: give back what the passes of a step freed.
 
         No wait is needed: whoever gets the pages writes them in a later step of the
@@ -146,17 +173,24 @@ class PassScheduler:
         """
         records: list[PassRecord] = getattr(result, "kv_compress_passes", [])
         for record in records:
-            if record.dead:
-                continue
-            row = tree_cache.req_to_token_pool.req_to_token[record.slot]
-            if record.is_first:
-                _settle_first(tree_cache, record, row)
-            else:
-                _settle_periodic(tree_cache, record, row)
-            record.state.settle(record)
-            # Keeps SGLang's formula for a running request's own pages right:
-            # allocated - protected = budget + tail.
-            record.req.cache_protected_len = record.fold_new - record.budget
+            if not record.closed:
+                settle_record(scheduler.tree_cache, record)
+        if records:
+            # SGLang looks at the queue again only when a request has ended.
+            scheduler.running_batch.batch_is_full = False
+
+
+def settle_record(tree_cache: Any, record: PassRecord) -> None:
+    """Give back what one pass replaced; see `PassScheduler.settle`."""
+    row = tree_cache.req_to_token_pool.req_to_token[record.slot]
+    if record.is_first:
+        _settle_first(tree_cache, record, row)
+    else:
+        _settle_periodic(tree_cache, record, row)
+    record.state.settle(record)
+    # Keeps SGLang's formula for a running request's own pages right:
+    # allocated - protected = budget + tail.
+    record.req.cache_protected_len = record.fold_new - record.budget
 
 
 def _settle_first(tree_cache: Any, record: PassRecord, row: Any) -> None:
@@ -200,6 +234,7 @@ def run_step(runtime: KVCompressRuntime, worker: Any, batch: Any, forward: Any) 
     batch.kv_compress_plan = None
     if plan.reset_slots:
         runtime.reset_slots(plan.reset_slots)
+    runtime.prefill_folds = plan.folds
     result = forward()
     if plan.passes:
         runtime.passes.run(plan.passes)

@@ -58,7 +58,7 @@ class Oracle:
         self.sinks, self.pool = sinks, pool
 
     def start(self, ids: list[int]) -> None:
-        """Run the prompt with full attention; observe its last `window` queries."""
+        """Run a prompt, or its first chunk, with full attention."""
         self.length = len(ids)
         self.visible = torch.ones(self.layers, self.heads, 0, dtype=torch.bool)
         self.scores = torch.zeros(self.layers * self.heads, 0)
@@ -66,10 +66,10 @@ class Oracle:
         self.fold, self.observed, self.cache = 0, 0, None
         self._forward(ids)
 
-    def step(self, token: int) -> None:
-        """Decode one token."""
-        self.length += 1
-        self._forward([token])
+    def extend(self, ids: list[int]) -> None:
+        """Run more tokens, causally, over everything that is visible."""
+        self.length += len(ids)
+        self._forward(ids)
 
     def _forward(self, ids: list[int]) -> None:
         grow = self.length - self.visible.shape[2]
@@ -98,20 +98,28 @@ class Oracle:
         out = (probs @ value[0])[None].transpose(1, 2)
         return out, None
 
-    def run_pass(self, budget: int) -> OraclePass:
-        """Evict down to `budget` tokens per head on average."""
-        first = self.fold == 0
+    def run_pass(self, budget: int, pool_tail: bool = False) -> OraclePass:
+        """Evict down to `budget` tokens per head on average.
+
+        `pool_tail`: the tokens since the last pass are prompt, so their new scores
+        are pooled among themselves.
+        """
+        pooled = pool_tail or self.fold == 0
         total = self.layers * self.heads
         start = max(self.observed, self.length - self.window, 0)
         added = torch.zeros(total, self.length)
         for pos in range(start, self.length):
             rows = torch.cat(self.seen[pos])  # layers appended in order
             added[:, : rows.shape[1]] += rows
-        if first and self.pool > 1:
-            added = torch.nn.functional.max_pool1d(
-                added[None], self.pool, stride=1, padding=self.pool // 2
-            )[0]
         self.scores += added
+        if pooled and self.pool > 1:
+            # Pooled together with what a short rest of the last chunk has scored.
+            self.scores[:, self.fold :] = torch.nn.functional.max_pool1d(
+                self.scores[None, :, self.fold :],
+                self.pool,
+                stride=1,
+                padding=self.pool // 2,
+            )[0]
         fold = self.length // BLOCK * BLOCK
         flat = self.visible.view(total, -1)
         competing = [[p for p in range(fold) if flat[h, p]] for h in range(total)]

@@ -109,16 +109,22 @@ def test_reference_against_loops() -> None:
 
 
 def test_pooling_reference_against_a_loop() -> None:
-    case = make_case(2, 1, 2, 1, 16, [37, 40], [0, 16])
+    """Tails of requests 0 and 2 are pooled; packed entries and request 1 are copied."""
+    case = make_case(3, 1, 2, 1, 16, [37, 40, 75], [0, 16, 32])
     plan = make_plan(case)
+    assert plan.pool_tail.tolist() == [1, 0, 1]
     scores = torch.rand(plan.num_entries)
     pooled = pool_scores(scores, plan, case.tables, 7, 2)
     expected = scores.clone()
-    for head in range(2):
-        first = head * 48
-        for i in range(37):
-            near = range(max(i - 3, 0), min(i + 4, 37))
-            expected[first + i] = max(scores[first + j] for j in near)
+    for r in (0, 2):
+        offsets = case.tables.block_offsets[case.slots[r]].tolist()
+        for head in range(2):
+            blocks = offsets[head + 1] + head * int(plan.tail_blocks[r])
+            first = int(plan.entry_base[r]) + 16 * blocks
+            tail = case.seq_lens[r] - case.folds[r]
+            for i in range(tail):
+                near = range(max(i - 3, 0), min(i + 4, tail))
+                expected[first + i] = max(scores[first + j] for j in near)
     assert torch.equal(pooled, expected)
 
 

@@ -19,6 +19,7 @@ def request(**changes: int) -> PassRequest:
         "evict_blocks": 3 * 6,
         "protected": 27,
         "is_first": False,
+        "pool_tail": False,
     }
     return PassRequest(**{**fields, **changes})
 
@@ -32,11 +33,13 @@ def test_layout_of_two_requests() -> None:
         packed_pages=0,
         evict_blocks=6,
         is_first=True,
+        pool_tail=True,
     )
     plan = build_plan([first, request()], 6, "cpu")
     assert plan.tail_blocks.tolist() == [3, 4]
     assert plan.fold_blocks.tolist() == [2, 3]
     assert plan.is_first.tolist() == [1, 0]
+    assert plan.pool_tail.tolist() == [1, 0]
     assert plan.entry_base.tolist() == [0, 16 * 6 * 3]
     assert plan.keep_base.tolist() == [0, 16 * 6 * 1]
     assert plan.num_entries == 16 * 6 * (3 + 4 + 4)

@@ -86,8 +86,8 @@ def test_abandoned_passes_are_dead_and_settled_ones_are_not() -> None:
     state.settle(first)
     launch(state, 600)
     (dead,) = state.abandon()
-    assert dead.dead
-    assert not first.dead
+    assert dead.closed
+    assert first.closed
     assert state.settled_packed == "pages"
     assert state.settled_fold == 496
     assert not state.in_flight

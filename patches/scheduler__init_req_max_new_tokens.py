@@ -1,0 +1,32 @@
+"""Limit a request by what it can hold, not by its logical length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvc.admission import limit_request
+from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.request_state import NEVER
+from sglang_kvc.runtime import runtime_of
+
+PATCH = Patch(
+    target="sglang.srt.managers.scheduler:Scheduler.init_req_max_new_tokens",
+    hook_type=HookType.AROUND,
+    expected_params=("self", "req"),
+    reason=(
+        "SGLang caps prompt plus output at the pool; a compressed request holds its "
+        "budget and one interval."
+    ),
+    upstream_link="managers/scheduler.py:2110",
+    remove_when="The limit on a request's length asks the cache.",
+)
+
+
+def hook(original: Any, scheduler: Any, req: Any) -> None:
+    """Run the stock method, then set the limits of a compressed request."""
+    asked = req.sampling_params.max_new_tokens or NEVER
+    asked = min(asked, scheduler.max_new_tokens_limit or NEVER)
+    original(scheduler, req)
+    runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
+    if runtime is not None:
+        limit_request(req, runtime, asked, scheduler.max_req_len)

@@ -1,0 +1,34 @@
+"""Let a prompt be longer than the pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.runtime import runtime_of
+
+PATCH = Patch(
+    target="sglang.srt.managers.tp_worker:TpModelWorker.get_worker_info",
+    hook_type=HookType.AROUND,
+    expected_params=("self",),
+    reason=(
+        "SGLang refuses a prompt that is longer than the pool; one that is compressed "
+        "between chunks need not fit. What cannot be served is refused by its request."
+    ),
+    upstream_link="managers/tp_worker.py:508",
+    remove_when="The limit on a request's length asks the cache.",
+)
+
+# Distance that SGLang keeps between its limits on a request and on its prompt.
+RESERVED = 5
+
+
+def hook(original: Any, worker: Any) -> Any:
+    """Raise max_req_len and max_req_input_len to the context length."""
+    info = original(worker)
+    runner = worker.model_runner
+    runtime = runtime_of(runner.token_to_kv_pool_allocator)
+    if runtime is None or not runtime.chunk_rule.chunk_size:
+        return info
+    longest = worker.model_config.context_len - 1
+    return (*info[:4], longest, longest - RESERVED, *info[6:])

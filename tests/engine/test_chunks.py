@@ -1,0 +1,163 @@
+"""Prompts that are compressed between their chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+
+from sglang_kvc.request_state import floor_page
+from tests.engine.inprocess import InProcessScheduler, Request
+from tests.engine.oracle import Oracle, explain_difference
+from tests.engine.texts import prompt
+from tests.engine.tracer import PassTracer
+
+TIE = 1e-3
+CHUNK = 256
+BUDGET = 192
+
+
+@pytest.fixture
+def chunked(fresh: InProcessScheduler) -> Iterator[InProcessScheduler]:
+    """The scheduler with ``--kv-compress-chunks always``."""
+    runtime = fresh.allocator.get_kvcache().runtime
+    rule = runtime.chunk_rule
+    assert rule.chunk_size == CHUNK
+    runtime.chunk_rule = dataclasses.replace(rule, mode="always")
+    yield fresh
+    runtime.chunk_rule = rule
+
+
+def test_every_chunk_keeps_what_the_oracle_keeps(
+    chunked: InProcessScheduler, model_path: str
+) -> None:
+    """Four chunks, the last one short, then one periodic pass."""
+    runtime = chunked.allocator.get_kvcache().runtime
+    options = runtime.options
+    oracle = Oracle(
+        model_path, options.window, options.protected, options.sinks, options.pool
+    )
+    length = 3 * CHUNK + 90
+    ids = prompt(model_path, 500, length)
+    ends = [*range(CHUNK, length, CHUNK), length]
+    last_fold = floor_page(length) + options.interval
+    with PassTracer(runtime) as tracer:
+        request = Request("x", ids, last_fold - length + 3, kv={"budget": BUDGET})
+        out = chunked.serve([request])["x"]
+    (passes,) = tracer.kept.values()
+    summary = out.kv[-1]
+    assert len(passes) == summary["passes"] == len(ends) + 1
+    assert summary["chunk_passes"] == len(ends) - 1
+    assert summary["peak_resident_tokens"] <= BUDGET + options.interval + 32
+
+    differing, tokens = 0, iter(out.ids)
+    for kept, end in zip(passes, [*ends, last_fold], strict=True):
+        if end == CHUNK:
+            oracle.start(ids[:end])
+        elif end <= length:
+            oracle.extend(ids[oracle.length : end])
+        while oracle.length < end:
+            oracle.extend([next(tokens)])
+        result = oracle.run_pass(BUDGET, pool_tail=end <= length)
+        problems = explain_difference(result, oracle.ranked, kept, TIE)
+        assert not problems, (end, problems[:5])
+        differing += sum(
+            len(set(a) ^ set(b)) for a, b in zip(kept, result.kept, strict=True)
+        )
+        oracle.apply(kept)
+    total = len(passes) * BUDGET * oracle.layers * oracle.heads
+    assert differing <= 0.002 * total, f"{differing} of {total} kept KVs differ"
+
+
+def test_only_the_exact_chunk_is_shared(
+    chunked: InProcessScheduler, model_path: str
+) -> None:
+    """Chunks that saw a compressed past are not in the tree, so a hit is lossless.
+
+    The second prompt computes one more chunk over the exact one that it hits.
+    """
+    ids = prompt(model_path, 4000, 700)
+    kv = {"budget": BUDGET}
+    hits = []
+    for rid, options in (("a", kv), ("b", kv), ("c", {"enabled": False})):
+        out = chunked.serve([Request(rid, ids, 8, kv=options)])[rid]
+        hits.append(out.cached_tokens)
+    assert hits == [0, CHUNK, 2 * CHUNK]
+    lossless = out.ids
+    chunked.flush()
+    out = chunked.serve([Request("d", ids, 8, kv={"enabled": False})])["d"]
+    assert out.cached_tokens == 0
+    assert out.ids == lossless
+
+
+def test_memory_of_a_long_prompt_stays_small(
+    chunked: InProcessScheduler, model_path: str
+) -> None:
+    """Used pages never exceed two copies and two chunks; all come back."""
+    runtime = chunked.allocator.get_kvcache().runtime
+    allocator, free = chunked.allocator, []
+    chunked.set_radix(False)
+    total = allocator.available_size()
+    chunked.on_poll = lambda _: free.append(allocator.available_size())
+    ids = prompt(model_path, 0, 2100)
+    out = chunked.serve([Request("x", ids, 4, kv={"budget": BUDGET})])["x"]
+    assert len(out.ids) == 4
+    assert out.kv[-1]["chunk_passes"] == 8
+    assert total - min(free) <= runtime.chunk_rule.peak(BUDGET, CHUNK)
+    assert allocator.available_size() == total
+
+
+def test_a_prompt_waits_between_chunks_when_the_pool_is_full(
+    chunked: InProcessScheduler, model_path: str
+) -> None:
+    """Pages taken away for a while: the prompt is put off, then finished."""
+    allocator = chunked.allocator
+    chunked.set_radix(False)
+    held: list[object] = []
+
+    def squeeze(now: int) -> None:
+        if now == 3:
+            held.append(allocator.alloc(allocator.available_size() - 96))
+        if now == 14:
+            allocator.free_segment(held.pop(), start_pos=0)
+
+    chunked.on_poll = squeeze
+    requests = [
+        Request("short", prompt(model_path, 0, 40), max_new=24, kv={"enabled": False}),
+        Request("long", prompt(model_path, 100, 900), 4, kv={"budget": 64}, arrive=1),
+    ]
+    outputs = chunked.serve(requests)
+    assert len(outputs["short"].ids) == 24
+    assert len(outputs["long"].ids) == 4
+    assert outputs["long"].kv[-1]["chunk_passes"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("kv", "message"),
+    [
+        ({"enabled": False}, "is not compressed"),
+        ({"budget": 8192}, "twice what it keeps"),
+    ],
+)
+def test_what_cannot_fit_is_refused_alone(
+    fresh: InProcessScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    kv: dict[str, object],
+    message: str,
+) -> None:
+    # The model's context is shorter than the pool; a longer one is simulated.
+    pool = fresh.allocator.get_kvcache().size
+    monkeypatch.setattr(fresh.sch, "max_req_input_len", 2 * pool)
+    monkeypatch.setattr(fresh.sch, "max_req_len", 2 * pool + 5)
+    outputs = fresh.serve(
+        [
+            Request("long", [5] * (pool + 100), max_new=4, kv=kv),
+            Request("ok", [7] * 40, max_new=4),
+        ]
+    )
+    finish = outputs["long"].finish
+    assert finish is not None
+    assert finish["type"] == "abort"
+    assert message in finish["message"]
+    assert len(outputs["ok"].ids) == 4
