@@ -1,11 +1,18 @@
-"""Serve one load with stock SGLang and with --kv-compress, and print one table.
+"""Serve loads with stock SGLang and with --kv-compress, and print one table.
 
-    python -m bench.serve --model PATH [--load-format dummy] --requests 256 \
-        --min-len 100 --max-len 8000 --output 256 --pool 131072 --rate 8
+    python -m bench.serve --model PATH --load-format dummy --group small --deadline 560
+    python -m bench.serve --table-only
+    python -m bench.serve --model PATH --requests 256 --min-len 100 --max-len 8000 \
+        --output 256 --pool 131072 --rate 8
 
-Each system runs in a process of its own, one after the other, on the same prompts and
-output lengths. Results are appended to ``bench/results/serve.jsonl`` (or ``--out``).
-A run whose plugin was not active, or whose idle check failed, prints no figure.
+``--group`` and ``--loads`` take loads of `bench.loads`; without them one load is made
+of the other arguments. Records are appended to ``--out`` as each run ends. "stock" runs
+with the plugin not loaded, "absent" with the plugin and without its flag.
+
+Engines with a small pool start together, since a start takes most of a minute, and
+serve one load at a time; an idle engine uses no GPU time. Engines with all memory
+follow one by one. A run whose plugin was not in the expected state, and every run of
+an engine that failed its idle check, count as failed.
 """
 
 from __future__ import annotations
@@ -13,171 +20,322 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from bench.record import environment, write_record
+from bench import report
+from bench.loads import GROUPS, OURS, STOCK, choose
+from bench.record import ROOT, commit, write_record
+from bench.serve_child import Child, ChildError
+from bench.serve_plan import (
+    Clock,
+    Run,
+    Spec,
+    adhoc,
+    check,
+    engine_arguments,
+    free_ports,
+    plan,
+    supported,
+    without_stock,
+)
 
-RUNNING = re.compile(r"#running-req: (\d+)")
 IDLE_SECONDS = 3.0
+START_SECONDS = 60.0
+START_LIMIT = 300.0
+WARM_LEN, WARM_OUTPUT = 1500, 80
+TOO_LONG = "maximum allowed length"
+ENVIRONMENT = (
+    "import json, sys; from bench.record import environment; "
+    "sys.argv = sys.argv[1:]; print(json.dumps(environment()))"
+)
 
 
-def prompts(args: argparse.Namespace, vocab: int) -> list[list[int]]:
-    """Random token ids, lengths uniform in [min_len, max_len]; seeded."""
-    rng = random.Random(args.seed)
-    lengths = [rng.randint(args.min_len, args.max_len) for _ in range(args.requests)]
-    return [[rng.randrange(10, vocab - 10) for _ in range(n)] for n in lengths]
+class GpuMemory:
+    """Used memory of the first GPU by nvidia-smi: no CUDA context of our own."""
 
-
-def engine_arguments(args: argparse.Namespace, system: str) -> dict[str, Any]:
-    """Keyword arguments of sglang.Engine; both systems get the same ones."""
-    kwargs: dict[str, Any] = {
-        "model_path": args.model,
-        "load_format": args.load_format,
-        "skip_tokenizer_init": True,
-        "skip_server_warmup": True,
-        "log_level": "info",
-        "decode_log_interval": 4,
-        "max_running_requests": 256,
-        "cuda_graph_backend_prefill": "disabled",
-        "random_seed": 0,
-    }
-    if args.pool:
-        kwargs["max_total_tokens"] = args.pool
-    if system != "stock":
-        kwargs |= {"kv_compress": True, "kv_compress_min_budget": args.min_budget}
-        kwargs["kv_compress_rate"] = float(args.rate)
-    return kwargs
-
-
-def child(args: argparse.Namespace) -> None:
-    """Run one system; writes its figures to ``args.out``."""
-    import sglang
-
-    started = time.perf_counter()
-    engine = sglang.Engine(**engine_arguments(args, args.system))
-    ready = time.perf_counter() - started
-    config = json.loads((Path(args.model) / "config.json").read_text())
-    ids = prompts(args, config["vocab_size"])
-    params = {"max_new_tokens": args.output, "ignore_eos": True, "temperature": 0.0}
-    engine.generate(input_ids=ids[:2], sampling_params={**params, "max_new_tokens": 8})
-    engine.flush_cache()
-    begin = time.perf_counter()
-    outputs = engine.generate(input_ids=ids, sampling_params=params)
-    seconds = time.perf_counter() - begin
-    # The scheduler checks its memory when it is idle and dies on a leak.
-    time.sleep(IDLE_SECONDS)
-    alive = engine.generate(input_ids=ids[0][:32], sampling_params=params)
-    info = [out["meta_info"] for out in outputs]
-    compress = [m["kv_compress"] for m in info if "kv_compress" in m]
-    tokens = sum(map(len, ids)) + args.output * len(ids)
-    result = {
-        "system": args.system,
-        "ready_s": ready,
-        "seconds": seconds,
-        "requests_per_s": len(ids) / seconds,
-        "tokens_per_s": tokens / seconds,
-        "completed": sum(m["completion_tokens"] == args.output for m in info),
-        "alive_after_idle": len(alive["output_ids"]) == args.output,
-        "logical_tokens": sum(map(len, ids)) / len(ids) + args.output,
-        "plugin_active": len(compress) == len(ids),
-    }
-    if compress:
-        for key in ("resident_tokens", "peak_resident_tokens"):
-            result[key] = sum(c[key] for c in compress) / len(compress)
-        for key in ("passes", "deferred_passes"):
-            result[key] = sum(c[key] for c in compress)
-    Path(args.out).write_text(json.dumps(result))
-    engine.shutdown()
-
-
-def run_system(
-    args: argparse.Namespace, argv: list[str], system: str
-) -> dict[str, Any]:
-    """Run `child` in its own process; adds what its log shows."""
-    with tempfile.TemporaryDirectory() as folder:
-        target, log = Path(folder) / "result.json", Path(folder) / "log"
-        command = [sys.executable, "-m", "bench.serve", *argv]
-        command += ["--system", system, "--out", str(target)]
-        with log.open("w") as stream:
-            subprocess.run(
-                command, stdout=stream, stderr=stream, check=False, timeout=args.limit
+    def __init__(self) -> None:
+        self.now: int | None = None
+        self.peak: int | None = None
+        query = "nvidia-smi -i 0 --query-gpu=memory.used --format=csv,noheader,nounits"
+        self._process = None
+        try:
+            self._process = subprocess.Popen(
+                [*query.split(), "-lms", "300"], stdout=subprocess.PIPE, text=True
             )
-        text = log.read_text()
-        if not target.exists():
-            raise SystemExit(f"{system} failed; end of its log:\n{text[-6000:]}")
-        result: dict[str, Any] = json.loads(target.read_text())
-    result["largest_batch"] = max(map(int, RUNNING.findall(text)), default=0)
-    result["retractions"] = text.count("KV cache pool is full. Retract requests")
-    result["metadata"] = next(
-        (line for line in text.splitlines() if "KV-Compress metadata" in line), ""
-    ).partition("KV-Compress metadata: ")[2]
-    problems = []
-    if result["completed"] != args.requests or not result["alive_after_idle"]:
-        problems.append("requests or the idle check failed")
-    if result["plugin_active"] != (system != "stock"):
-        problems.append("the plugin was not in the expected state")
-    if problems:
-        raise SystemExit(f"{system}: {'; '.join(problems)}\n{text[-4000:]}")
-    return result
+        except OSError:
+            return
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process and self._process.stdout
+        for line in self._process.stdout:
+            if line.strip().isdigit():
+                self.now = int(line)
+                self.peak = max(self.peak or 0, self.now)
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.now
+
+    def stop(self) -> None:
+        """End nvidia-smi."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+
+
+class Session:
+    """Engines, runs and records of one call."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.clock = Clock(args.deadline)
+        self.memory = GpuMemory()
+        self.children: dict[Spec, Child] = {}
+        self.facts: dict[Spec, dict[str, Any]] = {}
+        self.red = False
+        self._environment: dict[str, Any] = {}
+        self._stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        # In a process of its own, while engines load: asking CUDA for the name of the
+        # device may make a context, which would show up as used memory.
+        self._asked = subprocess.Popen(
+            [sys.executable, "-c", ENVIRONMENT, *sys.argv],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        self._done: dict[tuple[str, str, float], int] = {}
+        if args.skip_done:
+            for one in report.select(report.read_records(args.out)):
+                if one["commit"] == commit() and report.ok(one):
+                    key = (one["load"], one["system"], one["rate"])
+                    self._done[key] = self._done.get(key, 0) + 1
+
+    def say(self, text: str) -> None:
+        """One progress line."""
+        print(f"[{self.clock.elapsed():6.1f} s] {text}", flush=True)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append a record with all that is needed to repeat it."""
+        self.red |= "error" in values or values.get("ok") is False
+        if not self._environment:
+            text = self._asked.communicate()[0].strip().splitlines()
+            self._environment = json.loads(text[-1])
+        now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+        write_record(self.args.out, {**self._environment, "time": now, **values})
+
+    def engine_id(self, spec: Spec) -> str:
+        """Unique over calls."""
+        return f"{spec.name}#{self._stamp}"
+
+    def batch(self, runs: list[Run]) -> None:
+        """Start the engines of these runs, serve them, check and stop the engines."""
+        runs = [run for run in runs if self._done.get(run.key, 0) <= run.repeat]
+        room = self.clock.left() - START_SECONDS
+        if not any(self.clock.expected(run) <= room for run in runs):
+            self.say(f"{len(runs)} runs left out")
+            return
+        specs = list(dict.fromkeys(run.spec for run in runs))
+        try:
+            self.start(specs)
+            for spec in specs:
+                first = next(run for run in runs if run.spec == spec)
+                if spec in self.children and first.load.mode != "first":
+                    self.warm(first)
+            for run in runs:
+                if run.spec not in self.children:
+                    self.record({**self.describe(run), "error": "its engine failed"})
+                elif self.clock.fits(run):
+                    self.serve(run, alone=len(specs) == 1)
+                else:
+                    self.say(f"left out, no time: {run.spec.name} {run.key}")
+            if self.children:
+                time.sleep(IDLE_SECONDS)
+            for spec in list(self.children):
+                self.check_alive(spec)
+        finally:
+            for child in self.children.values():
+                if child.process.stdin:
+                    child.process.stdin.close()
+            for child in self.children.values():
+                child.close()
+            self.children.clear()
+
+    def start(self, specs: list[Spec]) -> None:
+        """Start all engines and wait for them; the ones that fail are left out."""
+        self.say(f"starting {', '.join(spec.name for spec in specs)}")
+        before = self.memory.now
+        for spec, port in zip(specs, free_ports(len(specs)), strict=True):
+            keywords = {**engine_arguments(self.args, spec), "nccl_port": port}
+            command = [sys.executable, "-m", "bench.serve_child"]
+            command += ["--engine", json.dumps(keywords)]
+            log = self.folder / f"{spec.name}.log"
+            plugins = "none" if spec.system == STOCK else "kvcompress"
+            self.children[spec] = Child(command, log, {"SGLANG_PLUGINS": plugins})
+        for spec in specs:
+            try:
+                ready = self.children[spec].wait(START_LIMIT)
+            except ChildError as problem:
+                self.fail(spec, f"start: {problem}")
+                continue
+            self.facts[spec] = {
+                **ready,
+                **report.parse_start(self.children[spec].read_log()),
+            }
+            self.say(f"{spec.name} ready in {ready['ready_s']:.0f} s")
+        if len(specs) > 1:
+            self.say("engines take turns; an idle one uses no GPU time")
+            return
+        time.sleep(0.7)  # two samples
+        for facts in self.facts.values():
+            facts["memory_before_mib"] = before
+            facts["memory_idle_mib"] = self.memory.now
+
+    def warm(self, run: Run) -> None:
+        """Two short requests, so that kernels are loaded before anything is timed."""
+        command = run.load.command(run.spec.system, run.rate)
+        command |= {"op": "run", "prompts": 2, "seed": 1, "min_input_len": 0}
+        command["input_len"] = min(run.load.input_len, WARM_LEN)
+        command["output_len"] = min(run.load.output_len, WARM_OUTPUT)
+        child = self.children[run.spec]
+        try:
+            child.ask(command, self.args.limit)
+            child.ask({"op": "flush"}, 60)
+        except ChildError as problem:
+            self.fail(run.spec, f"warm-up: {problem}")
+
+    def describe(self, run: Run) -> dict[str, Any]:
+        """The part of a run's record that is known before it starts."""
+        command = run.load.command(run.spec.system, run.rate)
+        pool, min_budget = run.load.pool, run.spec.min_budget
+        return {
+            "engine": self.engine_id(run.spec),
+            "load": run.load.id,
+            "system": run.spec.system,
+            "rate": run.rate,
+            "repeat": run.repeat,
+            "prompts": command["prompts"],
+            "settings": {**command, "pool": pool, "min_budget": min_budget},
+            "extra": {**dict(run.spec.extra), **json.loads(self.args.extra_args)},
+            "model": Path(self.args.model).name,
+            "load_format": self.args.load_format,
+        }
+
+    def serve(self, run: Run, alone: bool) -> None:
+        """One run and its record."""
+        load, spec = run.load, run.spec
+        child, facts = self.children[spec], self.facts[spec]
+        command = load.command(spec.system, run.rate)
+        limit = self.args.limit
+        if load.seconds:
+            limit = min(max(60.0, 4 * self.clock.expected(run)), limit)
+        values = self.describe(run)
+        self.memory.restart()
+        position, began = child.position(), time.monotonic()
+        try:
+            answer = child.ask(command, limit)
+            values |= report.parse_log(child.read_log(position))
+            flushed = child.ask({"op": "flush"}, 60)
+            if "failed" in flushed:
+                raise ChildError(flushed["failed"])
+        except ChildError as problem:
+            self.record({**values, "error": str(problem)})
+            self.fail(spec, f"{load.id}: {problem}")
+            return
+        self.clock.learn(run, time.monotonic() - began)
+        values |= {key: value for key, value in answer.items() if key != "lengths"}
+        values |= {**facts, "memory_peak_mib": self.memory.peak if alone else None}
+        wrong = check(run, answer, facts["plugin_loaded"])
+        if wrong and spec.system != OURS and TOO_LONG in wrong:
+            values["refused"] = wrong
+        elif wrong:
+            values["error"] = wrong
+        else:
+            tokens = answer["input_tokens"] + sum(answer["lengths"])
+            values["requests_per_s"] = command["prompts"] / answer["seconds"]
+            values["tokens_per_s"] = tokens / answer["seconds"]
+        self.record(values)
+        said = wrong[:200] or (
+            f"{answer['seconds']:.1f} s, {values['tokens_per_s']:.0f} tok/s, batch "
+            f"{values['largest_batch']}, step {values['decode_step_ms']} ms"
+        )
+        self.say(f"{load.id} {spec.name} rate {run.rate:g} #{run.repeat}: {said}")
+
+    def check_alive(self, spec: Spec) -> None:
+        """SGLang checks its memory when it is idle and dies on a leak."""
+        try:
+            answer = self.children[spec].ask({"op": "alive"}, 60)
+        except ChildError as problem:
+            self.fail(spec, f"idle check: {problem}")
+            return
+        good = answer.get("tokens") == 8
+        self.record({"engine": self.engine_id(spec), "ok": good, "answer": answer})
+        self.say(f"{spec.name}: idle check {'passed' if good else 'FAILED'}")
+
+    def fail(self, spec: Spec, problem: str) -> None:
+        """Give an engine up: nothing it has measured counts."""
+        self.say(f"{spec.name} FAILED: {problem}")
+        self.record({"engine": self.engine_id(spec), "ok": False, "problem": problem})
+        self.children.pop(spec).close(timeout=5)
 
 
 def main() -> None:
-    """Parse arguments; run both systems, or one of them as a child."""
+    """Parse arguments, run what they ask for, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="")
     parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--min-len", type=int, default=100)
-    parser.add_argument("--max-len", type=int, default=8000)
-    parser.add_argument("--output", type=int, default=256)
-    parser.add_argument("--pool", type=int, default=0, help="tokens; 0: all memory")
-    parser.add_argument("--rate", type=float, default=8)
-    parser.add_argument("--min-budget", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=400, help="seconds a system")
-    parser.add_argument("--systems", default="stock,kvc")
-    parser.add_argument("--system", default="")
-    parser.add_argument("--out", default="bench/results/serve.jsonl")
+    parser.add_argument("--group", choices=(*GROUPS, "every"), default="")
+    parser.add_argument("--loads", default="", help="ids of bench.loads, with commas")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--deadline", type=float, default=0, help="seconds; 0: none")
+    parser.add_argument("--limit", type=float, default=400, help="seconds of one run")
+    parser.add_argument(
+        "--skip-done", action="store_true", help="what --out has of this commit"
+    )
+    parser.add_argument("--table-only", action="store_true")
+    parser.add_argument("--device", default="", help="cpu: a trial of the machinery")
+    parser.add_argument("--extra-args", default="{}", help="JSON, more engine keywords")
+    parser.add_argument("--logs", type=Path, help="folder that keeps SGLang's logs")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/serve.jsonl")
+    one = parser.add_argument_group("one load, without --group and --loads")
+    one.add_argument("--requests", type=int, default=256)
+    one.add_argument("--min-len", type=int, default=100)
+    one.add_argument("--max-len", type=int, default=8000)
+    one.add_argument("--output", type=int, default=256)
+    one.add_argument("--pool", type=int, default=0, help="tokens; 0: all memory")
+    one.add_argument("--rate", type=float, default=8)
+    one.add_argument("--min-budget", type=int, default=512)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--systems", default=f"{STOCK},{OURS}")
     args = parser.parse_args()
-    if args.system:
-        child(args)
-        return
-    argv = list(sys.argv[1:])
-    if "--out" in argv:
-        at = argv.index("--out")
-        del argv[at : at + 2]
-    rows = []
-    for system in args.systems.split(","):
-        print(f"running {system} ...", flush=True)
-        row = run_system(args, argv, system)
-        settings = {**vars(args), "model": Path(args.model).name}
-        del settings["out"], settings["system"]
-        write_record(Path(args.out), {**environment(), "args": settings, **row})
-        rows.append(row)
-        print_table(rows)
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line a system; ratios to the first."""
-    head = ("system", "ready s", "seconds", "req/s", "tok/s", "batch", "resident", "x")
-    print("".join(f"{name:>12}" for name in head))
-    for row in rows:
-        ratio = rows[0]["seconds"] / row["seconds"]
-        resident = row.get("resident_tokens", row["logical_tokens"])
-        print(
-            f"{row['system']:>12}{row['ready_s']:>12.1f}{row['seconds']:>12.1f}"
-            f"{row['requests_per_s']:>12.2f}{row['tokens_per_s']:>12.0f}"
-            f"{row['largest_batch']:>12}{resident:>12.0f}{ratio:>12.2f}"
-        )
-        if row.get("metadata"):
-            print("    ", row["metadata"])
+    red = False
+    if not args.table_only:
+        if not args.model:
+            parser.error("--model is needed")
+        named = args.group or args.loads
+        loads = choose(args.group, args.loads.split(",")) if named else [adhoc(args)]
+        if args.device == "cpu":
+            loads = [without_stock(load) for load in loads]
+        with tempfile.TemporaryDirectory() as folder:
+            logs = args.logs or Path(folder)
+            logs.mkdir(parents=True, exist_ok=True)
+            session = Session(args, logs)
+            try:
+                ready = [load for load in map(supported, loads) if load]
+                for batch in plan(ready, args.repeats):
+                    session.batch(batch)
+            finally:
+                session.memory.stop()
+            red = session.red
+    print(report.format_table(report.summarize(report.read_records(args.out))))
+    if red:
+        raise SystemExit("a check is red")
 
 
 if __name__ == "__main__":

@@ -4,35 +4,79 @@ One launch serves compressed and uncompressed requests. The KVs of (request, KV 
 are its packed entries, then the tail entries of positions fold_len .. seq_len - 1
 (`layout`); attention does not depend on their order, so no position is needed.
 
+The lengths decide how the work is split (``decode_schedule``): `plan_decode` runs once
+a step for all layers, `decode_attention` once a layer. Shapes, with B requests:
+
 ======================  =====================  =========================================
 tensor                  shape                  meaning
 ======================  =====================  =========================================
 ``q``                   [B, Hq, D]             query of the newest token
 ``slots``               [B] int32 or int64     row of each request in the tables
 ``seq_lens``            [B] int32 or int64     logical tokens, the newest one included
-``partial_out``         [rows, splits, D]      fp32, softmax output of one split
-``partial_lse``         [rows, splits]         fp32, log2 of its sum of exponentials
 ======================  =====================  =========================================
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 
 from sglang_kvc.kernels.addressing import head_rows_ref
-from sglang_kvc.kernels.decode_kernels import decode_merge_kernel, decode_split_kernel
+from sglang_kvc.kernels.decode_kernels import decode_tiles_kernel
+from sglang_kvc.kernels.decode_schedule import (
+    DecodeConfig,
+    DecodeWorkspace,
+    check_programs,
+    check_workspace,
+    default_config,
+    make_decode_workspace,
+    num_programs,
+    plan_decode_ref,
+    plan_decode_triton,
+)
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
 
+__all__ = [
+    "DecodeConfig",
+    "DecodeWorkspace",
+    "decode_attention",
+    "decode_attention_ref",
+    "decode_attention_triton",
+    "make_decode_workspace",
+    "plan_decode",
+    "plan_decode_ref",
+    "plan_decode_triton",
+]
+
 LOG2E = 1.4426950408889634
+# Shared memory for tiles of K and V; sm_90 has 227 KiB a program.
+_TILE_BYTES = 192 * 1024
+# fp32 values that one round of the merge holds, over all threads: more cost registers
+# that the attention loop does without.
+_MERGE_VALUES = 4096
 
 
-class DecodeWorkspace(NamedTuple):
-    """Flat fp32 scratch of the split kernel, reused by every layer and step."""
+def plan_decode(
+    tables: BlockTables,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_layers: int,
+    num_kv_heads: int,
+    workspace: DecodeWorkspace,
+) -> None:
+    """Split the work of this step's `decode_attention` calls, for all layers.
 
-    partial_out: torch.Tensor
-    partial_lse: torch.Tensor
+    One launch, from lengths on the device alone: no host synchronisation, and it may
+    be captured in a CUDA graph. Does nothing where the reference runs.
+
+    Parameters
+    ----------
+    tables : only read.
+    slots, seq_lens : [B] int32 or int64, the ones `decode_attention` will be given.
+    num_layers, num_kv_heads : L and H of the arena.
+    workspace : from `make_decode_workspace`, for at least these B, L and H.
+    """
+    if use_triton(slots):
+        plan_decode_triton(tables, slots, seq_lens, num_layers, num_kv_heads, workspace)
 
 
 def decode_attention_ref(
@@ -75,56 +119,6 @@ def decode_attention_ref(
     return out
 
 
-# Tokens a tile, and the fewest a split takes once the grid fills the GPU.
-_TILE = 64
-_MAX_SPLITS = 64
-_TARGET_PROGRAMS = 4096
-
-
-def _split_plan(rows: int, max_len: int) -> tuple[int, int]:
-    """(splits, smallest share) for `rows` = B * H heads of at most `max_len` entries.
-
-    Depends on shapes alone, so a CUDA graph replays what it captured. Many rows fill
-    the GPU by themselves; they still get four splits, because lengths are skewed. Few
-    rows are cut finer.
-    """
-    min_share = _TILE if rows <= 64 else 2 * _TILE if rows <= 256 else 4 * _TILE
-    splits = triton.next_power_of_2(-(-_TARGET_PROGRAMS // rows))
-    longest = triton.next_power_of_2(-(-max_len // min_share))
-    return min(max(splits, 4), _MAX_SPLITS, longest), min_share
-
-
-def make_decode_workspace(
-    max_batch: int,
-    num_qo_heads: int,
-    head_dim: int,
-    device: torch.device | str,
-    num_kv_heads: int = 1,
-) -> DecodeWorkspace:
-    """Allocate the partial results for batches of up to `max_batch`.
-
-    Parameters
-    ----------
-    max_batch : B of the largest call.
-    num_qo_heads, num_kv_heads : Hq and H on this rank. Without `num_kv_heads` the
-        buffers are larger than they need be.
-    head_dim, device : as in the arena.
-
-    Returns
-    -------
-    DecodeWorkspace : at Hq = 32, H = 8, D = 128 and B = 256, 17 MB.
-    """
-    rows = max(
-        batch * _split_plan(batch * num_kv_heads, 2**31)[0]
-        for batch in range(1, max_batch + 1)
-    )
-    rows *= num_qo_heads
-    return DecodeWorkspace(
-        torch.empty(rows * head_dim, dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
-    )
-
-
 def decode_attention_triton(
     q: torch.Tensor,
     arena: Arena,
@@ -135,36 +129,31 @@ def decode_attention_triton(
     sm_scale: float,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
+    config: DecodeConfig | None = None,
 ) -> torch.Tensor:
-    """Triton form of `decode_attention`: a split kernel, then a merge kernel."""
+    """Triton form of `decode_attention`; `config` as in `plan_decode_triton`."""
     batch, num_qo_heads, head_dim = q.shape
     out = torch.empty_like(q) if out is None else out
-    heads = arena.num_kv_heads
+    layers, heads = arena.num_layers, arena.num_kv_heads
     group = num_qo_heads // heads
+    config = config or default_config(head_dim)
+    programs = num_programs(config, q.device)
     if workspace is None:
         workspace = make_decode_workspace(
-            batch, num_qo_heads, head_dim, q.device, heads
+            batch, num_qo_heads, head_dim, q.device, heads, layers, config
         )
-    splits, min_share = _split_plan(batch * heads, tables.req_to_token.shape[1])
-    needed = batch * num_qo_heads * splits
-    if workspace.partial_lse.numel() < needed:
+        plan_decode_triton(tables, slots, seq_lens, layers, heads, workspace, config)
+    check_workspace(workspace, batch, layers, heads)
+    check_programs(workspace, programs)
+    if workspace.partial_out.shape[1:] != (group, head_dim):
         raise ValueError(
-            f"workspace holds {workspace.partial_lse.numel()} partial rows, a batch of "
-            f"{batch} needs {needed}: make it with max_batch >= {batch}"
+            f"workspace is for {tuple(workspace.partial_out.shape[1:])} query heads a "
+            f"KV head and head_dim, not {(group, head_dim)}"
         )
-    common = {
-        "LH": arena.heads_per_page,
-        "H": heads,
-        "G": group,
-        "D": head_dim,
-        "S": PAGE_SIZE,
-        "DP": triton.next_power_of_2(head_dim),
-        "TILE": _TILE,
-        "NUM_SPLITS": splits,
-        "MIN_SHARE": min_share,
-        "num_warps": 4,
-    }
-    decode_split_kernel[(batch, heads, splits)](
+    padded_group = triton.next_power_of_2(group)
+    padded_dim = triton.next_power_of_2(head_dim)
+    tile_bytes = 2 * config.tile * padded_dim * q.element_size()
+    decode_tiles_kernel[(programs,)](
         q,
         arena.k,
         arena.v,
@@ -174,30 +163,39 @@ def decode_attention_triton(
         tables.packed_pages,
         slots,
         seq_lens,
+        workspace.cu_tiles,
+        workspace.first_rows,
         workspace.partial_out,
-        workspace.partial_lse,
+        workspace.partial_max,
+        workspace.partial_mass,
+        workspace.arrivals,
+        out,
         q.stride(0),
         q.stride(1),
-        tables.req_to_token.stride(0),
-        tables.packed_pages.stride(0),
-        layer,
-        sm_scale * LOG2E,
-        GP=max(16, triton.next_power_of_2(group)),
-        num_stages=3,
-        **common,
-    )
-    decode_merge_kernel[(batch, num_qo_heads)](
-        workspace.partial_out,
-        workspace.partial_lse,
-        out,
-        tables.fold_lens,
-        tables.block_offsets,
-        slots,
-        seq_lens,
         out.stride(0),
         out.stride(1),
+        tables.req_to_token.stride(0),
+        tables.packed_pages.stride(0),
+        workspace.cu_tiles.stride(0),
+        workspace.first_rows.stride(0),
         layer,
-        **common,
+        batch * heads,
+        sm_scale * LOG2E,
+        LH=arena.heads_per_page,
+        H=heads,
+        G=group,
+        D=head_dim,
+        S=PAGE_SIZE,
+        GP=max(16, padded_group),
+        GR=padded_group,
+        DP=padded_dim,
+        TILE=config.tile,
+        MIN_SHARE=config.min_share,
+        NUM_PROGRAMS=programs,
+        PARTS=max(1, min(16, _MERGE_VALUES // (padded_group * padded_dim))),
+        num_warps=config.num_warps,
+        maxnreg=config.max_registers,
+        num_stages=min(config.num_stages, 2 + 2 * (_TILE_BYTES // tile_bytes)),
     )
     return out
 
@@ -224,7 +222,8 @@ def decode_attention(
     seq_lens : [B] int32 or int64, logical tokens, the current one included.
     sm_scale : factor on the logits, usually D ** -0.5.
     out : [B, Hq, D], last dimension contiguous; allocated like q by default.
-    workspace : from `make_decode_workspace`, for at least this B; allocated by default.
+    workspace : from `make_decode_workspace`; `plan_decode` must have filled it for the
+        same slots and seq_lens. By default one is allocated and filled here.
 
     Returns
     -------

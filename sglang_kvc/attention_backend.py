@@ -24,6 +24,7 @@ from sglang_kvc.kernels.decode_attention import (
     DecodeWorkspace,
     decode_attention,
     make_decode_workspace,
+    plan_decode,
 )
 from sglang_kvc.prefill import PrefillAttention, build_prefill
 from sglang_kvc.prefill_folded import build_folded_prefill
@@ -79,6 +80,7 @@ class KVCompressAttentionBackend(AttentionBackend):
                 self.runtime.shape.head_dim,
                 self.token_to_kv_pool.device,
                 num_kv_heads=self.runtime.shape.num_kv_heads,
+                num_layers=self.runtime.shape.num_layers,
             )
         self.runtime.log_memory()
         self.runtime.warm_up()
@@ -102,13 +104,25 @@ class KVCompressAttentionBackend(AttentionBackend):
         self.prefill.plan(forward_batch, folds)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """Ring row of every new token: slot * w + p % w, or -1 if p is too old."""
+        """Ring row of every new token, and how the decode kernel splits its work.
+
+        The ring row is slot * w + p % w, or -1 if position p is too old to be kept.
+        """
         if forward_batch.forward_mode.is_idle():
             return
         positions = forward_batch.positions
         slots = forward_batch.req_pool_indices.long()
         if forward_batch.forward_mode.is_decode():
             self._ring_index = slots * self.window + positions % self.window
+            if self._workspace is not None:
+                plan_decode(
+                    self.runtime.tables,
+                    forward_batch.req_pool_indices,
+                    forward_batch.seq_lens,
+                    self.runtime.shape.num_layers,
+                    self.runtime.shape.num_kv_heads,
+                    self._workspace,
+                )
             return
         new_lens = forward_batch.extend_seq_lens
         total = positions.shape[0]

@@ -132,6 +132,7 @@ def metadata_bytes(
         shape.head_dim,
         device="meta",
         num_kv_heads=shape.num_kv_heads,
+        num_layers=shape.num_layers,
     )
     decode_workspace = sum(part.nbytes for part in partials)
     table_ints = 1 + (shape.heads_per_page + 1) + -(-context_len // PAGE_SIZE)

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from sglang_kvc.options import KVCompressOptions
     from sglang_kvc.runtime import KVCompressRuntime
 
+PASS_TOKENS_PER_STEP = 8192
+"""Resident tokens (per head on average) that the passes of a decode step read."""
+
+MAX_DELAY_STEPS = 8
+"""Steps that a due pass may be put off to spread the passes of a batch."""
+
 
 @dataclass
 class StepPlan:
@@ -54,6 +60,13 @@ def state_of(req: Any) -> RequestState | None:
     """Compression state of a request; it lives and dies with the request's KV."""
     state: RequestState | None = getattr(req, "kv_compress_state", None)
     return state if state is not None and state.kv is req.kv else None
+
+
+def _started(req: Any) -> RequestState:
+    """State of a request that has been in a prefill step."""
+    state = state_of(req)
+    assert state is not None
+    return state
 
 
 def policy_of(req: Any) -> RequestPolicy | None:
@@ -112,10 +125,32 @@ class PassScheduler:
         """After ``prepare_for_decode``: passes of the requests that are due."""
         plan = StepPlan()
         lens = batch.seq_lens_cpu.numpy()
-        due = lens >= self.due_lens[batch.req_pool_indices_cpu.numpy()]
-        for row in np.flatnonzero(due):
+        due_lens = self.due_lens[batch.req_pool_indices_cpu.numpy()]
+        for row in self._affordable(batch.reqs, lens, np.flatnonzero(lens >= due_lens)):
             self._plan_request(batch, batch.reqs[row], int(lens[row]), plan)
         batch.kv_compress_plan = plan
+
+    def _affordable(self, reqs: Any, lens: Any, rows: Any) -> list[int]:
+        """Rows that get their pass in this step; the others are due again in the next.
+
+        Requests that started together are due together; one step with all their passes
+        would stall every stream. What waits too long goes at once: it may hold two
+        pages more than its budget and interval.
+        """
+        states = [_started(reqs[row]) for row in rows]
+        costs = [
+            state.resident(int(lens[row]))
+            for row, state in zip(rows, states, strict=True)
+        ]
+        quota = max(PASS_TOKENS_PER_STEP, sum(costs) // MAX_DELAY_STEPS)
+        chosen: list[int] = []
+        spent = 0
+        for row, state, cost in zip(rows.tolist(), states, costs, strict=True):
+            late = lens[row] - self.due_lens[state.slot]
+            if not chosen or spent + cost <= quota or late >= MAX_DELAY_STEPS:
+                chosen.append(row)
+                spent += cost
+        return chosen
 
     def _new_state(self, req: Any) -> RequestState:
         # A request that did not come through the queue hook (SGLang's own warm-up or
@@ -137,8 +172,7 @@ class PassScheduler:
         plan: StepPlan,
         prompt_len: int | None = None,
     ) -> None:
-        state = state_of(req)
-        assert state is not None
+        state = _started(req)
         record = state.propose(req, length, prompt_len)
         if record is not None:
             record.target = self._take_pages(batch, record.budget)

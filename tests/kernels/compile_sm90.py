@@ -4,7 +4,8 @@
 
 The wrappers run on CPU tensors under a driver that only names the target, and each
 launch stops after compilation. Prints one JSON object a kernel: registers, spilled
-bytes and shared memory as ptxas reports them. Must not run under TRITON_INTERPRET=1.
+bytes and shared memory as ptxas reports them, and the asynchronous copies that the
+pipeliner made. Must not run under TRITON_INTERPRET=1.
 """
 
 import json
@@ -54,6 +55,15 @@ def compile_only(
     return kernel
 
 
+def launch_decode(heads: int, group: int, dim: int) -> None:
+    """Call the decode wrappers, which plan too, once."""
+    lengths = [5000, 333]
+    case = make_case(2, 2, heads, group, dim, lengths, [256, 128], dtype=torch.bfloat16)
+    q = torch.randn(2, heads * group, dim, dtype=torch.bfloat16)
+    slots, seq_lens = torch.tensor(case.slots), torch.tensor(lengths)
+    decode_attention_triton(q, case.arena, 1, case.tables, slots, seq_lens, 0.1)
+
+
 def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> None:
     """Call every wrapper once."""
     case = make_case(
@@ -100,6 +110,7 @@ def usage(kernel: Any) -> dict[str, Any]:
         "spilled": numbers["STACK"] + numbers["LOCAL"],
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
+        "async_copies": kernel.asm["ttgir"].count("ttg.async_copy_global_to_local"),
     }
 
 
@@ -109,6 +120,7 @@ if __name__ == "__main__":
     driver.set_active(Target())
     launch_all(layers=2, heads=3, group=4, dim=128, window=32)
     launch_all(layers=2, heads=2, group=7, dim=96, window=8)
+    launch_decode(heads=2, group=8, dim=64)
     for kernel in compiled.values():
         json.dump(usage(kernel), sys.stdout)
         sys.stdout.write("\n")

@@ -29,3 +29,6 @@ def test_kernels_compile_without_spills() -> None:
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= MAX_SHARED, kernel
+        if kernel["kernel"] == "decode_tiles_kernel":
+            # Pages, K and V: without the pipeliner it would wait for every tile.
+            assert kernel["async_copies"] >= 3, kernel

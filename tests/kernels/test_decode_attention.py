@@ -3,14 +3,41 @@
 import pytest
 import torch
 
+from sglang_kvc.kernels import decode_schedule
 from sglang_kvc.kernels.decode_attention import (
+    DecodeConfig,
+    DecodeWorkspace,
     decode_attention,
     decode_attention_ref,
     decode_attention_triton,
     make_decode_workspace,
+    plan_decode,
+    plan_decode_ref,
+    plan_decode_triton,
 )
 from sglang_kvc.kernels.testing import Case, make_case
 from tests.kernels import oracles
+
+
+@pytest.fixture
+def one_sm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `programs_per_sm` the number of programs, on every machine."""
+    monkeypatch.setattr(decode_schedule, "_num_sms", lambda device: 1)
+
+
+def make_workspace(
+    case: Case, batch: int, config: DecodeConfig | None = None
+) -> DecodeWorkspace:
+    arena = case.arena
+    return make_decode_workspace(
+        batch,
+        arena.num_kv_heads * case.group,
+        arena.head_dim,
+        arena.k.device,
+        arena.num_kv_heads,
+        arena.num_layers,
+        config,
+    )
 
 
 def make_batch(
@@ -24,23 +51,33 @@ def make_batch(
     return torch.randn(shape, dtype=ring.dtype, device=device), slots, seq_lens.int()
 
 
-def check(case: Case, layer: int = 0, padding: int = 0) -> None:
-    """Run the kernel in a poisoned, too large workspace; compare with the oracle."""
+def check(
+    case: Case, layer: int = 0, padding: int = 0, config: DecodeConfig | None = None
+) -> None:
+    """Run the kernel in a poisoned, too large workspace; compare with the oracle.
+
+    Also: a second call gives the same, and no count of arrivals stays behind.
+    """
     arena, live = case.arena, len(case.slots)
     q, slots, seq_lens = make_batch(case, padding)
     scale = arena.head_dim**-0.5
-    workspace = make_decode_workspace(len(slots) + 1, q.shape[1], q.shape[2], q.device)
+    workspace = make_workspace(case, len(slots) + 1, config)
+    shape = (arena.num_layers, arena.num_kv_heads)
+    plan_decode_triton(case.tables, slots, seq_lens, *shape, workspace, config)
     args = (q, arena, layer, case.tables, slots, seq_lens, scale)
-    out = decode_attention_triton(*args, workspace=workspace)
+    out = decode_attention_triton(*args, workspace=workspace, config=config)
     assert out.dtype == q.dtype
     assert out.isfinite().all()
     working = decode_attention_ref(*args, upcast=False)
     truth = oracles.decode(case, q[:live], layer, scale)
     oracles.assert_arith(out[:live], working[:live], truth)
+    again = decode_attention_triton(*args, workspace=workspace, config=config)
+    assert torch.equal(out, again)
+    assert not workspace.arrivals.any()
 
 
 LENGTHS = [
-    # seq_lens, folds; lengths around a page, around a tile, several splits.
+    # seq_lens, folds; lengths around a page, around a tile, several tiles.
     ([1], [0]),
     ([15, 16, 17], [0, 0, 0]),
     ([63], [0]),
@@ -51,6 +88,8 @@ LENGTHS = [
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("one_sm")
+@pytest.mark.parametrize("programs", [3, 8])
 @pytest.mark.parametrize(("seq_lens", "folds"), LENGTHS)
 @pytest.mark.parametrize(
     ("heads", "group", "dim", "dtype"),
@@ -67,21 +106,129 @@ def test_close_to_truth(
     group: int,
     dim: int,
     dtype: torch.dtype,
+    programs: int,
     device: str,
 ) -> None:
     case = make_case(
         len(seq_lens), 2, heads, group, dim, seq_lens, folds, dtype=dtype, device=device
     )
-    check(case, layer=1, padding=len(seq_lens) % 3)
+    config = DecodeConfig(programs_per_sm=programs)
+    check(case, layer=1, padding=len(seq_lens) % 3, config=config)
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.usefixtures("one_sm")
+@pytest.mark.parametrize("group", range(1, 9))
 def test_groups(group: int, device: str) -> None:
     case = make_case(
         2, 1, 1, group, 64, [100, 16], [64, 0], dtype=torch.float16, device=device
     )
+    check(case, config=DecodeConfig(tile=32, programs_per_sm=2))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("one_sm")
+@pytest.mark.parametrize(
+    ("seq_lens", "programs", "min_share"),
+    [
+        pytest.param([640], 40, 1, id="a-row-over-40-programs"),
+        pytest.param([330], 4, 1, id="a-program-inside-a-row"),
+        pytest.param([16] * 9, 2, 1, id="nine-rows-a-program"),
+        pytest.param([64] * 4, 8, 1, id="a-row-is-a-share"),
+        pytest.param([128] * 2, 8, 1, id="a-row-is-two-shares"),
+        pytest.param([160, 32, 32, 96], 4, 1, id="a-row-ends-with-a-share"),
+        pytest.param([16, 20], 50, 1, id="fewer-tiles-than-programs"),
+        pytest.param([16, 20, 90], 50, 4, id="fewer-shares-than-programs"),
+        pytest.param([1, 1, 30, 8 * 36, 1, 40, 9, 45], 7, 1, id="skewed"),
+        pytest.param([100, 1], 1, 1, id="one-program"),
+    ],
+)
+def test_shares(
+    seq_lens: list[int], programs: int, min_share: int, device: str
+) -> None:
+    case = make_case(len(seq_lens), 1, 2, 2, 64, seq_lens, device=device)
+    check(case, config=DecodeConfig(16, programs_per_sm=programs, min_share=min_share))
+
+
+@pytest.mark.interpreter
+def test_default_programs(device: str) -> None:
+    case = make_case(2, 1, 2, 2, 64, [150, 20], [96, 0], device=device)
     check(case)
+
+
+def plan_by_hand(
+    case: Case, layer: int, slots: list[int], config: DecodeConfig
+) -> tuple[list[int], list[int]]:
+    """(cu_tiles, first_rows) of one layer, tile by tile; live rows, then padding."""
+    owners, cu_tiles = [], [0]
+    for b in range(len(slots)):
+        for h in range(case.arena.num_kv_heads):
+            n = 1
+            if b < len(case.slots):
+                lh = layer * case.arena.num_kv_heads + h
+                n = len(oracles.entries(case, b, lh))
+            owners += [len(cu_tiles) - 1] * -(-n // config.tile)
+            cu_tiles.append(len(owners))
+    programs = config.programs_per_sm
+    share = max(config.min_share, -(-len(owners) // programs))
+    starts = [min(p * share, len(owners) - 1) for p in range(programs)]
+    return cu_tiles, [owners[tile] for tile in starts]
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("one_sm")
+@pytest.mark.parametrize(
+    ("programs", "min_share", "chunk"),
+    [(1, 1, 64), (7, 1, 8), (50, 2, 16), (512, 1, 4)],
+)
+def test_plan(
+    programs: int,
+    min_share: int,
+    chunk: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Skewed rows, rows of one token, padding; prefix sums in several chunks."""
+    monkeypatch.setattr(decode_schedule, "_PLAN_CHUNK", chunk)
+    seq_lens, folds = [1, 60, 1, 2000, 333, 16, 17], [0, 0, 0, 1600, 320, 0, 16]
+    case = make_case(7, 2, 2, 1, 16, seq_lens, folds, skew=4.0, device=device)
+    _, slots, lengths = make_batch(case, padding=2)
+    config = DecodeConfig(programs_per_sm=programs, min_share=min_share)
+    workspace = make_workspace(case, len(slots) + 3, config)
+    plan_decode_triton(case.tables, slots, lengths, 2, 2, workspace, config)
+    cu_tiles, first_rows = plan_decode_ref(
+        case.tables, slots, lengths, 2, 2, programs, config
+    )
+    assert torch.equal(workspace.cu_tiles[:, : 2 * len(slots) + 1], cu_tiles)
+    assert torch.equal(workspace.first_rows, first_rows)
+    for layer in range(2):
+        by_hand = plan_by_hand(case, layer, slots.tolist(), config)
+        assert cu_tiles[layer].tolist() == by_hand[0]
+        assert first_rows[layer].tolist() == by_hand[1]
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("one_sm")
+def test_one_plan_serves_all_layers(device: str) -> None:
+    case = make_case(3, 3, 2, 2, 64, [200, 70, 30], [192, 48, 0], device=device)
+    config = DecodeConfig(16, programs_per_sm=5)
+    q, slots, seq_lens = make_batch(case)
+    workspace = make_workspace(case, 3, config)
+    plan_decode_triton(case.tables, slots, seq_lens, 3, 2, workspace, config)
+    for layer in (2, 0, 1):
+        args = (q, case.arena, layer, case.tables, slots, seq_lens, 0.125)
+        out = decode_attention_triton(*args, workspace=workspace, config=config)
+        assert torch.equal(out, decode_attention_triton(*args, config=config))
+        torch.testing.assert_close(out, decode_attention_ref(*args))
+
+
+def test_plan_of_the_reference_path_does_nothing() -> None:
+    case = make_case(1, 1, 1, 1, 16, [20])
+    _, slots, seq_lens = make_batch(case)
+    workspace = make_workspace(case, 1)
+    before = workspace.cu_tiles.clone()
+    plan_decode(case.tables, slots, seq_lens, 1, 1, workspace)
+    assert torch.equal(workspace.cu_tiles, before)
 
 
 @pytest.mark.interpreter
@@ -101,23 +248,43 @@ def test_strided_query_and_given_output(device: str) -> None:
 
 
 @pytest.mark.interpreter
-def test_small_workspace_is_refused(device: str) -> None:
-    case = make_case(9, 1, 2, 2, 64, [900, *[17] * 8], device=device)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"max_batch": 1}, "make it with max_batch >= 9"),
+        ({"num_kv_heads": 1}, "num_kv_heads=2"),
+        ({"num_layers": 1}, "num_layers=3"),
+        ({"config": DecodeConfig(programs_per_sm=1)}, "the same config"),
+        ({"num_qo_heads": 8}, "not \\(2, 64\\)"),
+        ({"head_dim": 128}, "not \\(2, 64\\)"),
+    ],
+)
+def test_unfit_workspace_is_refused(changed: dict, message: str, device: str) -> None:
+    case = make_case(9, 3, 2, 2, 64, [90, *[17] * 8], device=device)
     q, slots, seq_lens = make_batch(case)
-    workspace = make_decode_workspace(1, 4, 64, device, num_kv_heads=2)
-    with pytest.raises(ValueError, match="make it with max_batch >= 9"):
+    shape = {
+        "max_batch": 9,
+        "num_qo_heads": 4,
+        "head_dim": 64,
+        "num_kv_heads": 2,
+        "num_layers": 3,
+    }
+    workspace = make_decode_workspace(**{**shape, **changed}, device=device)
+    with pytest.raises(ValueError, match=message):
         decode_attention_triton(
             q, case.arena, 0, case.tables, slots, seq_lens, 0.125, workspace=workspace
         )
 
 
-def test_workspace_fits_every_smaller_batch() -> None:
-    for batch in (1, 7, 48, 300):
-        largest = make_decode_workspace(300, 32, 128, "meta", num_kv_heads=8)
-        exact = make_decode_workspace(batch, 32, 128, "meta", num_kv_heads=8)
-        assert exact.partial_lse.numel() <= largest.partial_lse.numel()
-        unknown = make_decode_workspace(batch, 32, 128, "meta")
-        assert exact.partial_lse.numel() <= unknown.partial_lse.numel()
+def test_workspace_bytes_can_be_counted() -> None:
+    workspace = make_decode_workspace(
+        256, 32, 128, "meta", num_kv_heads=8, num_layers=32
+    )
+    assert 0 < sum(part.nbytes for part in workspace) < 2**24
+    more = make_decode_workspace(
+        256, 32, 128, "meta", num_kv_heads=8, config=DecodeConfig(programs_per_sm=16)
+    )
+    assert more.partial_out.nbytes > workspace.partial_out.nbytes
 
 
 def test_reference_against_plain_python() -> None:
@@ -200,16 +367,56 @@ def test_graph_replay_follows_new_lengths(device: str) -> None:
     q, slots, seq_lens = make_batch(case)
     short = torch.tensor([600, 33, 1, 17], dtype=torch.int32, device=device)
     lengths = short.clone()
-    workspace = make_decode_workspace(4, 8, 128, device, num_kv_heads=2)
+    workspace = make_workspace(case, 4)
     out = torch.empty_like(q)
     args = (q, case.arena, 1, case.tables, slots, lengths, 128**-0.5, out, workspace)
-    decode_attention_triton(*args)
+
+    def step() -> None:
+        plan_decode(case.tables, slots, lengths, 2, 2, workspace)
+        decode_attention(*args)
+
+    step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        decode_attention_triton(*args)
+        step()
     for now in (seq_lens, short):
         lengths.copy_(now)
         out.fill_(torch.nan)
         graph.replay()
         replayed = out.clone()
-        assert torch.equal(replayed, decode_attention_triton(*args))
+        step()
+        assert torch.equal(replayed, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [16, 64])
+def test_gpu_skewed_lengths_have_no_race(tile: int, device: str) -> None:
+    """B = 64, H = 8, mean 1000: right, and bitwise the same in 100 calls."""
+    seq_lens = [8000, *[300 + 19 * i for i in range(62)], 1]
+    folds = [
+        (n - 1) // 16 * 16 // (1 + i % 2) // 16 * 16 for i, n in enumerate(seq_lens)
+    ]
+    case = make_case(
+        64,
+        1,
+        8,
+        4,
+        128,
+        seq_lens,
+        folds,
+        skew=4.0,
+        dtype=torch.bfloat16,
+        device=device,
+        window=1,
+        spare_pages=0,
+    )
+    config = decode_schedule.default_config(128)._replace(tile=tile)
+    check(case, config=config)
+    q, slots, lengths = make_batch(case)
+    workspace = make_workspace(case, 64, config)
+    plan_decode_triton(case.tables, slots, lengths, 1, 8, workspace, config)
+    args = (q, case.arena, 0, case.tables, slots, lengths, 0.1, None, workspace, config)
+    first = decode_attention_triton(*args)
+    for _ in range(100):
+        assert torch.equal(decode_attention_triton(*args), first)
+    assert not workspace.arrivals.any()

@@ -1,4 +1,4 @@
-"""Stock prefill kernels read the arena's strided page view."""
+"""Stock prefill kernels read the arena: as pages, or as blocks when folded."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.kernels.testing import make_case
 from tests.kernels import oracles
 
 HEADS, GROUP, DIM, LAYERS = 2, 4, 128, 3
@@ -82,8 +83,92 @@ def test_gpu_backends_read_the_arena_view(name: str) -> None:
 
     pool, table, batch, q, layer = make_batch("cuda", torch.bfloat16)
     backend = getattr(prefill, name)(pool, table)
-    backend.plan(batch)
+    backend.plan(batch, [])
     out = backend.run(q, layer)
     truth = dense(pool, table, q, layer, torch.float64)
     working = dense(pool, table, q, layer, torch.bfloat16)
     oracles.assert_arith(out, working, truth)
+
+
+# Compressed chunks: (sequence length, fold, new tokens) of each request.
+FOLDED = [(97, 96, 1), (150, 64, 80), (400, 320, 64), (50, 0, 50)]
+
+
+def make_folded(device: str, dtype: torch.dtype):
+    """A case with skewed heads as a pool, its batch look-alike, and queries."""
+    lens, folds, new = (list(column) for column in zip(*FOLDED, strict=True))
+    case = make_case(
+        len(FOLDED), LAYERS, HEADS, GROUP, DIM, lens, folds, dtype=dtype, device=device
+    )
+    # Unowned cells hold NaN; FA3 loads whole pages and masks by length.
+    for cells in (case.arena.k, case.arena.v):
+        cells.nan_to_num_(0.0)
+    budgets = [PAGE_SIZE * pages for pages in case.packed_pages]
+    pool = SimpleNamespace(arena=case.arena, start_layer=0, device=device)
+    batch = SimpleNamespace(
+        req_pool_indices=torch.tensor(case.slots, device=device),
+        seq_lens=torch.tensor(lens, device=device),
+        seq_lens_cpu=torch.tensor(lens),
+        extend_seq_lens=torch.tensor(new, device=device),
+        extend_seq_lens_cpu=new,
+    )
+    q = torch.randn(sum(new), HEADS * GROUP, DIM, device=device, dtype=dtype)
+    layer = SimpleNamespace(layer_id=2, scaling=DIM**-0.5)
+    return case, pool, batch, list(zip(folds, budgets, strict=True)), q, layer
+
+
+def folded_dense(case, q, layer, dtype: torch.dtype) -> torch.Tensor:
+    """Attention over the entries of each head, one by one, in `dtype`."""
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    cells = [c.view(-1, DIM) for c in (case.arena.k, case.arena.v)]
+    start = 0
+    for r, (length, _, new) in enumerate(FOLDED):
+        for h in range(HEADS):
+            entries = oracles.entries(case, r, layer.layer_id * HEADS + h)
+            rows = torch.tensor([row for row, _ in entries], device=q.device)
+            k_pos = torch.tensor([pos for _, pos in entries], device=q.device)
+            q_pos = torch.arange(length - new, length, device=q.device)
+            k, v = (c[rows].to(dtype) for c in cells)
+            group = slice(h * GROUP, (h + 1) * GROUP)
+            query = q[start : start + new, group].to(dtype).transpose(0, 1)
+            s = query @ k.T * layer.scaling
+            s = s.masked_fill(k_pos > q_pos[:, None], float("-inf"))
+            out[start : start + new, group] = (s.softmax(-1) @ v).transpose(0, 1)
+        start += new
+    return out
+
+
+def test_folded_torch_prefill_attends_to_packed_blocks_and_the_causal_tail() -> None:
+    from sglang_kvc.prefill_folded import TorchFoldedPrefill
+
+    case, pool, batch, folds, q, layer = make_folded("cpu", torch.float32)
+    backend = TorchFoldedPrefill(pool, case.tables.req_to_token, case.tables)
+    backend.plan(batch, folds)
+    out = backend.run(q, layer)
+    torch.testing.assert_close(out, folded_dense(case, q, layer, torch.float32))
+
+
+@pytest.mark.gpu
+def test_folded_fa3_prefill_attends_to_packed_blocks_and_the_causal_tail() -> None:
+    """Within twice the error of the same maths in torch at bf16."""
+    pytest.importorskip("sglang", reason="needs SGLang's FlashAttention-3")
+    from sglang_kvc.prefill_folded import FlashAttention3FoldedPrefill
+
+    case, pool, batch, folds, q, layer = make_folded("cuda", torch.bfloat16)
+    tables = case.tables
+    backend = FlashAttention3FoldedPrefill(pool, tables.req_to_token, tables)
+    backend.plan(batch, folds)
+    out = backend.run(q, layer)
+    truth = folded_dense(case, q, layer, torch.float64)
+    working = folded_dense(case, q, layer, torch.bfloat16)
+    oracles.assert_arith(out, working, truth)
+
+
+def test_no_head_has_more_blocks_than_the_table_has_columns() -> None:
+    from sglang_kvc.prefill_folded import table_width
+
+    assert table_width([50], [(0, 0)], 64) == 4
+    # 1,040 folded tokens are 65 blocks; 4 pages of 64 heads are more.
+    assert table_width([1050], [(1040, 64)], 64) == 65 + 1
+    # One page of 4 heads is 4 blocks, whoever wins them.
+    assert table_width([1050, 20], [(1040, 16), (0, 0)], 4) == 4 + 1

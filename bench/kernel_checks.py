@@ -1,0 +1,129 @@
+"""Small batches on which a kernel must match its reference before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bench.batches import Shape
+from bench.timing import CheckError, require_close, require_equal
+from sglang_kvc.kernels.append import append_kv, append_kv_ref
+from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.kernels.observe import (
+    observe_scores,
+    observe_scores_ref,
+    pool_scores,
+    pool_scores_ref,
+)
+from sglang_kvc.kernels.pack import (
+    commit_tables,
+    commit_tables_ref,
+    pack_entries,
+    pack_entries_ref,
+)
+from sglang_kvc.kernels.select import select_entries, select_entries_ref
+from sglang_kvc.kernels.testing import Case, make_case, make_plan
+
+# The defaults of `sglang_kvc.options`, which needs SGLang.
+WINDOW, SINKS, POOL, POWER = 32, 4, 7, 2
+SCORE_TOLERANCE = 1e-3
+
+
+def small_case(device: str, shape: Shape) -> Case:
+    """First and later passes, partly filled pages; equal at every call.
+
+    Layers, heads and the alignment of the tables' rows are those of the batches that
+    are timed: Triton compiles nothing twice, and what is checked is what is timed.
+    """
+    return make_case(
+        4,
+        shape.layers,
+        shape.kv_heads,
+        shape.qo_heads // shape.kv_heads,
+        shape.head_dim,
+        seq_lens=[700, 1275, 848, 2096],
+        folds=[0, 0, 768, 2000],
+        dtype=torch.bfloat16,
+        device=device,
+        window=WINDOW,
+    )
+
+
+def check_pass(device: str, shape: Shape) -> dict[str, str]:
+    """Run every stage and its reference, each on the reference's results so far.
+
+    Returns
+    -------
+    dict : what is wrong, by stage; empty if nothing is.
+    """
+    ours, theirs = small_case(device, shape), small_case(device, shape)
+    plan, heads = make_plan(ours), ours.arena.heads_per_page
+    wrong: dict[str, str] = {}
+
+    def compare(
+        stage: str,
+        require: Callable[..., object],
+        got: torch.Tensor,
+        want: torch.Tensor,
+        *tolerance: float,
+    ) -> None:
+        try:
+            require(stage, got, want, *tolerance)
+        except CheckError as error:
+            wrong[stage] = str(error)
+
+    scoring = (plan, ours.arena.head_dim**-0.5, POWER, WINDOW)
+    got = observe_scores(ours.query_ring, ours.arena, ours.tables, *scoring)
+    raw = observe_scores_ref(theirs.query_ring, theirs.arena, theirs.tables, *scoring)
+    compare("observe", require_close, got[:, None], raw[:, None], SCORE_TOLERANCE)
+
+    got = pool_scores(raw, plan, ours.tables, POOL, heads)
+    scores = pool_scores_ref(raw, plan, theirs.tables, POOL, heads)
+    compare("pool", require_equal, got, scores)
+
+    chosen = select_entries(scores, heads, ours.tables, plan, SINKS)
+    selected = select_entries_ref(scores, heads, theirs.tables, plan, SINKS)
+    for mine, reference in zip(chosen, selected, strict=True):
+        compare("select", require_equal, mine, reference)
+
+    count = plan.num_kept // (PAGE_SIZE * heads)
+    pages = torch.tensor(ours.free_pages[:count], device=device)
+    pack_entries(ours.arena, selected, pages, plan)
+    pack_entries_ref(theirs.arena, selected, pages, plan)
+    for mine, reference in zip(ours.arena, theirs.arena, strict=True):
+        compare("pack", require_equal, mine, reference)
+
+    commit_tables(ours.tables, ours.arena, selected, plan, pages, scores)
+    commit_tables_ref(theirs.tables, theirs.arena, selected, plan, pages, scores)
+    for mine, reference in zip(ours.tables, theirs.tables, strict=True):
+        compare("commit", require_equal, mine, reference)
+    compare("commit", require_equal, ours.arena.score, theirs.arena.score)
+    return wrong
+
+
+def check_append(device: str, shape: Shape) -> None:
+    """Append tokens with strided K, V and Q; raises CheckError."""
+    ours, theirs = small_case(device, shape), small_case(device, shape)
+    pages = torch.tensor(ours.free_pages[:8], device=device)
+    tokens = pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)
+    tokens = tokens.flatten()
+    k, v, q = qkv(len(tokens), shape, device)
+    ring = torch.arange(len(tokens), device=device) + ours.slots[0] * WINDOW
+    ring[WINDOW:] = -1
+    append_kv(k, v, q, ours.arena, 1, tokens, ours.query_ring, ring)
+    append_kv_ref(k, v, q, theirs.arena, 1, tokens, theirs.query_ring, ring)
+    for mine, reference in zip(ours.arena, theirs.arena, strict=True):
+        require_equal("append_kv", mine, reference)
+    require_equal("append_kv", ours.query_ring, theirs.query_ring)
+
+
+def qkv(
+    tokens: int, shape: Shape, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k, v, q of new tokens: slices of one projection, as a model makes them."""
+    heads = [shape.qo_heads, shape.kv_heads, shape.kv_heads]
+    size = (tokens, sum(heads), shape.head_dim)
+    fused = torch.randn(size, device=device).bfloat16()
+    q, k, v = fused.split(heads, dim=1)
+    return k, v, q

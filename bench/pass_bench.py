@@ -1,0 +1,244 @@
+"""An eviction pass: each stage on its own, and all of them as the runner calls them.
+
+Two figures for each: GPU time of the captured graph, tables restored before every run,
+and the time that the host needs to launch it. Nothing in a pass waits for the device,
+so the host's time matters only where it is the longer one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.batches import Batch, Shape, head_blocks, make_batch
+from bench.kernel_checks import POOL, POWER, SINKS, WINDOW, check_pass
+from bench.timing import CheckError, Clock, Report
+from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, PassPlan
+from sglang_kvc.kernels.observe import observe_scores, pool_scores
+from sglang_kvc.kernels.pack import commit_tables, pack_entries
+from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
+from sglang_kvc.kernels.select import select_entries
+
+SECTION = "pass"
+PROTECTED = 32
+RATE = 8
+SLOTS = 65
+"""Rows of the query ring: the padding slot and the most requests of a case."""
+
+
+class PassCase(NamedTuple):
+    """`requests` with `packed` KVs a head and a tail of `tail` tokens, all of one pass.
+
+    Nothing packed means a first pass, which keeps one KV in `RATE`; a later pass frees
+    as many blocks as its tail has.
+    """
+
+    requests: int
+    packed: int
+    tail: int
+
+    @property
+    def name(self) -> str:
+        """As the results call it."""
+        if not self.packed:
+            return f"first {self.requests}x{self.tail}"
+        return f"later {self.requests}x({self.packed}+{self.tail})"
+
+    @property
+    def keep_pages(self) -> int:
+        """Pages of a request after the pass."""
+        return (self.packed or self.tail // RATE) // PAGE_SIZE
+
+    @property
+    def pages(self) -> int:
+        """Pages that the requests and the survivors take."""
+        held = -(-self.tail // PAGE_SIZE) + self.packed // PAGE_SIZE
+        return self.requests * (held + self.keep_pages)
+
+
+CASES = (
+    PassCase(1, 0, 6_016),
+    PassCase(1, 0, 32_768),
+    PassCase(1, 0, 131_072),
+    PassCase(1, 752, 80),
+    PassCase(64, 752, 80),
+    PassCase(16, 4_096, 80),
+)
+QUICK_CASES = (CASES[0], CASES[4])
+ARENA_PAGES = max(case.pages for case in CASES) + 64
+
+
+def pass_batch(
+    case: PassCase, shape: Shape, pages: int, device: str
+) -> tuple[Batch, list[PassRequest]]:
+    """Tables of a case, with skewed heads, and the plan's requests."""
+    fold = case.packed * RATE
+    heads = shape.heads_per_page
+    blocks = head_blocks(
+        case.requests, case.packed // PAGE_SIZE, heads, skew=case.packed > 0
+    )
+    seq_len = fold + case.tail
+    lens = [seq_len] * case.requests
+    batch = make_batch(
+        blocks, [fold] * case.requests, lens, pages, device, case.requests
+    )
+    new = seq_len // PAGE_SIZE * PAGE_SIZE
+    requests = [
+        PassRequest(
+            slot=slot,
+            seq_len=seq_len,
+            fold_old=fold,
+            fold_new=new,
+            query_start=max(seq_len - WINDOW, 0),
+            packed_pages=packed,
+            evict_blocks=(packed + (new - fold) // PAGE_SIZE - case.keep_pages) * heads,
+            protected=max(new - (seq_len - PROTECTED), 0),
+            is_first=not case.packed,
+            # Decoded tokens are not pooled, prompts are.
+            pool_tail=not case.packed,
+        )
+        for slot, packed in zip(batch.slots.tolist(), batch.packed_pages, strict=True)
+    ]
+    return batch, requests
+
+
+class Stages:
+    """The five stages over one batch, each with the results of the one before."""
+
+    def __init__(
+        self, arena: Arena, ring: torch.Tensor, batch: Batch, plan: PassPlan
+    ) -> None:
+        self.arena, self.ring, self.batch = arena, ring, batch
+        self.tables, self.heads = batch.tables, arena.heads_per_page
+        self.scale = arena.head_dim**-0.5
+        self.saved = [table.clone() for table in self.tables[1:]]
+        self.plan = plan
+        self.pages = batch.free_pages[: plan.num_kept // (PAGE_SIZE * self.heads)]
+        self.raw = self.observe()
+        self.scores = self.pool()
+        self.selected = self.select()
+
+    def restore(self) -> None:
+        """Undo `commit_tables`: another pass finds the tables as they were."""
+        for table, saved in zip(self.tables[1:], self.saved, strict=True):
+            table.copy_(saved)
+
+    def observe(self) -> torch.Tensor:
+        """Scores of all resident KVs."""
+        return observe_scores(
+            self.ring, self.arena, self.tables, self.plan, self.scale, POWER, WINDOW
+        )
+
+    def pool(self) -> torch.Tensor:
+        """Scores, smoothed in a first pass."""
+        return pool_scores(self.raw, self.plan, self.tables, POOL, self.heads)
+
+    def select(self) -> Any:
+        """The survivors."""
+        return select_entries(self.scores, self.heads, self.tables, self.plan, SINKS)
+
+    def pack(self) -> None:
+        """Move them."""
+        pack_entries(self.arena, self.selected, self.pages, self.plan)
+
+    def commit(self) -> None:
+        """Publish them."""
+        arguments = (self.plan, self.pages, self.scores)
+        commit_tables(self.tables, self.arena, self.selected, *arguments)
+
+    def whole(self, plan: PassPlan) -> None:
+        """One pass, as `PassRunner` composes it."""
+        scores = observe_scores(
+            self.ring, self.arena, self.tables, plan, self.scale, POWER, WINDOW
+        )
+        scores = pool_scores(scores, plan, self.tables, POOL, self.heads)
+        selected = select_entries(scores, self.heads, self.tables, plan, SINKS)
+        pack_entries(self.arena, selected, self.pages, plan)
+        commit_tables(self.tables, self.arena, selected, plan, self.pages, scores)
+
+
+def bench_pass(
+    arena: Arena, shape: Shape, clock: Clock, report: Report, quick: bool
+) -> None:
+    """Check the stages, then time the cases."""
+    device = str(arena.k.device)
+    wrong: dict[str, str] | None = None
+    with report.guard("pass check"):
+        wrong = check_pass(device, shape)
+    if wrong is None:
+        return
+    for stage, reason in wrong.items():
+        with report.guard(f"pass {stage}"):
+            raise CheckError(reason)
+    size = (SLOTS, shape.layers, WINDOW, shape.qo_heads, shape.head_dim)
+    ring = torch.empty(size, dtype=arena.k.dtype, device=device).normal_()
+    for case in QUICK_CASES if quick else CASES:
+        with report.guard(case.name):
+            _bench_case(case, arena, ring, shape, clock, report, wrong)
+
+
+def _bench_case(
+    case: PassCase,
+    arena: Arena,
+    ring: torch.Tensor,
+    shape: Shape,
+    clock: Clock,
+    report: Report,
+    wrong: dict[str, str],
+) -> None:
+    """All figures of one case."""
+    batch, requests = pass_batch(case, shape, arena.k.shape[0], str(arena.k.device))
+    plan = build_plan(requests, shape.heads_per_page, arena.k.device)
+    run = Stages(arena, ring, batch, plan)
+    row_bytes = shape.head_dim * arena.k.element_size()
+    entries, kept = plan.num_entries, plan.num_kept
+    # Both products of a query with a key: for the log-sum-exp and for the scores.
+    rows = WINDOW * shape.qo_heads // shape.kv_heads
+    flops = 4 * rows * shape.head_dim * entries
+    # Row index and score come with a survivor; K, V and score go out.
+    read, written = kept * (2 * row_bytes + 8), kept * (2 * row_bytes + 4)
+    stages = {
+        # Every key once, every score out.
+        "observe": (run.observe, entries * (row_bytes + 4)),
+        "pool": (run.pool, entries * 8),
+        "select": (run.select, entries * 4 + kept * 8),
+        "pack": (run.pack, read + written),
+        "commit": (run.commit, 0),
+    }
+    total = 0.0
+    for stage, (work, nbytes) in stages.items():
+        if stage in wrong:
+            continue
+        # `commit` publishes other tables than those that it reads.
+        before = run.restore if stage == "commit" else None
+        timing = clock.gpu(work, before)
+        fields: dict[str, Any] = {"host_us": round(clock.host(work, before), 1)}
+        if stage == "observe":
+            fields["tflops"] = round(flops / timing.us / 1e6, 1)
+        if stage == "pack":
+            fields["one_way_tb_s"] = round(written / timing.us / 1e6, 3)
+        total += nbytes
+        report.add(SECTION, stage, case.name, timing, nbytes, **fields)
+        run.restore()
+    if wrong:
+        return
+
+    def whole() -> None:
+        run.whole(plan)
+
+    def launched() -> None:
+        run.whole(build_plan(requests, shape.heads_per_page, arena.k.device))
+
+    timing = clock.gpu(whole, run.restore)
+    run.restore()
+    eager = clock.eager(launched, run.restore)
+    host = clock.host(launched, run.restore)
+    run.restore()
+    about = {
+        "host_us": round(host, 1),
+        "gpu_eager_us": round(eager.us, 1),
+        "entries": entries,
+        "kept": kept,
+    }
+    report.add(SECTION, "whole pass", case.name, timing, total, **about)

@@ -1,0 +1,369 @@
+"""bench.serve without an engine: logs, records, tables, plans, deadlines, the pipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import report
+from bench.loads import ABSENT, LOADS, OURS, STOCK, Load, choose, make_prompts
+from bench.serve_child import Child, ChildError, sampling_params, summarize, token_gaps
+from bench.serve_plan import (
+    Clock,
+    Run,
+    Spec,
+    adhoc,
+    check,
+    engine_arguments,
+    free_ports,
+    plan,
+    spec_of,
+    supported,
+    without_stock,
+)
+
+DECODE = (
+    "[2026-11-22 19:00:00] Decode batch, #running-req: {}, #token: 700, token usage: "
+    "0.51, cuda graph: True, gen throughput (token/s): {:.2f}, #queue-req: 3"
+)
+PREFILL = (
+    "[2026-11-22 19:00:00] Prefill batch, #new-seq: 1, #new-token: 512, #cached-token: "
+    "0, token usage: 0.02, #running-req: 8, #queue-req: 0, "
+)
+FAKE = """
+import json, os, sys
+fd = int(sys.argv[sys.argv.index("--answer-fd") + 1])
+answer = lambda **values: os.write(fd, json.dumps(values).encode() + b"\\n")
+answer(ready_s=0.5, plugin_loaded=False)
+for line in sys.stdin:
+    command = json.loads(line)
+    if command["op"] == "die":
+        print("a traceback", flush=True)
+        sys.exit(3)
+    if command["op"] == "late":
+        continue
+    if command["op"] == "break":
+        answer(error="out of memory")
+        continue
+    print("served", command["op"], flush=True)
+    answer(op=command["op"], padding="x" * 200_000)
+"""
+
+
+def namespace(**values: Any) -> argparse.Namespace:
+    defaults = {
+        "model": "m",
+        "load_format": "dummy",
+        "device": "",
+        "extra_args": "{}",
+        "requests": 4,
+        "min_len": 10,
+        "max_len": 20,
+        "output": 5,
+        "pool": 1024,
+        "rate": 8,
+        "min_budget": 512,
+        "seed": 0,
+        "systems": "stock,kvc",
+    }
+    return argparse.Namespace(**{**defaults, **values})
+
+
+def record(load: str, system: str, rate: float, seconds: float, **more: Any) -> Any:
+    prompts = LOADS[load].count(system, rate)
+    tokens = prompts * (LOADS[load].input_len + LOADS[load].output_len)
+    return {
+        "engine": f"{system}#1",
+        "commit": "abc",
+        "gpu": "H200",
+        "versions": {"sglang": "0.5.17"},
+        "load": load,
+        "system": system,
+        "rate": rate,
+        "prompts": prompts,
+        "seconds": seconds,
+        "input_tokens": prompts * LOADS[load].input_len,
+        "tokens_per_s": tokens / seconds,
+        "requests_per_s": prompts / seconds,
+        "largest_batch": 3 if system == STOCK else 24,
+        "decode_step_ms": 12.0 if system == STOCK else 5.0,
+        "retractions": 0,
+        **more,
+    }
+
+
+def checks(*systems: str, good: bool = True) -> list[Any]:
+    return [{"engine": f"{system}#1", "ok": good} for system in systems]
+
+
+def test_log_gives_the_step_of_the_largest_batch() -> None:
+    # Lines after a prefill carry its time: 8 at 100 tokens/s are no step of 80 ms.
+    lines = [DECODE.format(2, 500), PREFILL, DECODE.format(8, 100)]
+    lines += [DECODE.format(8, rate) for rate in (1000, 800, 1600)]
+    lines += ["KV cache pool is full. Retract requests. #retracted_reqs: 1"]
+    found = report.parse_log("\n".join(lines))
+    assert found["largest_batch"] == 8
+    assert found["decode_step_ms"] == pytest.approx(8.0)
+    assert (found["decode_step_lines"], found["decode_step_clean"]) == (3, True)
+    assert found["retractions"] == 1
+
+
+def test_log_with_prefills_everywhere_uses_all_lines() -> None:
+    lines = [PREFILL, DECODE.format(8, 800)] * 3
+    found = report.parse_log("\n".join(lines))
+    assert found["decode_step_ms"] == pytest.approx(10.0)
+    assert not found["decode_step_clean"]
+    assert report.parse_log("")["decode_step_ms"] is None
+
+
+def test_start_of_the_log() -> None:
+    text = "x\nKV-Compress metadata: 2.4 GiB = 3 % of 80 GiB\nmax_total_num_tokens=99, "
+    assert report.parse_start(text) == {
+        "metadata": "2.4 GiB = 3 % of 80 GiB",
+        "pool_tokens": 99,
+    }
+
+
+def test_table_scales_stock_and_judges_targets() -> None:
+    load = "6000x500@20480"
+    records = [
+        record(load, STOCK, 0, 40.0),
+        record(load, OURS, 8, 40.0),
+        record(load, OURS, 64, 32.0),
+        record("6000x1@all", STOCK, 0, 20.0),
+        *checks(STOCK, OURS),
+    ]
+    rows = {(r["load"], r["rate"]): r for r in report.summarize(records)}
+    row = rows[load, 8]
+    assert row["stock_seconds"] == pytest.approx(160), "stock ran 32 of 128 prompts"
+    assert row["ratio_to_stock"] == pytest.approx(4.0)
+    assert row["prefill_bound"] == pytest.approx(160 / 20 * 6001 / 6000)
+    assert report.verdict(row) == ">= 3.5 met"
+    assert report.verdict(rows[load, 64]) == ">= 5.5 missed"
+    text = report.format_table(list(rows.values()))
+    assert "4.000" in text and "missed" in text and "not run" not in text
+
+
+def test_table_takes_medians_and_shows_the_spread() -> None:
+    load = "32000x1500@all"
+    memory = {"memory_idle_mib": 1000, "memory_peak_mib": 1200, "ready_s": 40.0}
+    records = [record(load, STOCK, 0, s) for s in (40, 44, 36)]
+    records += [record(load, OURS, 8, s, **memory) for s in (20, 22, 21)]
+    (row,) = (r for r in report.summarize(records) if r["system"] == OURS)
+    assert row["seconds"] == 21
+    assert row["ratio_to_stock"] == pytest.approx(40 / 21)
+    assert report.verdict(row) == ">= 1.5 met, step >= 2 met"
+    text = report.format_table([row])
+    assert "21.0±5%" in text and "idle check not run" in text
+    assert "memory, kvc: idle 1000 MiB, peak 1200 MiB" in text
+
+
+def test_red_check_prints_no_figure() -> None:
+    load = "6000x500@20480"
+    records = [record(load, STOCK, 0, 40.0), record(load, OURS, 8, 12.3)]
+    text = report.format_table(
+        report.summarize([*records, *checks(STOCK), *checks(OURS, good=False)])
+    )
+    assert "FAILED" in text and "12.3" not in text
+    broken = [records[0], {**records[1], "error": "nothing was compressed"}]
+    text = report.format_table(report.summarize([*broken, *checks(STOCK, OURS)]))
+    assert "FAILED: nothing was compressed" in text and "12.3" not in text
+
+
+def test_table_says_that_stock_refuses() -> None:
+    refused = {**record("60000@20480", STOCK, 0, 1.0), "refused": "exceeds the maximum"}
+    ours = record("60000@20480", OURS, 8, 5.0)
+    text = report.format_table(report.summarize([refused, ours]))
+    assert "refused: exceeds" in text and "nothing to compare with" in text
+
+
+def test_newest_commit_counts_but_stock_outlives_it() -> None:
+    load = "6000x256@all"
+    old = [record(load, STOCK, 0, 20.0), record(load, OURS, 1, 30.0)]
+    new = [record(load, OURS, 1, 20.0, commit="def")]
+    (row,) = (r for r in report.summarize(old + new) if r["system"] == OURS)
+    assert row["ratio_to_stock"] == pytest.approx(1.0)
+    new.append(record(load, STOCK, 0, 22.0, commit="def"))
+    (row,) = (r for r in report.summarize(old + new) if r["system"] == OURS)
+    assert row["ratio_to_stock"] == pytest.approx(1.1)
+
+
+def test_records_survive_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "serve.jsonl"
+    path.write_text('{"system": "old format"}\n{"engine": "a", "ok": true}\n{"engine')
+    assert report.read_records(path) == [{"engine": "a", "ok": True}]
+    assert report.read_records(tmp_path / "none") == []
+    assert report.summarize([]) == []
+
+
+def test_prompts_are_equal_for_both_systems_and_prefixes_of_each_other() -> None:
+    load = LOADS["6000x500@20480"]
+    stock, ours = (load.command(s, 8) for s in (STOCK, OURS))
+    assert (stock["prompts"], ours["prompts"]) == (32, 128)
+    assert (stock["rate"], ours["rate"]) == (None, 8)
+    assert load.count(OURS, 1) == 32
+    few = make_prompts({**stock, "prompts": 2}, 1000)
+    assert make_prompts({**ours, "prompts": 3}, 1000)[:2] == few
+    assert [len(ids) for ids in few] == [6000, 6000]
+    assert few[0] != few[1] and all(10 <= i < 990 for i in few[0])
+    made = adhoc(namespace()).command(OURS, 8)
+    assert all(10 <= len(ids) <= 20 for ids in make_prompts(made, 1000))
+
+
+def test_only_the_small_engines_are_alive_together() -> None:
+    loads = [load for load in map(supported, choose("every")) if load]
+    small, *alone = plan(loads, 2)
+    assert {run.spec.pool for run in small} == {20480, 49152}
+    assert [batch[0].spec.system for batch in alone] == [STOCK, ABSENT, OURS]
+    assert all(len({run.spec for run in batch}) == 1 for batch in alone)
+    for batch in (alone[0], alone[2]):
+        assert batch[0].load.mode == "first"
+        assert sum(run.load.mode == "first" for run in batch) == 1
+    order = [(r.spec.system, r.rate) for r in small if r.load.id == "6000x500@20480"]
+    assert order[:3] == [(STOCK, 0), (OURS, 8), (OURS, 64)]
+    assert len(order) == 2 * 8
+    assert {r.spec.min_budget for r in small if r.spec.system == OURS} == {128}
+    with pytest.raises(SystemExit, match="unknown loads"):
+        choose("", ["nonsense"])
+
+
+def test_cpu_compares_with_the_plugin_without_its_flag() -> None:
+    load = without_stock(LOADS["6000x256@all"])
+    assert load.systems == (ABSENT, OURS)
+    assert without_stock(LOADS["flag-absent"]).systems == (ABSENT,)
+    runs = [record(load.id, ABSENT, 0, 30.0), record(load.id, OURS, 1, 20.0)]
+    (row,) = (r for r in report.summarize(runs) if r["system"] == OURS)
+    assert row["ratio_to_stock"] == pytest.approx(1.5)
+
+
+def test_unknown_keyword_leaves_the_load_out(capsys: Any) -> None:
+    load = Load("x", 1, 1, 1, 16, (8,), engine={"kv_compress_nonsense": 1})
+    assert supported(load) is None
+    assert "no kv_compress_nonsense" in capsys.readouterr().out
+    wanted = Load("x", 1, 1, 1, 16, (8,), engine={"kv_compress_interval": 64})
+    kept = supported(wanted)
+    assert kept is not None and kept.engine == {}, "it is the default"
+
+
+def test_engine_arguments_differ_in_the_plugin_only() -> None:
+    load = LOADS["6000x500@20480"]
+    args = namespace(extra_args='{"kv_compress_interval": 16, "tp_size": 1}')
+    stock, absent, ours = (
+        engine_arguments(args, spec_of(load, s)) for s in (STOCK, ABSENT, OURS)
+    )
+    assert stock == absent
+    assert stock["max_total_tokens"] == 20480 and stock["tp_size"] == 1
+    assert {k: v for k, v in ours.items() if not k.startswith("kv_compress")} == stock
+    assert ours["kv_compress"] and ours["kv_compress_min_budget"] == 128
+    assert ours["kv_compress_interval"] == 16
+    assert "max_total_tokens" not in engine_arguments(args, Spec(STOCK, 0))
+    assert sampling_params(load.command(OURS, 8))["custom_params"] == {
+        "kv_compress": {"rate": 8}
+    }
+    assert "custom_params" not in sampling_params(load.command(STOCK, 0))
+
+
+def test_deadline_uses_what_the_last_repeat_took(monkeypatch: Any) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    load = LOADS["6000x500@20480"]
+    run = Run(load, spec_of(load, OURS), 8, 0)
+    clock = Clock(100)
+    assert clock.expected(run) == load.seconds[8] and clock.fits(run)
+    now[0] += 60
+    assert not clock.fits(run)
+    clock.learn(run, 10)
+    assert clock.fits(run)
+    assert Clock(0).fits(run), "no deadline"
+
+
+def test_answers_are_checked() -> None:
+    load = Load("x", 2, 2000, 64, 0, (8,))
+    run = Run(load, spec_of(load, OURS), 8, 0)
+    stock = Run(load, spec_of(load, STOCK), 0, 0)
+    good = {"lengths": [64, 64], "compressed": 2, "passes": 4}
+    plain = {"lengths": [64, 64], "compressed": 0}
+    assert check(run, good, True) == ""
+    assert check(stock, plain, False) == ""
+    assert "plugin loaded" in check(stock, plain, True)
+    assert "plugin loaded" in check(run, good, False)
+    assert "0 outputs carry" in check(run, {**plain, "passes": 0}, True)
+    assert "2 outputs carry" in check(stock, good, False)
+    assert "nothing was compressed" in check(run, {**good, "passes": 0}, True)
+    assert "another length" in check(run, {**good, "lengths": [64, 3]}, True)
+    assert "too long" in check(stock, {"failed": "too long"}, False)
+
+
+def test_summary_of_outputs() -> None:
+    ours = {
+        "logical_tokens": 100,
+        "resident_tokens": 20,
+        "peak_resident_tokens": 40,
+        "passes": 2,
+        "deferred_passes": 0,
+    }
+    info = [
+        {"completion_tokens": 5, "kv_compress": ours},
+        {"completion_tokens": 5, "kv_compress": {**ours, "resident_tokens": 40}},
+    ]
+    found = summarize([[1] * 95] * 2, info)
+    assert (found["resident_tokens"], found["passes"]) == (30, 4)
+    assert (found["input_tokens"], found["compressed"]) == (190, 2)
+    aborted = {"type": "abort", "message": "too long"}
+    found = summarize([[1]], [{"completion_tokens": 0, "finish_reason": aborted}])
+    assert found["failed"] == "too long"
+
+
+def test_latencies_start_when_all_requests_have() -> None:
+    early = [(0.0, 1), (5.0, 2), (5.01, 3), (5.02, 4)]
+    late = [(5.0, 1), (5.01, 2), (5.03, 4)]
+    found = token_gaps([early, late])
+    assert found["itl_gaps"] == 4, "the gap of 5 s began before the last first token"
+    assert found["itl_median_ms"] == pytest.approx(10)
+    assert found["itl_max_ms"] == pytest.approx(20)
+    assert found["itl_gaps_of_several"] == 1
+    assert "failed" in token_gaps([[(0.0, 1)]])
+
+
+def test_commands_of_a_child(tmp_path: Path) -> None:
+    child = Child([sys.executable, "-c", FAKE], tmp_path / "log", {})
+    try:
+        assert child.wait(20) == {"ready_s": 0.5, "plugin_loaded": False}
+        child.ask({"op": "one"}, 20)
+        position = child.position()
+        answer = child.ask({"op": "two"}, 20)
+        assert len(answer["padding"]) == 200_000, "longer than a pipe holds"
+        assert child.read_log(position) == "served two\n"
+        with pytest.raises(ChildError, match="out of memory"):
+            child.ask({"op": "break"}, 20)
+        with pytest.raises(ChildError, match="no answer to late"):
+            child.ask({"op": "late"}, 0.1)
+        with pytest.raises(ChildError, match="(?s)died at die.*a traceback"):
+            child.ask({"op": "die"}, 20)
+        with pytest.raises(ChildError):
+            child.ask({"op": "more"}, 20)
+    finally:
+        child.close()
+    assert child.process.returncode == 3
+
+
+def test_child_that_does_not_quit_is_ended(tmp_path: Path) -> None:
+    code = "import time; time.sleep(600)"
+    child = Child([sys.executable, "-c", code], tmp_path / "log", {})
+    child.close(timeout=0.2)
+    assert child.process.returncode == -9
+
+
+def test_ports_differ() -> None:
+    assert len(set(free_ports(5))) == 5
+
+
+def test_every_command_is_json() -> None:
+    for load in LOADS.values():
+        for system in load.systems:
+            json.dumps(load.command(system, (load.rates or (0,))[0]))
