@@ -183,7 +183,15 @@ class Server:
         return {"seconds": seconds, **summarize(ids, [o["meta_info"] for o in outputs])}
 
     def first(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Serve the prompts one after another."""
+        """Serve the prompts one after another, as the first ones of a server.
+
+        A server sends itself a request of a few tokens before it says that it is
+        ready; an Engine does not, so that request is sent here.
+        """
+        self.engine.generate(
+            input_ids=[10, 11, 12],
+            sampling_params={"temperature": 0, "max_new_tokens": 8},
+        )
         ids = make_prompts(command, self.vocab)
         times, info = [], []
         for prompt in ids:

@@ -66,7 +66,6 @@ def engine_arguments(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
         "skip_server_warmup": True,
         "log_level": "info",
         "decode_log_interval": 10,
-        "max_running_requests": 256,
         # Equal terms: the plugin switches prefill graphs off (they are untested with
         # passes), so what they are worth must not show up as a cost of compression.
         "cuda_graph_backend_prefill": "disabled",
@@ -80,6 +79,9 @@ def engine_arguments(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
             kwargs["attention_backend"] = "torch_native"
     if spec.pool:
         kwargs["max_total_tokens"] = spec.pool
+    if spec.system != OURS:
+        # More than any load sends. Ours chooses its number itself: slots cost memory.
+        kwargs["max_running_requests"] = 256
     if spec.system == OURS:
         kwargs |= {"kv_compress": True, "kv_compress_min_budget": spec.min_budget}
         kwargs |= dict(spec.extra)

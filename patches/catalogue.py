@@ -27,6 +27,7 @@ PARENT = (
 SCHEDULER = (
     # Pools.
     "kv_cache_configurator__profile_available_bytes",
+    "kv_cache_configurator__resolve_max_num_reqs",
     "kv_cache_configurator__build_mha_kv_pool",
     "kv_cache_configurator__build_token_to_kv_pool_allocator",
     "models_utils__enable_fused_set_kv_buffer",

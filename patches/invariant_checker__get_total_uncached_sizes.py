@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.accounting import tokens_in_flight
+from sglang_kvc.accounting import uncounted_tokens
 from sglang_kvc.hooks import HookType, Patch
 
 PATCH = Patch(
@@ -13,7 +13,8 @@ PATCH = Patch(
     expected_params=("self",),
     reason=(
         "The strict busy check adds up what running requests own; between "
-        "launch and settling a pass owns its target pages too."
+        "launch and settling a pass owns its target pages too, and a prompt that "
+        "waits between two chunks is in no batch."
     ),
     upstream_link="managers/scheduler_components/invariant_checker.py:224",
     remove_when="The busy check asks the requests what they own.",
@@ -21,6 +22,6 @@ PATCH = Patch(
 
 
 def hook(original: Any, checker: Any) -> tuple[int, int]:
-    """Stock sizes plus pages of passes in flight."""
+    """Stock sizes plus what is in no batch or no row."""
     full, swa = original(checker)
-    return full + tokens_in_flight(checker), swa
+    return full + uncounted_tokens(checker), swa

@@ -23,6 +23,8 @@ PATCH = Patch(
 def hook(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     """Raise ConfigError (a ValueError: HTTP 400) for this request alone."""
     del args, kwargs
-    options = getattr(manager.server_args, "_kv_compress_options", None)
+    from sglang_kvc.server_args import options_of
+
+    options = options_of(manager.server_args)
     if options is not None:
         validate_sampling_params(getattr(obj, "sampling_params", None), options)

@@ -157,13 +157,23 @@ def new_request_clip(req: Any, clip: int) -> int:
 def add_one(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
     """Run ``PrefillAdder.add_one_req`` with the charge and the chunk that fit `req`."""
     policy = policy_of(req)
-    chunk = policy.chunk_tokens(len(req.full_untruncated_fill_ids)) if policy else 0
-    if not chunk:
-        return _with_clip(req, call)
-    if adder.rem_chunk_tokens < min(chunk, _missing(req)):
-        # What is left of this step is no chunk worth a pass; wait for the next one.
-        return schedule_policy.AddReqResult.OTHER
-    return _with_chunk(adder, req, chunk, call)
+    length = len(req.full_untruncated_fill_ids)
+    if policy is None or policy.budget(length) == NEVER:
+        return call()
+    params = req.sampling_params
+    ignore_eos, params.ignore_eos = params.ignore_eos, False
+    # Without a prefix cache SGLang simulates requests that ignore EOS to their end, as
+    # if they kept every token.
+    try:
+        chunk = policy.chunk_tokens(length)
+        if not chunk:
+            return _with_clip(req, call)
+        if adder.rem_chunk_tokens < min(chunk, _missing(req)):
+            # What is left of this step is no chunk worth a pass; wait for the next.
+            return schedule_policy.AddReqResult.OTHER
+        return _with_chunk(adder, req, chunk, call)
+    finally:
+        params.ignore_eos = ignore_eos
 
 
 def add_chunked(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
@@ -179,7 +189,10 @@ def add_chunked(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
         return _with_clip(req, call)
     room = int(adder.rem_total_tokens) - policy.budget(length) - SLACK
     chunk = min(chunk, floor_page(room))
-    if chunk < min(policy.options.window, _missing(req)):
+    waits = chunk < min(policy.options.window, _missing(req))
+    runtime = adder.token_to_kv_pool_allocator.get_kvcache().runtime
+    runtime.scheduler.waiting_prompt = req if waits else None
+    if waits:
         # No room, also for others: only one prompt can be unfinished.
         adder.rem_chunk_tokens = 0
         return req
@@ -196,8 +209,9 @@ def _with_chunk(adder: Any, req: Any, chunk: int, call: Callable[[], Any]) -> An
     adder.rem_chunk_tokens = min(before, chunk)
     capped = adder.rem_chunk_tokens
     result = _with_clip(req, call)
-    unfinished = req.extend_range.end < len(req.full_untruncated_fill_ids)
-    if req in adder.can_run_list and not unfinished:
+    if req not in adder.can_run_list:
+        adder.rem_chunk_tokens = before
+    elif req.extend_range.end == len(req.full_untruncated_fill_ids):
         adder.rem_chunk_tokens = before - (capped - adder.rem_chunk_tokens)
         if result is schedule_policy.AddReqResult.OTHER:
             result = adder.budget_state()

@@ -29,6 +29,7 @@ from sglang_kvc.kernels.decode_attention import (
 from sglang_kvc.prefill import PrefillAttention, build_prefill
 from sglang_kvc.prefill_folded import build_folded_prefill
 from sglang_kvc.runtime import KVCompressRuntime
+from sglang_kvc.server_args import options_of
 
 if TYPE_CHECKING:
     from sglang_kvc.options import KVCompressOptions
@@ -40,7 +41,7 @@ def build(model_runner: Any) -> KVCompressAttentionBackend:
     Everything that must hold is checked by `plugin.build_attention_backend`, which
     calls this; an exception there stops the server.
     """
-    options = getattr(model_runner.server_args, "_kv_compress_options", None)
+    options = options_of(model_runner.server_args)
     if options is None:
         raise UnsupportedModeError(
             "attention backend 'kvcompress' was asked for without --kv-compress; "

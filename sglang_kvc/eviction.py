@@ -37,7 +37,8 @@ class PassRunner:
                 "the kept list (int32) cannot address; lower --max-total-tokens"
             )
         context = runtime.tables.req_to_token.shape[1]
-        self.max_tokens = pass_workspace_tokens(context)
+        pool_tokens = runtime.arena.k.shape[0] * PAGE_SIZE
+        self.max_tokens = pass_workspace_tokens(context, pool_tokens)
 
     def run(self, records: list[PassRecord]) -> None:
         """Run every pass of a step; passes that fit the workspace share a launch."""

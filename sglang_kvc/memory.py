@@ -14,6 +14,9 @@ from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
 SCORE_BYTES = 4
 OBSERVE_PARTIAL_BYTES = 48 << 20
 """Partial log-sum-exps of `observe_scores`, at most."""
+MAX_SLOTS, MIN_SLOTS = 256, 16
+TOKENS_PER_SLOT = 192
+"""A default slot for so many tokens of the pool: few requests hold less for long."""
 GIB = 1 << 30
 
 
@@ -88,12 +91,18 @@ class MetadataBytes:
         )
 
 
-def pass_workspace_tokens(context_len: int) -> int:
+def default_slots(pool_tokens: int) -> int:
+    """Running requests to prepare for, unless --max-running-requests says it."""
+    return max(MIN_SLOTS, min(MAX_SLOTS, pool_tokens // TOKENS_PER_SLOT))
+
+
+def pass_workspace_tokens(context_len: int, pool_tokens: int) -> int:
     """Most resident tokens per head that one launch of passes works on.
 
-    A pass of one request of any legal length must fit; smaller ones share a launch.
+    A pass of one request of any legal length must fit, and no request holds more than
+    the pool; smaller ones share a launch.
     """
-    return -(-context_len // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
+    return -(-min(context_len, pool_tokens) // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
 
 
 def metadata_bytes(
@@ -102,6 +111,8 @@ def metadata_bytes(
     *,
     max_running_requests: int,
     context_len: int,
+    pool_tokens: int,
+    chunk_size: int = 0,
 ) -> MetadataBytes:
     """Bytes of our metadata for a server of this shape.
 
@@ -109,13 +120,17 @@ def metadata_bytes(
     ----------
     max_running_requests : request slots, without the padding slot.
     context_len : longest request, tokens.
+    pool_tokens : tokens of the KV pool, or more.
+    chunk_size : tokens of a prefill step, if prompts can be compressed between chunks.
 
     Returns
     -------
     MetadataBytes
         The pass workspace is the most that `PassRunner` holds at once for the longest
         request: scores and pooled scores, or pooled scores and the kept list. The
-        kept list is counted for a rate of 2 or the server's own, if that is less.
+        kept list is counted for a rate of 2 or the server's own, if that is less. A
+        chunk of a compressed prompt takes, at another time, page lists of all heads
+        and copies of the queries and outputs of one layer.
     """
     slots = max_running_requests + 1
     ring = (
@@ -136,10 +151,13 @@ def metadata_bytes(
     )
     decode_workspace = sum(part.nbytes for part in partials)
     table_ints = 1 + (shape.heads_per_page + 1) + -(-context_len // PAGE_SIZE)
-    entries = pass_workspace_tokens(context_len) * shape.heads_per_page
+    entries = pass_workspace_tokens(context_len, pool_tokens) * shape.heads_per_page
     # Select holds the pooled scores and, for each survivor, its row and its score.
     kept = entries if options.rate < 2 else entries // 2
     workspace = entries * 4 + max(entries * 4, kept * 8) + OBSERVE_PARTIAL_BYTES
+    lists = -(-context_len // PAGE_SIZE) * shape.heads_per_page * 4
+    copies = 2 * chunk_size * shape.num_qo_heads * shape.head_dim * shape.itemsize
+    workspace = max(workspace, (lists + copies) if chunk_size else 0)
     return MetadataBytes(
         per_token=shape.score_bytes_per_token,
         ring=ring,

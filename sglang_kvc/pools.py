@@ -10,7 +10,8 @@ from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang_kvc.errors import ConfigError, UnsupportedModeError
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.kv_pool import ArenaKVPool
-from sglang_kvc.memory import ModelShape, metadata_bytes
+from sglang_kvc.memory import ModelShape, default_slots, metadata_bytes
+from sglang_kvc.server_args import options_of as attached_options
 
 if TYPE_CHECKING:
     from sglang_kvc.options import KVCompressOptions
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def options_of(configurator: Any) -> KVCompressOptions | None:
     """The server's options, or None when --kv-compress is off."""
-    return getattr(configurator.server_args, "_kv_compress_options", None)
+    return attached_options(configurator.server_args)
 
 
 def model_shape(configurator: Any) -> ModelShape:
@@ -95,12 +96,19 @@ def subtract_metadata(configurator: Any, available: int) -> int:
     if options is None:
         return available
     shape = model_shape(configurator)
-    requests = get_schedule().max_running_requests
+    schedule = get_schedule()
+    # More than there will be, so more slots and workspace: never too little is charged.
+    tokens = available // shape.kv_bytes_per_token
+    if schedule.max_total_tokens is not None:
+        tokens = min(tokens, schedule.max_total_tokens)
+    requests = schedule.max_running_requests or default_slots(tokens)
     sizes = metadata_bytes(
         shape,
         options,
         max_running_requests=requests,
         context_len=configurator.model_config.context_len,
+        pool_tokens=tokens,
+        chunk_size=max(schedule.chunked_prefill_size or 0, 0),
     )
     left = sizes.scale_kv_bytes(available, shape)
     if left <= 0:
@@ -111,6 +119,14 @@ def subtract_metadata(configurator: Any, available: int) -> int:
             "--mem-fraction-static"
         )
     return left
+
+
+def limit_slots(configurator: Any, slots: int, token_capacity: int) -> int:
+    """Request slots of a pool of `token_capacity`: `slots`, or fewer by default."""
+    given = get_schedule().max_running_requests
+    if options_of(configurator) is None or given is not None:
+        return slots
+    return min(slots, default_slots(token_capacity))
 
 
 def arena_is_active() -> bool:

@@ -118,13 +118,15 @@ class KVCompressRuntime:
     def log_memory(self) -> None:
         """Print what our metadata takes beside the KV."""
         slots, max_len = self.tables.req_to_token.shape
+        tokens = self.arena.k.shape[0] * PAGE_SIZE
         sizes = metadata_bytes(
             self.shape,
             self.options,
             max_running_requests=slots - 1,
             context_len=max_len,
+            pool_tokens=tokens,
+            chunk_size=self.chunk_rule.chunk_size,
         )
-        tokens = self.arena.k.shape[0] * PAGE_SIZE
         kv_bytes = self.arena.k.nbytes + self.arena.v.nbytes
         logger.info(sizes.describe(kv_bytes, tokens))
 

@@ -93,6 +93,8 @@ class PassScheduler:
         self.due_lens = np.full(num_slots, NEVER, dtype=np.int64)
         # Tokens that started prompts still need: a pass must not take their pages.
         self.pending_prompt_tokens = 0
+        # The prompt that was put off between two chunks, see `admission.add_chunked`.
+        self.waiting_prompt: Any = None
 
     def plan_extend(self, batch: Any) -> None:
         """After ``prepare_for_extend``: new states, and the passes behind chunks.

@@ -40,8 +40,6 @@ _BACKEND_FIELDS = (
 _DEFAULTS = {
     # Captured prefill is untested with our backend.
     "cuda_graph_backend_prefill": "disabled",
-    # Tables are allocated for this many requests at start-up.
-    "max_running_requests": 256,
 }
 _POST_CAPTURE_SIZING = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
 _FALSE = ("0", "false", "no", "n")

@@ -114,7 +114,6 @@ def test_flag_sets_what_it_needs(parse: Callable[..., Any]) -> None:
     assert server_args.attention_backend == "kvcompress"
     assert server_args.radix_cache_backend == "kvcompress"
     assert server_args.page_size == 16
-    assert server_args.max_running_requests == 256
     assert server_args.cuda_graph_config.prefill.backend == "disabled"
     assert server_args.cuda_graph_config.decode.backend == "disabled"
     assert os.environ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"] == "0"

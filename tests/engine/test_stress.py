@@ -37,6 +37,8 @@ def test_every_page_has_one_owner_through_the_load(report: dict[str, Any]) -> No
     assert loads["passes"] > 100
     assert loads["retractions"] > 10
     assert loads["audits"] > 500
+    assert loads["chunk_passes"] > 100
+    assert loads["longer_than_pool"] > 5
 
 
 def test_overlap_and_radix_cache_change_no_output(report: dict[str, Any]) -> None:

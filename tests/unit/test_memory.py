@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_kvc.memory import ModelShape, metadata_bytes
+from sglang_kvc.memory import (
+    MetadataBytes,
+    ModelShape,
+    default_slots,
+    metadata_bytes,
+)
 from sglang_kvc.options import KVCompressOptions
 
 LLAMA_8B = ModelShape(
@@ -13,11 +18,21 @@ LLAMA_8B = ModelShape(
 GIB = 1 << 30
 
 
+def at_8b_defaults(pool_tokens: int) -> MetadataBytes:
+    """131k context, chunks of 8192, as many slots as the pool gets by default."""
+    return metadata_bytes(
+        LLAMA_8B,
+        KVCompressOptions(),
+        max_running_requests=default_slots(pool_tokens),
+        context_len=131_072,
+        pool_tokens=pool_tokens,
+        chunk_size=8192,
+    )
+
+
 def test_at_most_three_percent_at_8b_defaults() -> None:
     """256 running requests, 131k context, the memory of one H200 beside 8B weights."""
-    sizes = metadata_bytes(
-        LLAMA_8B, KVCompressOptions(), max_running_requests=256, context_len=131_072
-    )
+    sizes = at_8b_defaults(pool_tokens=900_000)
     kv = sizes.scale_kv_bytes(110 * GIB, LLAMA_8B)
     tokens = kv // LLAMA_8B.kv_bytes_per_token
     metadata = sizes.fixed + sizes.per_token * tokens
@@ -26,14 +41,26 @@ def test_at_most_three_percent_at_8b_defaults() -> None:
 
 
 def test_nothing_is_offered_when_the_fixed_part_does_not_fit() -> None:
-    sizes = metadata_bytes(
-        LLAMA_8B, KVCompressOptions(), max_running_requests=256, context_len=131_072
-    )
+    sizes = at_8b_defaults(pool_tokens=900_000)
     assert sizes.scale_kv_bytes(sizes.fixed // 2, LLAMA_8B) == 0
 
 
 @pytest.mark.parametrize("window", [32, 64])
 def test_ring_is_the_window_of_every_slot(window: int) -> None:
     options = KVCompressOptions(window=window)
-    sizes = metadata_bytes(LLAMA_8B, options, max_running_requests=10, context_len=4096)
+    sizes = metadata_bytes(
+        LLAMA_8B,
+        options,
+        max_running_requests=10,
+        context_len=4096,
+        pool_tokens=8192,
+    )
     assert sizes.ring == 11 * 32 * window * 32 * 128 * 2
+
+
+def test_a_small_pool_gets_fewer_slots_and_less_workspace() -> None:
+    assert default_slots(900_000) == 256
+    assert default_slots(20_480) == 106
+    assert default_slots(100) == 16
+    large, small = at_8b_defaults(900_000), at_8b_defaults(20_480)
+    assert small.fixed < 0.45 * large.fixed
