@@ -42,6 +42,7 @@ from bench.serve_plan import (
     free_ports,
     plan,
     supported,
+    with_rates,
     without_stock,
 )
 
@@ -292,6 +293,7 @@ def main() -> None:
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--group", choices=(*GROUPS, "every"), default="")
     parser.add_argument("--loads", default="", help="ids of bench.loads, with commas")
+    parser.add_argument("--rates", default="", help="only these, where a load has one")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=0, help="seconds; 0: none")
     parser.add_argument("--limit", type=float, default=400, help="seconds of one run")
@@ -320,6 +322,8 @@ def main() -> None:
             parser.error("--model is needed")
         named = args.group or args.loads
         loads = choose(args.group, args.loads.split(",")) if named else [adhoc(args)]
+        if args.rates:
+            loads = [with_rates(load, args.rates) for load in loads]
         if args.device == "cpu":
             loads = [without_stock(load) for load in loads]
         with tempfile.TemporaryDirectory() as folder:

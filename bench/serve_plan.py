@@ -149,6 +149,13 @@ class Clock:
         return self.expected(run) <= self.left()
 
 
+def with_rates(load: Load, chosen: str) -> Load:
+    """The load at the chosen rates ("8,64"); at all of its own if it has none of them."""
+    wanted = [float(rate) for rate in chosen.split(",")]
+    rates = tuple(rate for rate in load.rates if rate in wanted)
+    return dataclasses.replace(load, rates=rates or load.rates)
+
+
 def without_stock(load: Load) -> Load:
     """For the CPU, which SGLang's PyPI build can use with our plugin only."""
     systems = (ABSENT if system == STOCK else system for system in load.systems)

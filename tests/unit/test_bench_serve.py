@@ -24,6 +24,7 @@ from bench.serve_plan import (
     plan,
     spec_of,
     supported,
+    with_rates,
     without_stock,
 )
 
@@ -268,6 +269,11 @@ def test_engine_arguments_differ_in_the_plugin_only() -> None:
         "kv_compress": {"rate": 8}
     }
     assert "custom_params" not in sampling_params(load.command(STOCK, 0))
+
+
+def test_rates_can_be_chosen() -> None:
+    assert with_rates(LOADS["6000x500@20480"], "64,2,3").rates == (64, 2)
+    assert with_rates(LOADS["6000x256@all"], "8").rates == (1,)
 
 
 def test_deadline_uses_what_the_last_repeat_took(monkeypatch: Any) -> None:
