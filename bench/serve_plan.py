@@ -150,7 +150,7 @@ class Clock:
 
 
 def with_rates(load: Load, chosen: str) -> Load:
-    """The load at the chosen rates ("8,64"); at all of its own if it has none of them."""
+    """The load at the chosen rates ("8,64"), or as it is if it has none of them."""
     wanted = [float(rate) for rate in chosen.split(",")]
     rates = tuple(rate for rate in load.rates if rate in wanted)
     return dataclasses.replace(load, rates=rates or load.rates)
