@@ -182,6 +182,7 @@ LOADS: dict[str, Load] = {
             systems=(OURS,),
             engine={"kv_compress_chunks": "always"},
             seconds={8: 43, 64: 30},
+            targets={8: 3.5, 64: 5.5},
         ),
         _paper(
             "60000@20480",

@@ -27,7 +27,7 @@ from bench.plot_data import (
     serve_rows,
     stock_levels,
 )
-from bench.report import read_records
+from bench.report import merge_commits, read_records
 
 COPY_TB_S = 4.3
 """What a copy reaches on an H200; used where the run did not measure it."""
@@ -201,15 +201,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("bench/results"))
     parser.add_argument("--out", type=Path, default=Path("docs/plots"))
     parser.add_argument("--commit", default="", help="default: the newest of each file")
+    parser.add_argument("--commits", default="", help="draw these servings as one: a,b")
     args = parser.parse_args()
-    draw(args.results, args.out, args.commit)
+    draw(args.results, args.out, args.commit, args.commits)
 
 
-def draw(results: Path, out: Path, commit: str = "") -> list[Path]:
+def draw(results: Path, out: Path, commit: str = "", commits: str = "") -> list[Path]:
     """Write the plots that have figures; the paths written."""
     plt = load_pyplot()
     out.mkdir(parents=True, exist_ok=True)
-    runs = read_records(results / "serve.jsonl")
+    runs = merge_commits(read_records(results / "serve.jsonl"), commits)
     kernels = of_commit(read_lines(results / "kernels.jsonl"), commit)
     rows = serve_rows(runs, commit)
     served = of_commit([run for run in runs if "load" in run], commit)

@@ -101,6 +101,29 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
+def merge_commits(records: list[Record], commits: str) -> list[Record]:
+    """Records of several commits ("a,b"), as if they were one; none: all as they are.
+
+    For measurements that took more than one visit to a GPU. A failure counts unless
+    the same run succeeded later.
+    """
+    wanted = [part for part in commits.split(",") if part]
+    if not wanted:
+        return records
+    chosen = [r for r in records if r.get("commit") in wanted]
+    last = {_cell_of(r): r for r in chosen if "load" in r}
+    kept = [
+        r for r in chosen if not ("error" in r and "error" not in last[_cell_of(r)])
+    ]
+    good = {r["engine"] for r in kept if "load" in r}
+    kept = [r for r in kept if "load" in r or r["engine"] in good]
+    return [{**r, "commit": " + ".join(wanted)} for r in kept]
+
+
+def _cell_of(record: Record) -> tuple[Any, ...]:
+    return tuple(record.get(key) for key in ("load", "system", "rate"))
+
+
 def select(records: list[Record]) -> list[Record]:
     """Records of the newest commit, and stock's of others for loads it lacks there.
 
@@ -161,8 +184,10 @@ def summarize(records: list[Record]) -> list[Record]:
     for load in loads:
         of_load = [run for run in runs if run["load"] == load]
         keys = sorted({(r["system"] == OURS, r["system"], r["rate"]) for r in of_load})
+        # "load+option" is compared with what stock did at "load".
+        same = (load, load.partition("+")[0])
         good: dict[str, list[Record]] = {name: [] for name in (STOCK, ABSENT)}
-        for run in filter(ok, of_load):
+        for run in (run for run in runs if run["load"] in same and ok(run)):
             good.get(run["system"], []).append(run)
         base = good[STOCK] or good[ABSENT]
         for _, system, rate in keys:

@@ -301,6 +301,7 @@ def main() -> None:
         "--skip-done", action="store_true", help="what --out has of this commit"
     )
     parser.add_argument("--table-only", action="store_true")
+    parser.add_argument("--commits", default="", help="tabulate these as one: a,b")
     parser.add_argument("--device", default="", help="cpu: a trial of the machinery")
     parser.add_argument("--extra-args", default="{}", help="JSON, more engine keywords")
     parser.add_argument("--logs", type=Path, help="folder that keeps SGLang's logs")
@@ -337,7 +338,8 @@ def main() -> None:
             finally:
                 session.memory.stop()
             red = session.red
-    print(report.format_table(report.summarize(report.read_records(args.out))))
+    records = report.merge_commits(report.read_records(args.out), args.commits)
+    print(report.format_table(report.summarize(records)))
     if red:
         raise SystemExit("a check is red")
 
