@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,8 +57,11 @@ def _relative(word: str) -> str:
 def commit() -> str:
     """Commit of the working tree; ``+dirty`` if it differs.
 
-    A copy without git history states it in the file ``.commit``.
+    A copy states it in the variable ``SGLANG_KVC_COMMIT`` (its own git metadata may be
+    another commit's) or, if it has no git metadata, in the file ``.commit``.
     """
+    if stated := os.environ.get("SGLANG_KVC_COMMIT"):
+        return stated
     head = _git("rev-parse", "--short=12", "HEAD")
     if not head:
         stamp = ROOT / ".commit"

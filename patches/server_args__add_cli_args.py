@@ -18,6 +18,6 @@ PATCH = Patch(
 
 def hook(_result: None, parser: argparse.ArgumentParser) -> None:
     """Add our argument group."""
-    from sglang_kvc.options import add_cli_arguments
+    from sglang_kvc.flags import add_cli_arguments
 
     add_cli_arguments(parser)

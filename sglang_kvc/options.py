@@ -1,4 +1,4 @@
-"""Options of KV-Compress: one frozen record, parsed and validated once.
+"""Options of KV-Compress: one frozen record, validated when it is made.
 
 The record is attached to SGLang's ``ServerArgs`` and pickled into the scheduler
 processes, so this module imports neither torch nor SGLang.
@@ -9,11 +9,7 @@ A page holds :data:`PAGE_SIZE` tokens; budgets are whole pages.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
 import math
-from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +21,7 @@ CHUNK_MODES = ("auto", "always", "never")
 MAX_WINDOW = 256
 MAX_POOL = 63
 
-_CHOICES = {"metric": METRICS, "chunks": CHUNK_MODES}
+CHOICES = {"metric": METRICS, "chunks": CHUNK_MODES}
 
 BACKEND = "kvcompress"
 """Name under which the attention backend and the radix cache are registered."""
@@ -135,7 +131,7 @@ class KVCompressOptions:
         check_int("pool", self.pool, 1, MAX_POOL)
         if self.pool % 2 == 0:
             raise ConfigError(f"pool must be odd, got {self.pool}.")
-        for name, valid in _CHOICES.items():
+        for name, valid in CHOICES.items():
             if getattr(self, name) not in valid:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(valid)}, "
@@ -206,124 +202,3 @@ class KVCompressOptions:
         assert rate is not None
         kept = ceil_to_page(math.ceil(logical_len / rate))
         return max(ceil_to_page(self.min_budget), kept)
-
-
-_FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
-    "rate": (float, "X", "Keep 1/X of a request's tokens, per KV head on average."),
-    "budget": (
-        int,
-        "TOKENS",
-        "Keep this many tokens per KV head on average, whatever the length of the "
-        "request (rounded up to 16). Excludes --kv-compress-rate. Default: by rate.",
-    ),
-    "min_budget": (int, "TOKENS", "With a rate: never keep fewer tokens than this."),
-    "window": (
-        int,
-        "QUERIES",
-        f"Last queries, 1 to {MAX_WINDOW}, whose attention scores the keys.",
-    ),
-    "protected": (int, "TOKENS", "Most recent tokens that are never evicted."),
-    "interval": (int, "TOKENS", "Decoded tokens between two passes of a request."),
-    "sinks": (int, "TOKENS", "First tokens that are never evicted."),
-    "pool": (
-        int,
-        "WIDTH",
-        f"Max-pooling width over key positions, odd, 1 to {MAX_POOL}; 1 is off.",
-    ),
-    "metric": (
-        str,
-        "{" + ",".join(METRICS) + "}",
-        "Score of a key: sum of squared (l2) or plain (l1) attention probabilities.",
-    ),
-    "chunks": (
-        str,
-        "{" + ",".join(CHUNK_MODES) + "}",
-        "Compress a prompt between its chunks, so that it never has to fit in the "
-        "pool: for prompts of half the pool or more (auto), always or never.",
-    ),
-}
-assert list(_FLAGS) == [field.name for field in dataclasses.fields(KVCompressOptions)]
-
-
-def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the ``--kv-compress*`` flags to SGLang's parser.
-
-    Values default to None so that "not given" and "given as the default" differ.
-
-    Parameters
-    ----------
-    parser : argparse.ArgumentParser
-        Modified in place.
-    """
-    group = parser.add_argument_group(
-        "KV-Compress", "Evict the KV cache at its own rate per layer and KV head."
-    )
-    group.add_argument(
-        "--kv-compress",
-        action="store_true",
-        default=False,
-        help="Compress the KV cache of every request.",
-    )
-    for field, (parse, metavar, text) in _FLAGS.items():
-        default = getattr(KVCompressOptions, field)
-        group.add_argument(
-            f"--kv-compress-{field.replace('_', '-')}",
-            type=parse,
-            metavar=metavar,
-            choices=_CHOICES.get(field),
-            help=text if default is None else f"{text} Default: {default}.",
-        )
-
-
-def options_from_mapping(values: MutableMapping[str, Any]) -> KVCompressOptions | None:
-    """Take the ``kv_compress*`` entries out of a mapping.
-
-    Parameters
-    ----------
-    values : MutableMapping
-        Keyword arguments of ``Engine`` or ``vars(Namespace)``; our entries are
-        removed. An entry of None counts as not given.
-
-    Returns
-    -------
-    KVCompressOptions or None
-        None if the feature is off.
-
-    Raises
-    ------
-    ConfigError
-        For an unknown ``kv_compress*`` key, a setting without the switch, a rate
-        together with a budget, or a value outside its range.
-    """
-    given = {key: values.pop(key) for key in list(values) if key.startswith(SWITCH)}
-    keys = {f"{SWITCH}_{field}": field for field in _FLAGS}
-    for key in given:
-        if key != SWITCH and key not in keys:
-            raise ConfigError(_unknown_key(key, [SWITCH, *keys]))
-    switch = given.pop(SWITCH, None)
-    fields = {keys[key]: value for key, value in given.items() if value is not None}
-    if switch not in (None, True, False):
-        raise ConfigError(
-            f"{SWITCH} must be True or False, got {switch!r}. Settings have their own "
-            f"keywords, for example {SWITCH}_rate=8."
-        )
-    if not switch:
-        if fields:
-            names = ", ".join(f"{SWITCH}_{name}" for name in fields)
-            raise ConfigError(
-                f"{names} given, but KV-Compress is off. Add --kv-compress "
-                f"({SWITCH}=True in Python), or drop the setting."
-            )
-        return None
-    if "rate" in fields and "budget" in fields:
-        raise ConfigError(
-            f"--kv-compress-rate {fields['rate']} and --kv-compress-budget "
-            f"{fields['budget']} exclude each other; give one of them."
-        )
-    return KVCompressOptions(**fields)
-
-
-def _unknown_key(key: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(key, valid, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"Unknown keyword {key}.{hint} Valid: {', '.join(valid)}."

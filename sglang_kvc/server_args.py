@@ -14,12 +14,12 @@ from typing import Any
 
 from sglang_kvc.compat import no_accelerator
 from sglang_kvc.errors import ConfigError
+from sglang_kvc.flags import options_from_mapping
 from sglang_kvc.hooks import verify_hooks_installed
 from sglang_kvc.options import (
     BACKEND,
     PAGE_SIZE,
     KVCompressOptions,
-    options_from_mapping,
 )
 from sglang_kvc.refusals import (
     raise_if_any,

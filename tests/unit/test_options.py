@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from sglang_kvc.errors import ConfigError
+from sglang_kvc.flags import add_cli_arguments, options_from_mapping
 from sglang_kvc.options import (
     PAGE_SIZE,
     KVCompressOptions,
-    add_cli_arguments,
     ceil_to_page,
-    options_from_mapping,
 )
 
 
