@@ -62,7 +62,7 @@ def head_tables_ref(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "width"])
 def head_tables_kernel(
     req_to_token,
     fold_lens,

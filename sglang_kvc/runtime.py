@@ -15,6 +15,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_kvc.chunking import ChunkRule
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.eviction import PassRunner
+from sglang_kvc.kernels.head_tables import head_tables
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables
 from sglang_kvc.kv_pool import ArenaKVPool
 from sglang_kvc.memory import ModelShape, metadata_bytes
@@ -131,10 +132,15 @@ class KVCompressRuntime:
         logger.info(sizes.describe(kv_bytes, tokens))
 
     def warm_up(self) -> None:
-        """Compile the kernels of a pass at start-up, on the padding slot.
+        """Compile the kernels of passes and chunks at start-up, on the padding slot.
 
         The decode kernel and the KV write are compiled by SGLang's graph capture and
         by its own warm-up request.
         """
-        if self.on_gpu:
-            self.passes.warm_up()
+        if not self.on_gpu:
+            return
+        self.passes.warm_up()
+        if self.chunk_rule.chunk_size:
+            layers, heads = self.shape.num_layers, self.shape.num_kv_heads
+            slot, length = self.to_device([0]), self.to_device([1])
+            head_tables(self.tables, slot, length, layers, heads, width=1)

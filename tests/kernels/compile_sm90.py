@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from sglang_kvc.kernels.append import append_kv_triton
 from sglang_kvc.kernels.decode_attention import decode_attention_triton
+from sglang_kvc.kernels.head_tables import head_tables_triton
 from sglang_kvc.kernels.observe import observe_scores_triton, pool_scores_triton
 from sglang_kvc.kernels.pack import commit_tables_triton, pack_entries_triton
 from sglang_kvc.kernels.select import select_entries_triton
@@ -90,6 +91,7 @@ def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> No
     pages = torch.zeros(99, dtype=torch.int64)
     pack_entries_triton(arena, selected, pages, plan)
     commit_tables_triton(tables, arena, selected, plan, pages, scores)
+    head_tables_triton(tables, slots, seq_lens, layers, heads, 400)
 
 
 def usage(kernel: Any) -> dict[str, Any]:
