@@ -170,15 +170,13 @@ def run_loads(scheduler: InProcessScheduler, audit: PageAudit) -> dict[str, Any]
     return {**total, "audits": audit.audits}
 
 
-def run_equal_outputs(scheduler: InProcessScheduler) -> dict[str, Any]:
-    """Overlap and the radix cache change no output.
-
-    Whole prompts only: the length of a chunk follows the memory that is free.
-    """
+def run_equal_outputs(
+    scheduler: InProcessScheduler, requests: list[Request], chunks: str
+) -> dict[str, Any]:
+    """Overlap and the radix cache change no output: the ids that differ, by switch."""
     runtime = scheduler.allocator.get_kvcache().runtime
     rule = runtime.chunk_rule
-    runtime.chunk_rule = dataclasses.replace(rule, mode="never")
-    requests = mixed_requests(random.Random(99), 28, aborts=False)
+    runtime.chunk_rule = dataclasses.replace(rule, mode=chunks)
     results = []
     for overlap, radix in ((True, True), (False, True), (True, False)):
         scheduler.set_radix(radix)
@@ -191,16 +189,28 @@ def run_equal_outputs(scheduler: InProcessScheduler) -> dict[str, Any]:
             }
         )
     runtime.chunk_rule = rule
-    different = {}
+    different: dict[str, Any] = {}
+    compared = 0
     for name, other in (("overlap off", results[1]), ("radix off", results[2])):
-        different[name] = [
+        # A late pass or a restart sees other queries, by definition.
+        same = [
             rid
-            for rid, (ids, deferred, retracted) in other.items()
-            # A late pass or a restart sees other queries, by definition.
+            for rid, (_, deferred, retracted) in other.items()
             if not (deferred or retracted or any(results[0][rid][1:]))
-            and ids != results[0][rid][0]
         ]
-    return different
+        compared += len(same)
+        different[name] = [r for r in same if other[r][0] != results[0][r][0]]
+    return {**different, "compared": compared}
+
+
+def chunked_requests(rng: random.Random) -> list[Request]:
+    """Prompts without a common prefix, few enough that chunks are never cut short."""
+    requests = []
+    for i, length in enumerate((150, 420, 211, 300, 333, 190)):
+        ids = [rng.randrange(2, VOCAB) for _ in range(length)]
+        kv = {"budget": 48 + 16 * (i % 2)}
+        requests.append(Request(f"c{i}", ids, max_new=50, kv=kv, arrive=4 * i))
+    return requests
 
 
 def run_leak(scheduler: InProcessScheduler) -> str:
@@ -234,7 +244,11 @@ def main(target: str) -> None:
         )
         scheduler = InProcessScheduler(args)
         try:
-            report["equal"] = run_equal_outputs(scheduler)
+            # Whole prompts: a chunk's length follows the memory that is free.
+            requests = mixed_requests(random.Random(99), 28, aborts=False)
+            report["equal"] = run_equal_outputs(scheduler, requests, "never")
+            requests = chunked_requests(random.Random(7))
+            report["equal_chunks"] = run_equal_outputs(scheduler, requests, "always")
             report["loads"] = run_loads(scheduler, PageAudit(scheduler))
             report["leak"] = run_leak(scheduler)
         except BaseException:
