@@ -13,7 +13,7 @@ def test_torch_prefill_equals_dense_attention() -> None:
     """Several requests, with and without a prefix, through the strided view."""
     pool, table, batch, q, layer = make_batch("cpu", torch.float32)
     backend = TorchPrefill(pool, table)
-    backend.plan(batch)
+    backend.plan(batch, [])
     out = backend.run(q, layer)
     expected = dense(pool, table, q, layer, torch.float64)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
