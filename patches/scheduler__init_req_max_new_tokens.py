@@ -24,8 +24,11 @@ PATCH = Patch(
 
 def hook(original: Any, scheduler: Any, req: Any) -> None:
     """Run the stock method, then set the limits of a compressed request."""
-    asked = req.sampling_params.max_new_tokens or NEVER
-    asked = min(asked, scheduler.max_new_tokens_limit or NEVER)
+    asked = req.sampling_params.max_new_tokens
+    # None is no limit; 0 is one: scoring a prompt generates nothing.
+    asked = min(
+        NEVER if asked is None else asked, scheduler.max_new_tokens_limit or NEVER
+    )
     original(scheduler, req)
     runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
     if runtime is not None:

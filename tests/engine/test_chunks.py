@@ -161,3 +161,12 @@ def test_what_cannot_fit_is_refused_alone(
     assert finish["type"] == "abort"
     assert message in finish["message"]
     assert len(outputs["ok"].ids) == 4
+
+
+def test_a_request_for_no_token_generates_none(fresh: InProcessScheduler) -> None:
+    """Scoring a prompt (max_new_tokens 0) stays what it is for a compressed one."""
+    out = fresh.serve([Request("score", [7] * 400, max_new=0, kv={"budget": 64})])
+    finish = out["score"].finish
+    assert finish is not None
+    assert finish["type"] == "length"
+    assert len(out["score"].ids) <= 1
