@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from sglang_kvc.kernels.addressing import head_rows_ref
+from sglang_kvc.kernels.head_tables import head_tables
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
 
 SIGMA = 0.8
@@ -159,34 +158,13 @@ def _up(n: int) -> int:
     return -(-n // 16) * 16
 
 
-def fold_by_head(
-    batch: Batch, layer: int, shape: Shape
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """View one layer as R * H requests of one KV head, each with its own page table.
-
-    Returns
-    -------
-    page_table : [R * H, longest] int32, blocks of ``k.view(-1, 16, 1, D)``.
-    lengths : [R * H] int32.
-    """
-    first = layer * shape.kv_heads
-    tables, lengths = [], []
-    lens = batch.seq_lens.tolist()
-    for slot, fold, seq_len in zip(
-        batch.slots.tolist(), batch.folds, lens, strict=True
-    ):
-        head = head_rows_ref(
-            batch.tables,
-            slot,
-            fold,
-            seq_len,
-            shape.heads_per_page,
-            first,
-            shape.kv_heads,
-        )
-        # Packed blocks are full and the tail starts with a page: no block is split.
-        tables.append(head.rows[:, ::PAGE_SIZE] // PAGE_SIZE)
-        lengths.append(head.valid.sum(1))
-    longest = max(table.shape[1] for table in tables)
-    padded = [F.pad(table, (0, longest - table.shape[1])) for table in tables]
-    return torch.cat(padded).int(), torch.cat(lengths).int()
+def fold_by_head(batch: Batch, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """`head_tables` of a batch: R * H requests of one KV head, in every layer."""
+    return head_tables(
+        batch.tables,
+        batch.slots,
+        batch.seq_lens,
+        shape.layers,
+        shape.kv_heads,
+        -(-int(batch.resident.max()) // PAGE_SIZE),
+    )

@@ -217,16 +217,15 @@ def _bench_folded(
     shape, dim = case.shape, case.shape.head_dim
     k, v = (cells.view(-1, PAGE_SIZE, 1, dim) for cells in case.arena[:2])
     query = case.q.view(-1, 1, shape.qo_heads // shape.kv_heads, dim)
-    pages = {layer: fold_by_head(case.batch, layer, shape) for layer in case.layers}
+    blocks, lens = fold_by_head(case.batch, shape)
 
     def run(layer: int) -> torch.Tensor:
-        table, lengths = pages[layer]
         return fa3(
             query,
             k,
             v,
-            page_table=table,
-            cache_seqlens=lengths,
+            page_table=blocks[layer].flatten(0, 1),
+            cache_seqlens=lens[layer].flatten(),
             softmax_scale=case.scale,
             causal=True,
             ver=3,

@@ -23,10 +23,10 @@ from bench.plot_data import (
     decode_bars,
     of_commit,
     rate_lines,
-    read_lines,
     serve_rows,
     stock_levels,
 )
+from bench.record import read_lines
 from bench.report import merge_commits, read_records
 
 COPY_TB_S = 4.3

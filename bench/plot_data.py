@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from bench.loads import LOADS, OURS, STOCK
@@ -68,17 +66,6 @@ def decode_bars(records: list[Record]) -> dict[str, dict[tuple[str, str], float]
         if record["section"] == "decode" and key in BARS and "tb_s" in record:
             bars.setdefault(record["case"], {})[key] = record["tb_s"]
     return bars
-
-
-def read_lines(path: Path) -> list[Record]:
-    """Records of a file; a last line that was cut off is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
 
 
 def of_commit(records: list[Record], commit: str = "") -> list[Record]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from bench.loads import ABSENT, LOADS, OURS, STOCK
+from bench.record import read_lines
 
 DECODE = re.compile(
     r"Decode batch.*?#running-req: (\d+).*?gen throughput \(token/s\): ([\d.]+)"
@@ -89,16 +89,8 @@ def parse_start(text: str) -> Record:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Records of `bench.serve`; a last line that was cut off is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "engine" in record:
-            records.append(record)
-    return records
+    """Records of `bench.serve` in a file."""
+    return [record for record in read_lines(path) if "engine" in record]
 
 
 def merge_commits(records: list[Record], commits: str) -> list[Record]:

@@ -18,7 +18,7 @@ from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.head_tables import head_tables
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables
 from sglang_kvc.kv_pool import ArenaKVPool
-from sglang_kvc.prefill import HOPPER, Folds, PrefillAttention
+from sglang_kvc.prefill import HOPPER, Folds, PrefillAttention, TorchPrefill
 
 
 def can_prefill_folded(pool: ArenaKVPool) -> bool:
@@ -28,8 +28,8 @@ def can_prefill_folded(pool: ArenaKVPool) -> bool:
     return bool(get_device_capability()[0] == HOPPER)
 
 
-class TorchFoldedPrefill(PrefillAttention):
-    """SDPA per request over gathered rows; the CPU path and the reference."""
+class FoldedPrefill(PrefillAttention):
+    """Prefill attention that also reads the block tables."""
 
     def __init__(
         self, pool: ArenaKVPool, req_to_token: torch.Tensor, tables: BlockTables
@@ -37,11 +37,13 @@ class TorchFoldedPrefill(PrefillAttention):
         super().__init__(pool, req_to_token)
         self.tables = tables
 
+
+class TorchFoldedPrefill(FoldedPrefill, TorchPrefill):
+    """SDPA per request over gathered rows; the CPU path and the reference."""
+
     def plan(self, batch: Any, folds: Folds) -> None:
         """Keep the batch."""
-        self._slots = batch.req_pool_indices.tolist()
-        self._seq_lens = batch.seq_lens_cpu.tolist()
-        self._new_lens = list(batch.extend_seq_lens_cpu)
+        super().plan(batch, folds)
         self._folds = [fold for fold, _ in folds]
 
     def run(self, q: torch.Tensor, layer: Any) -> torch.Tensor:
@@ -77,14 +79,8 @@ class TorchFoldedPrefill(PrefillAttention):
         return out
 
 
-class FlashAttention3FoldedPrefill(PrefillAttention):
+class FlashAttention3FoldedPrefill(FoldedPrefill):
     """FlashAttention-3 with (request, KV head) as the batch."""
-
-    def __init__(
-        self, pool: ArenaKVPool, req_to_token: torch.Tensor, tables: BlockTables
-    ) -> None:
-        super().__init__(pool, req_to_token)
-        self.tables = tables
 
     def plan(self, batch: Any, folds: Folds) -> None:
         """Page lists of all heads and layers, and the order of the queries."""
@@ -155,7 +151,7 @@ def table_width(lengths: list[int], folds: Folds, heads_per_page: int) -> int:
 
 def build_folded_prefill(
     pool: ArenaKVPool, req_to_token: torch.Tensor, tables: BlockTables
-) -> TorchFoldedPrefill | FlashAttention3FoldedPrefill | None:
+) -> FoldedPrefill | None:
     """The attention for compressed prompts, or None if this device has none."""
     if not can_prefill_folded(pool):
         return None

@@ -265,12 +265,12 @@ def _settle_periodic(tree_cache: Any, record: PassRecord, row: Any) -> None:
 def run_step(runtime: KVCompressRuntime, worker: Any, batch: Any, forward: Any) -> Any:
     """Around ``forward_batch_generation``: reset, forward, passes; on its stream."""
     plan: StepPlan | None = getattr(batch, "kv_compress_plan", None)
+    runtime.prefill_folds = plan.folds if plan is not None else []
     if plan is None:
         return forward()
     batch.kv_compress_plan = None
     if plan.reset_slots:
         runtime.reset_slots(plan.reset_slots)
-    runtime.prefill_folds = plan.folds
     result = forward()
     if plan.passes:
         runtime.passes.run(plan.passes)

@@ -122,7 +122,8 @@ def test_pass_cases_fit_the_arena(case: PassCase) -> None:
 def test_folded_tables_name_the_same_keys() -> None:
     """What FA3 is given holds exactly the entries of `decode_attention`."""
     batch = row_batch(Row(3, 256, True), SMALL, PAGES, "cpu")
-    table, lengths = fold_by_head(batch, 1, SMALL)
+    blocks, head_lens = fold_by_head(batch, SMALL)
+    table, lengths = blocks[1].flatten(0, 1), head_lens[1].flatten()
     rows = table.long()[..., None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
     lens = batch.seq_lens.tolist()
     row = 0
