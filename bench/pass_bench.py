@@ -97,6 +97,7 @@ def pass_batch(
             is_first=not case.packed,
             # Decoded tokens are not pooled, prompts are.
             pool_tail=not case.packed,
+            recorded=False,
         )
         for slot, packed in zip(batch.slots.tolist(), batch.packed_pages, strict=True)
     ]

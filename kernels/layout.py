@@ -12,6 +12,7 @@ tensor                  shape                      meaning
 ``block_offsets``       [slots, L*H + 1] int32     exclusive prefix sum of blocks a head
 ``packed_pages``        [slots, max_pages] int32   pages that hold the packed blocks
 ``query_ring``          [slots, L, w, Hq, D]       query of position p at ring row p % w
+``query_lse``           [slots, L, w, Hq] fp32     its log2-sum-exp2, if it was decoded
 ======================  =========================  ===================================
 
 Address spaces. A *token* t is (page, offset) = (t // S, t % S). A *block* is the S KVs
@@ -28,6 +29,9 @@ The resident KVs of (slot, lh) are *entries* 0 .. n-1, in logical order:
 
 A request that was never compressed has fold_lens = 0 and no packed block: all its KVs
 are tail. Slot 0 is SGLang's padding row and page 0 its padding page.
+
+The *log2-sum-exp2* of a query is log2 of the sum of 2 ** (log2(e) * sm_scale * q k) over
+all entries that it sees: what softmax divides by, on the scale that the kernels use.
 """
 
 from typing import NamedTuple
@@ -93,6 +97,8 @@ class PassPlan(NamedTuple):
     is_first : 1 for a first pass (stored scores are ignored).
     pool_tail : 1 if the scores of the tail are max-pooled: its entries are consecutive
         text that no pass has pooled before.
+    recorded : 1 if ``query_lse`` holds the log2-sum-exp2 of every observed query: all
+        of them were decoded, and no pass has run since the oldest.
     entry_base : start of the request's part of the workspace.
     keep_base : start of its part of the kept list, a multiple of S * L * H.
     """
@@ -108,9 +114,12 @@ class PassPlan(NamedTuple):
     protected: torch.Tensor
     is_first: torch.Tensor
     pool_tail: torch.Tensor
+    recorded: torch.Tensor
     entry_base: torch.Tensor
     keep_base: torch.Tensor
     num_entries: int
     num_kept: int
     max_blocks: int
     """Most blocks that one head can hold in this batch: a bound the host knows."""
+    all_recorded: bool
+    """Whether ``recorded`` is 1 for every request, known to the host."""

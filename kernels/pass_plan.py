@@ -26,6 +26,7 @@ class PassRequest(TypedDict):
     protected: int
     is_first: bool
     pool_tail: bool
+    recorded: bool
 
 
 def kept_pages(request: PassRequest, heads_per_page: int) -> int:
@@ -66,7 +67,7 @@ def build_plan(
     ----------
     requests : at least one; plain Python integers.
     heads_per_page : L * H.
-    device : where the plan's vectors go. One copy of [13, R] int64 (R rounded up to
+    device : where the plan's vectors go. One copy of [14, R] int64 (R rounded up to
         even), asynchronous on CUDA: from pinned memory, which the caching host
         allocator keeps until the copy has run.
 
@@ -95,6 +96,7 @@ def build_plan(
                 request["protected"],
                 int(request["is_first"]),
                 int(request["pool_tail"]),
+                int(request["recorded"]),
                 entry_base,
                 keep_base,
             ]
@@ -116,4 +118,5 @@ def build_plan(
     host[:, :count] = torch.tensor(columns).t()
     rows = host.to(device, non_blocking=True).unbind(0)
     fields = [row[:count] for row in rows]
-    return PassPlan._make([*fields, entry_base, keep_base, max_blocks])
+    all_recorded = all(request["recorded"] for request in requests)
+    return PassPlan._make([*fields, entry_base, keep_base, max_blocks, all_recorded])

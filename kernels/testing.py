@@ -152,6 +152,7 @@ def make_plan(
     fold_new: Sequence[int] | None = None,
     protected: int = 8,
     query_start: Sequence[int] | None = None,
+    recorded: Sequence[bool] | None = None,
 ) -> PassPlan:
     """Plan one eviction pass over all requests of `case`.
 
@@ -160,6 +161,7 @@ def make_plan(
     keep_pages : [R] pages to keep; half of those that compete by default.
     fold_new : [R] fold lengths after the pass; all whole pages by default.
     query_start : [R]; 0 by default, so that the ring's w last queries count.
+    recorded : [R]; False by default: no log2-sum-exp2 was recorded.
     """
     heads = case.arena.heads_per_page
     requests: list[PassRequest] = []
@@ -180,6 +182,7 @@ def make_plan(
                 "protected": protected,
                 "is_first": case.folds[r] == 0,
                 "pool_tail": case.folds[r] == 0 or r % 2 == 0,
+                "recorded": bool(recorded[r]) if recorded else False,
             }
         )
     return build_plan(requests, heads, case.arena.k.device)

@@ -75,6 +75,7 @@ class PassRunner:
                 protected=0,
                 is_first=True,
                 pool_tail=True,
+                recorded=False,
             )
             self._launch([request], pages, sinks=0)
             # The pass has packed the padding slot: it must be empty again, also for
@@ -131,4 +132,5 @@ def _plan_request(record: PassRecord, heads: int, protected: int) -> PassRequest
         protected=max(record.fold_new - (record.seq_len - protected), 0),
         is_first=record.is_first,
         pool_tail=record.pool_tail,
+        recorded=False,
     )

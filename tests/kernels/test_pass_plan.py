@@ -20,6 +20,7 @@ def request(**changes: int) -> PassRequest:
         "protected": 27,
         "is_first": False,
         "pool_tail": False,
+        "recorded": False,
     }
     return PassRequest(**{**fields, **changes})
 
@@ -35,11 +36,13 @@ def test_layout_of_two_requests() -> None:
         is_first=True,
         pool_tail=True,
     )
-    plan = build_plan([first, request()], 6, "cpu")
+    plan = build_plan([first, request(recorded=True)], 6, "cpu")
     assert plan.tail_blocks.tolist() == [3, 4]
     assert plan.fold_blocks.tolist() == [2, 3]
     assert plan.is_first.tolist() == [1, 0]
     assert plan.pool_tail.tolist() == [1, 0]
+    assert plan.recorded.tolist() == [0, 1]
+    assert not plan.all_recorded
     assert plan.entry_base.tolist() == [0, 16 * 6 * 3]
     assert plan.keep_base.tolist() == [0, 16 * 6 * 1]
     assert plan.num_entries == 16 * 6 * (3 + 4 + 4)
