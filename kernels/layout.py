@@ -30,8 +30,8 @@ The resident KVs of (slot, lh) are *entries* 0 .. n-1, in logical order:
 A request that was never compressed has fold_lens = 0 and no packed block: all its KVs
 are tail. Slot 0 is SGLang's padding row and page 0 its padding page.
 
-The *log2-sum-exp2* of a query is log2 of the sum of 2 ** (log2(e) * sm_scale * q k) over
-all entries that it sees: what softmax divides by, on the scale that the kernels use.
+The *log2-sum-exp2* of a query is log2 of the sum of 2 ** (log2(e) * sm_scale * q k)
+over all entries that it sees: what softmax divides by, on the scale of the kernels.
 """
 
 from typing import NamedTuple
