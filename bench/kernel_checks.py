@@ -74,8 +74,9 @@ def check_pass(device: str, shape: Shape) -> dict[str, str]:
             wrong[stage] = str(error)
 
     scoring = (plan, ours.arena.head_dim**-0.5, POWER, WINDOW)
-    got = observe_scores(ours.query_ring, ours.arena, ours.tables, *scoring)
-    raw = observe_scores_ref(theirs.query_ring, theirs.arena, theirs.tables, *scoring)
+    rings = (ours.query_ring, ours.query_lse), (theirs.query_ring, theirs.query_lse)
+    got = observe_scores(*rings[0], ours.arena, ours.tables, *scoring)
+    raw = observe_scores_ref(*rings[1], theirs.arena, theirs.tables, *scoring)
     compare("observe", require_close, got[:, None], raw[:, None], SCORE_TOLERANCE)
 
     got = pool_scores(raw, plan, ours.tables, POOL, heads)

@@ -7,6 +7,7 @@ so the host's time matters only where it is the longer one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +15,16 @@ import torch
 from bench.batches import Batch, Shape, head_blocks, make_batch
 from bench.kernel_checks import POOL, POWER, SINKS, WINDOW, check_pass
 from bench.timing import CheckError, Clock, Report
+from sglang_kvc.eviction import run_pass
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, PassPlan
-from sglang_kvc.kernels.observe import observe_scores, pool_scores
+from sglang_kvc.kernels.observe import pool_scores
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 from sglang_kvc.kernels.select import select_entries
+from sglang_kvc.scorers import ScoreContext, get_scorer
 
 SECTION = "pass"
+SCORER = get_scorer("l2")
 PROTECTED = 32
 RATE = 8
 SLOTS = 65
@@ -97,7 +101,8 @@ def pass_batch(
             is_first=not case.packed,
             # Decoded tokens are not pooled, prompts are.
             pool_tail=not case.packed,
-            recorded=False,
+            # Queries since a first pass were decoded, those before it prefilled.
+            recorded=case.packed > 0,
         )
         for slot, packed in zip(batch.slots.tolist(), batch.packed_pages, strict=True)
     ]
@@ -110,12 +115,20 @@ class Stages:
     def __init__(
         self, arena: Arena, ring: torch.Tensor, batch: Batch, plan: PassPlan
     ) -> None:
-        self.arena, self.ring, self.batch = arena, ring, batch
-        self.tables, self.heads = batch.tables, arena.heads_per_page
-        self.scale = arena.head_dim**-0.5
+        self.arena, self.heads = arena, arena.heads_per_page
+        self.tables, self.plan = batch.tables, plan
         self.saved = [table.clone() for table in self.tables[1:]]
-        self.plan = plan
         self.pages = batch.free_pages[: plan.num_kept // (PAGE_SIZE * self.heads)]
+        self.context = ScoreContext(
+            query_ring=ring,
+            query_lse=torch.zeros(ring.shape[:-1], device=ring.device),
+            arena=arena,
+            tables=batch.tables,
+            plan=plan,
+            sm_scale=arena.head_dim**-0.5,
+            window=WINDOW,
+        )
+        self.observe_unrecorded()
         self.raw = self.observe()
         self.scores = self.pool()
         self.selected = self.select()
@@ -127,9 +140,13 @@ class Stages:
 
     def observe(self) -> torch.Tensor:
         """Scores of all resident KVs."""
-        return observe_scores(
-            self.ring, self.arena, self.tables, self.plan, self.scale, POWER, WINDOW
-        )
+        return self.context.attention(POWER)
+
+    def observe_unrecorded(self) -> torch.Tensor:
+        """The same, when no log-sum-exp is known; leaves them in the ring."""
+        nothing = torch.zeros_like(self.plan.recorded)
+        plan = self.plan._replace(recorded=nothing, all_recorded=False)
+        return replace(self.context, plan=plan).attention(POWER)
 
     def pool(self) -> torch.Tensor:
         """Scores, smoothed in a first pass."""
@@ -150,13 +167,8 @@ class Stages:
 
     def whole(self, plan: PassPlan) -> None:
         """One pass, as `PassRunner` composes it."""
-        scores = observe_scores(
-            self.ring, self.arena, self.tables, plan, self.scale, POWER, WINDOW
-        )
-        scores = pool_scores(scores, plan, self.tables, POOL, self.heads)
-        selected = select_entries(scores, self.heads, self.tables, plan, SINKS)
-        pack_entries(self.arena, selected, self.pages, plan)
-        commit_tables(self.tables, self.arena, selected, plan, self.pages, scores)
+        context = replace(self.context, plan=plan)
+        run_pass(SCORER, context, self.pages, pool=POOL, sinks=SINKS)
 
 
 def bench_pass(
@@ -194,9 +206,10 @@ def _bench_case(
     run = Stages(arena, ring, batch, plan)
     row_bytes = shape.head_dim * arena.k.element_size()
     entries, kept = plan.num_entries, plan.num_kept
-    # Both products of a query with a key: for the log-sum-exp and for the scores.
+    # The products of a query with a key: for the scores, and for log-sum-exps that were
+    # not recorded.
     rows = WINDOW * shape.qo_heads // shape.kv_heads
-    flops = 4 * rows * shape.head_dim * entries
+    flops = 2 * rows * shape.head_dim * entries * (1 if case.packed else 2)
     # Row index and score come with a survivor; K, V and score go out.
     read, written = kept * (2 * row_bytes + 8), kept * (2 * row_bytes + 4)
     stages = {
@@ -208,6 +221,8 @@ def _bench_case(
         "commit": (run.commit, 0),
     }
     total = 0.0
+    if case.packed:
+        stages["observe, none recorded"] = (run.observe_unrecorded, 0)
     for stage, (work, nbytes) in stages.items():
         if stage in wrong:
             continue

@@ -105,3 +105,34 @@ def entry_rows(
     in_page = tl.where(is_packed, ordinal % LH, lh)
     offset = tl.where(is_packed, i % S, token % S)
     return (page * LH + in_page) * S + offset
+
+
+@triton.jit
+def tile_rows(
+    start,
+    end,
+    lh,
+    packed_len,
+    first_block,
+    pages,
+    tail_tokens,
+    LH: tl.constexpr,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """[TILE] int64 arena rows of entries start .. start + TILE - 1 of head `lh`.
+
+    `entry_rows` for a tile that begins at a page: packed_len and fold_len
+    are multiples of S, so that one table cell serves S entries. `tail_tokens` points at
+    the request's row of ``req_to_token``, fold_len - packed_len further on. Blocks that
+    begin at `end` or later read nothing and lie in page 0.
+    """
+    entry = start + tl.arange(0, TILE // S) * S
+    is_packed = entry < packed_len
+    ordinal = first_block + entry // S
+    cell = tl.where(is_packed, pages + ordinal // LH, tail_tokens + entry)
+    index = tl.load(cell, mask=entry < end, other=0)
+    page = tl.where(is_packed, index, index // S).to(tl.int64)
+    block = page * LH + tl.where(is_packed, ordinal % LH, lh)
+    row = block[:, None] * S + tl.arange(0, S)[None, :]
+    return tl.reshape(row, [TILE])

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_kvc.kernels.dispatch import use_triton
+from sglang_kvc.kernels.dispatch import supports_pdl, use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
 
 
@@ -66,6 +66,7 @@ def _append_kernel(
     S: tl.constexpr,
     GP: tl.constexpr,
     DP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (N, H): program (n, h) writes KV head h of token n and its G query heads.
 
@@ -74,7 +75,13 @@ def _append_kernel(
     Lanes d >= D (padding to a power of two) and g >= G are masked. Two programs write
     the same cell only for equal out_cache_loc: the padding rows of a decode graph, all
     at token 0 of the padding page, whose content nobody uses.
+
+    PDL: a decode kernel launched with programmatic dependent launch may start now. This
+    one was launched without: all kernels before it have ended, and what they wrote may
+    be read. What this one writes, only after gdc_wait (``decode_kernels``).
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     d = tl.arange(0, DP)
@@ -146,6 +153,7 @@ def append_kv_triton(
         S=PAGE_SIZE,
         GP=triton.next_power_of_2(group),
         DP=triton.next_power_of_2(head_dim),
+        PDL=supports_pdl(k.device),
         num_warps=1,
     )
 

@@ -4,7 +4,7 @@ One launch serves compressed and uncompressed requests. The KVs of (request, KV 
 are its packed entries, then the tail entries of positions fold_len .. seq_len - 1
 (`layout`); attention does not depend on their order, so no position is needed.
 
-The lengths decide how the work is split (``decode_schedule``): `plan_decode` runs once
+The lengths decide how the work is split (``decode_plan``): `plan_decode` runs once
 a step for all layers, `decode_attention` once a layer. Shapes, with B requests:
 
 ======================  =====================  =========================================
@@ -13,6 +13,8 @@ tensor                  shape                  meaning
 ``q``                   [B, Hq, D]             query of the newest token
 ``slots``               [B] int32 or int64     row of each request in the tables
 ``seq_lens``            [B] int32 or int64     logical tokens, the newest one included
+``query_lse``           [slots, L, w, Hq]      fp32, optional: log2-sum-exp2 of q, which
+                                               is at position p, goes to row p % w
 ======================  =====================  =========================================
 """
 
@@ -21,6 +23,7 @@ import triton
 
 from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.decode_kernels import decode_tiles_kernel
+from sglang_kvc.kernels.decode_plan import plan_decode_ref, plan_decode_triton
 from sglang_kvc.kernels.decode_schedule import (
     DecodeConfig,
     DecodeWorkspace,
@@ -29,10 +32,8 @@ from sglang_kvc.kernels.decode_schedule import (
     default_config,
     make_decode_workspace,
     num_programs,
-    plan_decode_ref,
-    plan_decode_triton,
 )
-from sglang_kvc.kernels.dispatch import use_triton
+from sglang_kvc.kernels.dispatch import supports_pdl, use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
 
 __all__ = [
@@ -89,6 +90,7 @@ def decode_attention_ref(
     sm_scale: float,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
+    query_lse: torch.Tensor | None = None,
     upcast: bool = True,
 ) -> torch.Tensor:
     """Plain torch form of `decode_attention`; `upcast` = False stays in q's dtype."""
@@ -116,6 +118,9 @@ def decode_attention_ref(
             v.masked_fill_(~valid[..., None], 0)
             s.masked_fill_(~valid[:, None], float("-inf"))
         out[b] = (s.softmax(-1) @ v).view(-1, head_dim).to(out.dtype)
+        if query_lse is not None:
+            row = (seq_len - 1) % query_lse.shape[2]
+            query_lse[slot, layer, row] = s.float().logsumexp(-1).flatten() * LOG2E
     return out
 
 
@@ -129,7 +134,9 @@ def decode_attention_triton(
     sm_scale: float,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
+    query_lse: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
+    after_append: bool = False,
 ) -> torch.Tensor:
     """Triton form of `decode_attention`; `config` as in `plan_decode_triton`."""
     batch, num_qo_heads, head_dim = q.shape
@@ -143,6 +150,7 @@ def decode_attention_triton(
             batch, num_qo_heads, head_dim, q.device, heads, layers, config
         )
         plan_decode_triton(tables, slots, seq_lens, layers, heads, workspace, config)
+        after_append = False
     check_workspace(workspace, batch, layers, heads)
     check_programs(workspace, programs)
     if workspace.partial_out.shape[1:] != (group, head_dim):
@@ -153,6 +161,11 @@ def decode_attention_triton(
     padded_group = triton.next_power_of_2(group)
     padded_dim = triton.next_power_of_2(head_dim)
     tile_bytes = 2 * config.tile * padded_dim * q.element_size()
+    pdl = config.pdl and supports_pdl(q.device)
+    num_stages = min(config.num_stages, 2 + 2 * (_TILE_BYTES // tile_bytes))
+    if config.look_ahead:
+        # K and V as far ahead, but the pages are no stage of the pipeline.
+        num_stages = 1 + (num_stages - 1) // 2
     decode_tiles_kernel[(programs,)](
         q,
         arena.k,
@@ -165,11 +178,14 @@ def decode_attention_triton(
         seq_lens,
         workspace.cu_tiles,
         workspace.first_rows,
+        workspace.shares,
+        workspace.records,
         workspace.partial_out,
         workspace.partial_max,
         workspace.partial_mass,
         workspace.arrivals,
         out,
+        query_lse,
         q.stride(0),
         q.stride(1),
         out.stride(0),
@@ -178,6 +194,7 @@ def decode_attention_triton(
         tables.packed_pages.stride(0),
         workspace.cu_tiles.stride(0),
         workspace.first_rows.stride(0),
+        workspace.records.stride(0),
         layer,
         batch * heads,
         sm_scale * LOG2E,
@@ -186,16 +203,19 @@ def decode_attention_triton(
         G=group,
         D=head_dim,
         S=PAGE_SIZE,
+        W=1 if query_lse is None else query_lse.shape[2],
         GP=max(16, padded_group),
         GR=padded_group,
         DP=padded_dim,
         TILE=config.tile,
-        MIN_SHARE=config.min_share,
-        NUM_PROGRAMS=programs,
         PARTS=max(1, min(16, _MERGE_VALUES // (padded_group * padded_dim))),
+        RECORDS=config.records,
+        AHEAD=config.look_ahead,
+        WAIT=pdl * (1 + after_append),
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
-        num_stages=min(config.num_stages, 2 + 2 * (_TILE_BYTES // tile_bytes)),
+        num_stages=num_stages,
+        launch_pdl=pdl,
     )
     return out
 
@@ -210,6 +230,8 @@ def decode_attention(
     sm_scale: float,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
+    query_lse: torch.Tensor | None = None,
+    after_append: bool = False,
 ) -> torch.Tensor:
     """Attend from one new token of each request over all its resident KVs.
 
@@ -224,10 +246,16 @@ def decode_attention(
     out : [B, Hq, D], last dimension contiguous; allocated like q by default.
     workspace : from `make_decode_workspace`; `plan_decode` must have filled it for the
         same slots and seq_lens. By default one is allocated and filled here.
+    query_lse : contiguous, written in place at layer `layer`; see the module docstring.
+    after_append : whether the last kernel launched on this stream is `append_kv`'s or
+        this function's. The plan, which nothing may have written since, is then read
+        while that kernel runs (`DecodeConfig.pdl`).
 
     Returns
     -------
     torch.Tensor : `out`, in q's dtype.
     """
-    op = decode_attention_triton if use_triton(q) else decode_attention_ref
-    return op(q, arena, layer, tables, slots, seq_lens, sm_scale, out, workspace)
+    args = (q, arena, layer, tables, slots, seq_lens, sm_scale, out, workspace)
+    if not use_triton(q):
+        return decode_attention_ref(*args, query_lse)
+    return decode_attention_triton(*args, query_lse, after_append=after_append)

@@ -123,3 +123,5 @@ class PassPlan(NamedTuple):
     """Most blocks that one head can hold in this batch: a bound the host knows."""
     all_recorded: bool
     """Whether ``recorded`` is 1 for every request, known to the host."""
+    any_pooled: bool
+    """Whether ``pool_tail`` is 1 for any request, known to the host."""

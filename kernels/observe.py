@@ -7,15 +7,23 @@ every packed entry, and the tail entries of positions <= p. ``stored`` is the ru
 score in the arena, taken as 0 in a first pass. Everything is fp32; q k multiplies in
 the model's dtype and adds in fp32.
 
+The log2-sum-exp2 of a decoded query was recorded by `decode_attention`, which computes
+it anyway: over the same entries, because none is evicted between two passes. That of
+other queries is worked out here, which takes a sweep of its own over the keys.
+
 ======================  =====================  =========================================
 tensor                  shape                  meaning
 ======================  =====================  =========================================
 ``query_ring``          [slots, L, w, Hq, D]   row j: largest position p < seq_len with
                                                p % w = j; observed iff p >= query_start
+``query_lse``           [slots, L, w, Hq]      fp32, row j belongs to ring row j; read
+                                               where plan.recorded, else written
 ``scores``              [plan.num_entries]     fp32 workspace, layout in `PassPlan`;
                                                0 at positions >= seq_len
 ======================  =====================  =========================================
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -44,6 +52,7 @@ LOG2E = 1.4426950408889634
 
 def observe_scores_ref(
     query_ring: torch.Tensor,
+    query_lse: torch.Tensor,
     arena: Arena,
     tables: BlockTables,
     plan: PassPlan,
@@ -62,10 +71,11 @@ def observe_scores_ref(
         plan.query_start,
         plan.tail_blocks,
         plan.is_first,
+        plan.recorded,
         plan.entry_base,
     )
     requests = zip(*(column.tolist() for column in columns), strict=True)
-    for slot, seq_len, fold, start, tail_blocks, is_first, base in requests:
+    for slot, seq_len, fold, start, tail_blocks, is_first, recorded, base in requests:
         positions = range(max(start, seq_len - window, 0), seq_len)
         query_pos = torch.tensor(positions, device=arena.k.device)
         queries = query_ring[slot, :, query_pos % window]
@@ -83,8 +93,14 @@ def observe_scores_ref(
             s = s.unflatten(1, (len(positions), group))
             hidden = ~valid[:, None] | (entry_pos[:, None] > query_pos[None, :, None])
             s.masked_fill_(hidden[:, :, None], float("-inf"))
+            ring_rows = query_pos % window
+            if not recorded:
+                lse = s.logsumexp(-1).transpose(0, 1).flatten(1) * LOG2E
+                query_lse[slot, layer, ring_rows] = lse
+            lse = query_lse[slot, layer, ring_rows].unflatten(1, (heads, group))
+            prob = (s * LOG2E - lse.transpose(0, 1)[..., None]).exp2_()
             # A query that sees nothing has a row of NaN: it scores nothing.
-            prob = s.softmax(-1).nan_to_num_(0.0)
+            prob = prob.nan_to_num_(0.0)
             total = prob.pow_(power).sum((1, 2))
             if not is_first:
                 total += stored[rows]
@@ -96,6 +112,20 @@ def observe_scores_ref(
             scores[(head_base[:, None] + entry)[valid]] = total[valid]
     return scores
 
+
+class ObserveConfig(NamedTuple):
+    """Tiles of the two sweeps: queries x keys, and how the second one is run."""
+
+    lse_rows: int
+    lse_tile: int
+    score_rows: int
+    score_tile: int
+    score_warps: int
+    score_stages: int
+
+
+_CONFIG = ObserveConfig(128, 64, 256, 64, 4, 3)
+_WIDE_CONFIG = ObserveConfig(32, 32, 32, 32, 4, 2)
 
 # Partial log-sum-exps of a launch, fp32 values: 32 MB.
 _MAX_PARTIAL = 8 << 20
@@ -111,6 +141,7 @@ def _fill(rows: int, work_items: int) -> int:
 
 def observe_scores_triton(
     query_ring: torch.Tensor,
+    query_lse: torch.Tensor,
     arena: Arena,
     tables: BlockTables,
     plan: PassPlan,
@@ -121,36 +152,77 @@ def observe_scores_triton(
     """Triton form of `observe_scores`."""
     num_requests, heads = plan.slots.shape[0], arena.heads_per_page
     group = query_ring.shape[3] // arena.num_kv_heads
-    num_rows = window * group
-    # Tiles that leave room for two programs an SM at D = 128 (registers and shared
-    # memory as ptxas reports them); fp32 needs smaller ones.
-    narrow = arena.k.element_size() <= 2
-    row_tile = max(triton.next_power_of_2(num_rows), 16)
-    lse_rows, lse_tile = min(row_tile, 128 if narrow else 32), 64 if narrow else 32
-    score_rows, score_tile = min(row_tile, 64 if narrow else 32), 128 if narrow else 32
-    max_entries = plan.max_blocks * PAGE_SIZE
-    splits = _fill(num_requests * heads, -(-max_entries // 1024))
-    splits = min(splits, _MAX_SPLITS)
-    chunk = max(1, min(num_requests, _MAX_PARTIAL // (heads * splits * num_rows)))
-
-    device = arena.k.device
-    scores = torch.empty(plan.num_entries, dtype=torch.float32, device=device)
-    partial = torch.empty(
-        chunk * heads * splits * num_rows, dtype=torch.float32, device=device
-    )
-    lse = partial
-    if splits > 1:
-        lse = torch.empty(chunk * heads * num_rows, dtype=torch.float32, device=device)
+    # fp32, which only tests use, needs smaller tiles.
+    config = _CONFIG if arena.k.element_size() <= 2 else _WIDE_CONFIG
+    row_tile = max(triton.next_power_of_2(window * group), 16)
     axes = {
         "L": arena.num_layers,
         "H": arena.num_kv_heads,
         "G": group,
         "W": window,
+    }
+    cells = {
+        **axes,
         "D": arena.head_dim,
         "DP": triton.next_power_of_2(arena.head_dim),
         "S": PAGE_SIZE,
     }
-    table_strides = (tables.req_to_token.stride(0), tables.packed_pages.stride(0))
+    if not plan.all_recorded:
+        _fill_lse(query_ring, query_lse, arena, tables, plan, sm_scale, axes, cells)
+    scores = torch.empty(plan.num_entries, dtype=torch.float32, device=arena.k.device)
+    rows = num_requests * heads
+    score_rows = min(row_tile, config.score_rows)
+    tiles = -(-plan.max_blocks * PAGE_SIZE // config.score_tile)
+    score_kernel[(rows, _fill(rows, tiles))](
+        query_ring,
+        query_lse,
+        arena.k,
+        arena.score,
+        tables.req_to_token,
+        tables.block_offsets,
+        tables.packed_pages,
+        plan.slots,
+        plan.seq_lens,
+        plan.fold_old,
+        plan.query_start,
+        plan.tail_blocks,
+        plan.is_first,
+        plan.entry_base,
+        scores,
+        tables.req_to_token.stride(0),
+        tables.packed_pages.stride(0),
+        sm_scale * LOG2E,
+        ROWS=score_rows,
+        TILE=config.score_tile,
+        POWER=power,
+        num_warps=config.score_warps * (2 if score_rows > 128 else 1),
+        num_stages=config.score_stages,
+        **cells,
+    )
+    return scores
+
+
+def _fill_lse(
+    query_ring: torch.Tensor,
+    query_lse: torch.Tensor,
+    arena: Arena,
+    tables: BlockTables,
+    plan: PassPlan,
+    sm_scale: float,
+    axes: dict[str, int],
+    cells: dict[str, int],
+) -> None:
+    """Work out the log2-sum-exp2 of queries that were not decoded."""
+    num_requests, heads = plan.slots.shape[0], arena.heads_per_page
+    config = _CONFIG if arena.k.element_size() <= 2 else _WIDE_CONFIG
+    num_rows = axes["W"] * axes["G"]
+    lse_rows = min(max(triton.next_power_of_2(num_rows), 16), config.lse_rows)
+    splits = _fill(num_requests * heads, -(-plan.max_blocks * PAGE_SIZE // 1024))
+    splits = min(splits, _MAX_SPLITS)
+    chunk = max(1, min(num_requests, _MAX_PARTIAL // (heads * splits * num_rows)))
+    partial = torch.empty(
+        chunk * heads * splits * num_rows, dtype=torch.float32, device=arena.k.device
+    )
     for first in range(0, num_requests, chunk):
         rows = min(chunk, num_requests - first) * heads
         lse_kernel[(rows, splits)](
@@ -163,55 +235,33 @@ def observe_scores_triton(
             plan.seq_lens,
             plan.fold_old,
             plan.query_start,
+            plan.recorded,
             partial,
-            *table_strides,
+            tables.req_to_token.stride(0),
+            tables.packed_pages.stride(0),
             first,
             sm_scale * LOG2E,
             ROWS=lse_rows,
-            TILE=lse_tile,
+            TILE=config.lse_tile,
             num_warps=8 if lse_rows == 128 else 4,
-            **axes,
+            **cells,
         )
-        if splits > 1:
-            merge_lse_kernel[(rows, -(-num_rows // 128))](
-                partial,
-                lse,
-                splits,
-                ROWS=num_rows,
-                BLOCK=128,
-                MAX_SPLITS=_MAX_SPLITS,
-            )
-        score_kernel[(rows, _fill(rows, -(-max_entries // score_tile)))](
-            query_ring,
-            arena.k,
-            arena.score,
-            tables.req_to_token,
-            tables.block_offsets,
-            tables.packed_pages,
+        merge_lse_kernel[(rows, -(-num_rows // 128))](
+            partial,
+            query_lse,
             plan.slots,
-            plan.seq_lens,
-            plan.fold_old,
-            plan.query_start,
-            plan.tail_blocks,
-            plan.is_first,
-            plan.entry_base,
-            lse,
-            scores,
-            *table_strides,
+            plan.recorded,
+            splits,
             first,
-            sm_scale * LOG2E,
-            ROWS=score_rows,
-            TILE=score_tile,
-            POWER=power,
-            num_warps=8 if score_rows == 64 else 4,
-            num_stages=2,
+            BLOCK=128,
+            MAX_SPLITS=_MAX_SPLITS,
             **axes,
         )
-    return scores
 
 
 def observe_scores(
     query_ring: torch.Tensor,
+    query_lse: torch.Tensor,
     arena: Arena,
     tables: BlockTables,
     plan: PassPlan,
@@ -223,7 +273,8 @@ def observe_scores(
 
     Parameters
     ----------
-    query_ring : [slots, L, w, Hq, D], contiguous, the arena's dtype.
+    query_ring : [slots, L, w, Hq, D], contiguous, the arena's dtype; only read.
+    query_lse : [slots, L, w, Hq] fp32, contiguous; what was not recorded is written.
     arena, tables, plan : only read.
     sm_scale : factor on the logits, usually D ** -0.5.
     power : 1 or 2.
@@ -242,4 +293,4 @@ def observe_scores(
     if window != query_ring.shape[2]:
         raise ValueError(f"window must be {query_ring.shape[2]}, got {window}")
     op = observe_scores_triton if use_triton(query_ring) else observe_scores_ref
-    return op(query_ring, arena, tables, plan, sm_scale, power, window)
+    return op(query_ring, query_lse, arena, tables, plan, sm_scale, power, window)

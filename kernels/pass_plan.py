@@ -119,4 +119,6 @@ def build_plan(
     rows = host.to(device, non_blocking=True).unbind(0)
     fields = [row[:count] for row in rows]
     all_recorded = all(request["recorded"] for request in requests)
-    return PassPlan._make([*fields, entry_base, keep_base, max_blocks, all_recorded])
+    any_pooled = any(request["pool_tail"] for request in requests)
+    totals = [entry_base, keep_base, max_blocks, all_recorded, any_pooled]
+    return PassPlan._make([*fields, *totals])

@@ -138,16 +138,16 @@ def pool_scores(
     width: int,
     num_heads_per_page: int,
 ) -> torch.Tensor:
-    """Smooth the scores of new text; a new tensor, `scores` is only read.
+    """Smooth the scores of new text: a new tensor, or `scores` if there is none.
 
     Parameters
     ----------
     scores : [plan.num_entries] fp32 from `observe_scores`.
     plan, tables : the tables as they were when the scores were made.
-    width : entries the window spans, odd; 1 copies.
+    width : entries the window spans, odd; 1 is none.
     num_heads_per_page : L * H.
     """
-    if width <= 1:
-        return scores.clone()
+    if width <= 1 or not plan.any_pooled:
+        return scores
     op = pool_scores_triton if use_triton(scores) else pool_scores_ref
     return op(scores, plan, tables, width, num_heads_per_page)

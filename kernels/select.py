@@ -6,6 +6,11 @@ price_h[k] = a_h[S * k + S - 1]. The E cheapest blocks over all heads go, ties b
 (head, k); a head that loses e_h blocks loses its S * e_h lowest entries, ties by
 ordinal. Survivors keep their order. Sinks and protected entries count as +inf.
 
+Other allocations are the same with other *groups*: heads compete inside a group of
+consecutive heads, and every group loses E / groups blocks. One group is the paper's
+joint allocation, L groups keep as much in every layer, L * H groups in every head. A
+head is left its last `floor_blocks` blocks, or all it has if that is less.
+
 ======================  =====================  =========================================
 tensor                  shape                  meaning
 ======================  =====================  =========================================
@@ -19,16 +24,18 @@ tensor                  shape                  meaning
 from typing import NamedTuple
 
 import torch
+import triton
 
 from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
 from sglang_kvc.kernels.select_kernels import (
+    count_kernel,
     deal_kernel,
-    histogram_kernel,
-    pick_digit_kernel,
     survivors_kernel,
 )
+
+DIGITS, ROUNDS = 256, 4
 
 
 class SelectedEntries(NamedTuple):
@@ -47,6 +54,8 @@ def select_entries_ref(
     tables: BlockTables,
     plan: PassPlan,
     sinks: int,
+    groups: int = 1,
+    floor_blocks: int = 0,
 ) -> SelectedEntries:
     """Plain torch form of `select_entries`; sorts, one request at a time."""
     device = scores.device
@@ -83,10 +92,14 @@ def select_entries_ref(
         ascending, order = own.masked_fill(forced, torch.inf).sort(dim=1, stable=True)
 
         prices = ascending[:, PAGE_SIZE - 1 :: PAGE_SIZE]
-        exists = valid[:, PAGE_SIZE - 1 :: PAGE_SIZE]
-        head_of_price = exists.nonzero()[:, 0]
-        cheapest = prices[exists].sort(stable=True).indices[:evict]
-        evicted = torch.bincount(head_of_price[cheapest], minlength=arena_heads)
+        block = torch.arange(prices.shape[1], device=device)
+        exists = block < (counts[:, None] // PAGE_SIZE - floor_blocks)
+        evicted = torch.cat(
+            [
+                _cheapest(prices[heads], exists[heads], evict // groups)
+                for heads in torch.arange(arena_heads, device=device).chunk(groups)
+            ]
+        )
 
         stays = entry >= PAGE_SIZE * evicted[:, None]
         survives = torch.zeros_like(valid).scatter_(1, order, stays) & valid
@@ -97,58 +110,74 @@ def select_entries_ref(
     return selected
 
 
+def _cheapest(prices: torch.Tensor, exists: torch.Tensor, count: int) -> torch.Tensor:
+    """How many of the `count` cheapest existing prices are in each row."""
+    row_of_price = exists.nonzero()[:, 0]
+    cheapest = prices[exists].sort(stable=True).indices[:count]
+    return torch.bincount(row_of_price[cheapest], minlength=len(prices))
+
+
 def select_entries_triton(
     scores: torch.Tensor,
     arena_heads: int,
     tables: BlockTables,
     plan: PassPlan,
     sinks: int,
+    groups: int = 1,
+    floor_blocks: int = 0,
 ) -> SelectedEntries:
-    """Triton form of `select_entries`; 18 launches, whatever the sizes."""
+    """Triton form of `select_entries`; 7 launches, whatever the sizes."""
     device = scores.device
     num_requests = plan.slots.shape[0]
     rows = num_requests * arena_heads
-    prefix = torch.zeros(num_requests, dtype=torch.int32, device=device)
-    below = torch.zeros(rows, dtype=torch.int32, device=device)
-    equal = torch.empty(rows, dtype=torch.int32, device=device)
-    evicted = torch.empty(rows, dtype=torch.int32, device=device)
-    histogram = torch.empty(rows, 16, dtype=torch.int32, device=device)
+    ints = {"dtype": torch.int32, "device": device}
+    # Tensors of their own are aligned: rows of one would make Triton compile anew.
+    prefix, below, evicted = (torch.empty(rows, **ints) for _ in range(3))
+    histogram = torch.empty(rows, DIGITS, **ints)
+    priced = torch.zeros(ROUNDS, num_requests * groups, DIGITS, **ints)
     selected = SelectedEntries(
-        torch.empty(plan.num_kept, dtype=torch.int32, device=device),
+        torch.empty(plan.num_kept, **ints),
         torch.empty(plan.num_kept, dtype=torch.float32, device=device),
-        torch.empty(num_requests, arena_heads + 1, dtype=torch.int32, device=device),
+        torch.empty(num_requests, arena_heads + 1, **ints),
     )
     axes = {"LH": arena_heads, "S": PAGE_SIZE}
-    for shift in range(28, -1, -4):
-        histogram_kernel[(rows,)](
+    for step in range(ROUNDS):
+        count_kernel[(rows,)](
             scores,
             tables.block_offsets,
             plan.slots,
             plan.tail_blocks,
             plan.fold_blocks,
+            plan.evict_blocks,
             plan.protected,
             plan.entry_base,
             prefix,
+            below,
             histogram,
-            shift,
+            priced,
+            8 * (ROUNDS - 1 - step),
             sinks,
+            floor_blocks,
+            GROUPS=groups,
+            FIRST=step == 0,
             BLOCK=1024,
-            num_warps=8,
+            num_warps=4,
             **axes,
         )
-        pick_digit_kernel[(num_requests,)](
-            histogram, plan.evict_blocks, prefix, below, equal, shift, BLOCK=64, **axes
-        )
-    deal_kernel[(num_requests,)](
+    deal_kernel[(num_requests * groups,)](
         tables.block_offsets,
         plan.slots,
         plan.fold_blocks,
         plan.evict_blocks,
         below,
-        equal,
+        histogram,
+        priced,
         evicted,
         selected.block_offsets,
-        BLOCK=64,
+        floor_blocks,
+        GROUPS=groups,
+        BLOCK=min(32, triton.next_power_of_2(arena_heads // groups)),
+        num_warps=4,
         **axes,
     )
     survivors_kernel[(rows,)](
@@ -171,7 +200,7 @@ def select_entries_triton(
         tables.packed_pages.stride(0),
         sinks,
         BLOCK=1024,
-        num_warps=8,
+        num_warps=4,
         **axes,
     )
     return selected
@@ -183,6 +212,8 @@ def select_entries(
     tables: BlockTables,
     plan: PassPlan,
     sinks: int,
+    groups: int = 1,
+    floor_blocks: int = 0,
 ) -> SelectedEntries:
     """Choose the survivors of every request of the plan.
 
@@ -193,6 +224,9 @@ def select_entries(
     tables : the tables as they were when the scores were made; only read.
     plan : only read.
     sinks : first entries of every head that must stay.
+    groups : 1, L or L * H: heads compete inside as many equal groups. With more than
+        one, every group must hold enough blocks to lose its share.
+    floor_blocks : blocks that a head keeps at least; what remains must suffice.
 
     Returns
     -------
@@ -200,4 +234,4 @@ def select_entries(
         allow, forced ones go too, in the same order, so that sizes always hold.
     """
     op = select_entries_triton if use_triton(scores) else select_entries_ref
-    return op(scores, arena_heads, tables, plan, sinks)
+    return op(scores, arena_heads, tables, plan, sinks, groups, floor_blocks)

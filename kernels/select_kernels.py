@@ -1,12 +1,13 @@
 """Triton kernels of `select_entries`: selection by counting, without any sort.
 
 The bits of a non-negative fp32, read as int32, order like the number. A threshold is
-found from its highest 4 bits down: count the entries that agree with the digits chosen
-so far by their next digit, choose the digit in which the threshold lies, repeat; eight
-rounds fix all 32 bits. The price of a head's k-th block is its (S * k + S - 1)-th
-score, so a head with c scores up to u has c // S blocks priced up to u.
+found from its highest 8 bits down: count the entries that agree with the digits chosen
+so far by their next digit, choose the digit in which the threshold lies, repeat; four
+rounds fix all bits. The price of a head's k-th block is its (S * k + S - 1)-th score,
+so a head with c scores up to u has c // S blocks priced up to u, at most `cap`.
 
-One program handles x = r * L*H + lh, a head of a request, or r, a request.
+Heads compete inside their *group*: LH // GROUPS consecutive heads of a request. One
+program handles x = r * LH + lh, a head of a request, or y = r * GROUPS + g, a group.
 """
 
 import triton
@@ -15,7 +16,8 @@ import triton.language as tl
 from sglang_kvc.kernels.addressing import entry_rows
 
 INF_BITS = tl.constexpr(0x7F800000)
-DIGITS = tl.constexpr(16)
+DIGITS = tl.constexpr(256)
+ROUNDS = tl.constexpr(4)
 
 
 @triton.jit
@@ -33,150 +35,180 @@ def _count_digits(scores, n, sinks, protected, prefix, shift, BLOCK: tl.constexp
     """Count, by their digit at `shift`, the n entries whose higher digits are
     `prefix`'s. `scores` points at the head's first entry. Returns [DIGITS] int32.
     """
-    digit = tl.arange(0, DIGITS)
     counts = tl.zeros([DIGITS], tl.int32)
     for i in range(0, n, BLOCK):
         entry = i + tl.arange(0, BLOCK)
         score = tl.load(scores + entry, mask=entry < n, other=0.0)
         # Two shifts: one by 32 would be undefined in the first round.
         key = _ordered_bits(score, entry, n, sinks, protected) >> shift
-        candidate = (entry < n) & (key >> 4 == (prefix >> shift) >> 4)
-        key = tl.where(candidate, key & (DIGITS - 1), DIGITS)
-        counts += tl.sum((key[:, None] == digit[None, :]).to(tl.int32), 0)
+        candidate = (entry < n) & (key >> 8 == (prefix >> shift) >> 8)
+        counts += tl.histogram(key & (DIGITS - 1), DIGITS, mask=candidate)
     return counts
 
 
-@triton.jit(do_not_specialize=["shift", "sinks"])
-def histogram_kernel(
+@triton.jit
+def _choose(priced, wanted):
+    """The first digit up to which there are `wanted` prices.
+
+    Only an impossible plan asks for more prices than there are.
+    """
+    return tl.minimum(tl.sum((priced < wanted).to(tl.int32), 0), DIGITS - 1)
+
+
+@triton.jit
+def _blocks_priced(entries, cap, S: tl.constexpr):
+    """Blocks with a price, of a head with so many entries up to it."""
+    return tl.minimum(entries // S, cap)
+
+
+@triton.jit(do_not_specialize=["shift", "sinks", "floor_blocks"])
+def count_kernel(
     scores,
     block_offsets,
     slots,
     tail_blocks,
     fold_blocks,
+    evict_blocks,
     protected,
     entry_base,
     prefix,
+    below,
     histogram,
+    priced,
     shift,
     sinks,
+    floor_blocks,
     LH: tl.constexpr,
+    GROUPS: tl.constexpr,
     S: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (R * LH): program x writes histogram[x] [DIGITS] int32 of its head.
+    """Grid (R * LH): program x counts its head's digits at `shift` and adds the blocks
+    that they price to its group's sum.
 
     Pointers: scores [num_entries] fp32; block_offsets [slots, LH + 1] int32; plan
-    vectors [R] int64; prefix [R] int32.
+    vectors [R] int64; prefix and below [R * LH] int32, the digits chosen so far and the
+    head's entries below them; histogram [R * LH, DIGITS] int32; priced [ROUNDS,
+    R * GROUPS, DIGITS] int32, 0 before the first round. Each round first takes in the
+    one before (FIRST: there is none): every program of a group finds the same digit.
+    Sums of integers do not depend on the order in which programs add.
     """
     x = tl.program_id(0)
     r = x // LH
     lh = x % LH
+    digit = tl.arange(0, DIGITS)
+    num_groups = tl.num_programs(0) // LH * GROUPS
+    group = r * GROUPS + lh // (LH // GROUPS)
     head = block_offsets + tl.load(slots + r) * (LH + 1) + lh
     first_block = tl.load(head)
     held = tl.load(head + 1) - first_block
-    n = (held + tl.load(fold_blocks + r).to(tl.int32)) * S
+    blocks = held + tl.load(fold_blocks + r).to(tl.int32)
     base = tl.load(entry_base + r) + (first_block + lh * tl.load(tail_blocks + r)) * S
+    own = histogram + x.to(tl.int64) * DIGITS + digit
+    sums = priced + ((ROUNDS - 1 - shift // 8) * num_groups + group) * DIGITS + digit
+
+    chosen = 0
+    lower = 0
+    if not FIRST:
+        wanted = (tl.load(evict_blocks + r) // GROUPS).to(tl.int32)
+        choice = _choose(tl.load(sums - num_groups * DIGITS), wanted)
+        lower = tl.load(below + x)
+        lower += tl.sum(tl.where(digit < choice, tl.load(own), 0), 0)
+        chosen = tl.load(prefix + x) | (choice << (shift + 8))
     counts = _count_digits(
         scores + base,
-        n,
+        blocks * S,
         sinks,
         tl.load(protected + r).to(tl.int32),
-        tl.load(prefix + r),
+        chosen,
         shift,
         BLOCK,
     )
-    tl.store(histogram + x.to(tl.int64) * DIGITS + tl.arange(0, DIGITS), counts)
+    # The counts of the round before were read above, by all threads.
+    tl.debug_barrier()
+    tl.store(own, counts)
+    tl.store(prefix + x, chosen)
+    tl.store(below + x, lower)
+    cap = tl.maximum(blocks - floor_blocks, 0)
+    blocks_priced = _blocks_priced(lower + tl.cumsum(counts, 0), cap, S)
+    tl.atomic_add(sums, blocks_priced, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["shift"])
-def pick_digit_kernel(
-    histogram,
-    evict_blocks,
-    prefix,
-    below,
-    equal,
-    shift,
-    LH: tl.constexpr,
-    S: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid (R): program r appends a digit to prefix[r]: the first one up to which the
-    heads together have evict_blocks[r] prices.
-
-    Pointers: histogram [R * LH, DIGITS] int32; prefix [R], below and equal [R * LH]
-    int32, updated in place: the head's entries below and inside the prefix's range.
-    """
-    r = tl.program_id(0)
-    digit = tl.arange(0, DIGITS)
-    first = r.to(tl.int64) * LH
-    priced = tl.zeros([DIGITS], tl.int32)
-    for i in range(0, LH, BLOCK):
-        lh = i + tl.arange(0, BLOCK)
-        mask = (lh < LH)[:, None]
-        cell = (first + lh)[:, None] * DIGITS + digit[None, :]
-        counts = tl.load(histogram + cell, mask=mask, other=0)
-        lower = tl.load(below + first + lh, mask=lh < LH, other=0)
-        priced += tl.sum((lower[:, None] + tl.cumsum(counts, 1)) // S, 0)
-    wanted = tl.load(evict_blocks + r).to(tl.int32)
-    # Only an impossible plan asks for more prices than there are.
-    choice = tl.minimum(tl.sum((priced < wanted).to(tl.int32), 0), DIGITS - 1)
-    for i in range(0, LH, BLOCK):
-        lh = i + tl.arange(0, BLOCK)
-        mask = (lh < LH)[:, None]
-        cell = (first + lh)[:, None] * DIGITS + digit[None, :]
-        counts = tl.load(histogram + cell, mask=mask, other=0)
-        lower = tl.load(below + first + lh, mask=lh < LH, other=0)
-        lower += tl.sum(tl.where(digit[None, :] < choice, counts, 0), 1)
-        same = tl.sum(tl.where(digit[None, :] == choice, counts, 0), 1)
-        tl.store(below + first + lh, lower, mask=lh < LH)
-        tl.store(equal + first + lh, same, mask=lh < LH)
-    tl.store(prefix + r, tl.load(prefix + r) | (choice << shift))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["floor_blocks"])
 def deal_kernel(
     block_offsets,
     slots,
     fold_blocks,
     evict_blocks,
     below,
-    equal,
+    histogram,
+    priced,
     evicted,
     new_offsets,
+    floor_blocks,
     LH: tl.constexpr,
+    GROUPS: tl.constexpr,
     S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (R): program r turns counts into evicted blocks a head and block offsets.
+    """Grid (R * GROUPS): program y turns the counts of the last round into evicted
+    blocks a head and block offsets.
 
     Every block priced below the threshold goes; blocks at the threshold go in head
-    order until evict_blocks[r] are reached. Pointers: evicted [R * LH] and new_offsets
-    [R, LH + 1] int32, written in full.
+    order until the group has lost its share. Pointers: as in `count_kernel`; evicted
+    [R * LH] and new_offsets [R, LH + 1] int32, written in full.
     """
-    r = tl.program_id(0)
-    first = r.to(tl.int64) * LH
+    HEADS: tl.constexpr = LH // GROUPS
+    y = tl.program_id(0)
+    r = y // GROUPS
+    first_lh = y % GROUPS * HEADS
+    first = r.to(tl.int64) * LH + first_lh
     offsets = block_offsets + tl.load(slots + r) * (LH + 1)
     fold = tl.load(fold_blocks + r).to(tl.int32)
-    missing = tl.load(evict_blocks + r).to(tl.int32)
-    for i in range(0, LH, BLOCK):
-        lh = i + tl.arange(0, BLOCK)
-        missing -= tl.sum(tl.load(below + first + lh, mask=lh < LH, other=0) // S, 0)
-    kept_before = 0
+    wanted = (tl.load(evict_blocks + r) // GROUPS).to(tl.int32)
+    digit = tl.arange(0, DIGITS)
+    last_round = (ROUNDS - 1) * tl.num_programs(0)
+    choice = _choose(tl.load(priced + (last_round + y) * DIGITS + digit), wanted)
+
+    missing = wanted
+    for i in range(0, HEADS, BLOCK):
+        j = i + tl.arange(0, BLOCK)
+        mask = j < HEADS
+        counts = tl.load(
+            histogram + (first + j)[:, None] * DIGITS + digit[None, :],
+            mask=mask[:, None] & (digit < choice)[None, :],
+            other=0,
+        )
+        lower = tl.load(below + first + j, mask=mask, other=0) + tl.sum(counts, 1)
+        tl.store(below + first + j, lower, mask=mask)
+        held = tl.load(offsets + first_lh + j + 1, mask=mask, other=0)
+        held -= tl.load(offsets + first_lh + j, mask=mask, other=0)
+        cap = tl.where(mask, tl.maximum(held + fold - floor_blocks, 0), 0)
+        missing -= tl.sum(_blocks_priced(lower, cap, S), 0)
+    tl.debug_barrier()
+
+    # All groups before this one have kept what they held, less their own share.
+    kept_before = tl.load(offsets + first_lh) + fold * first_lh - y % GROUPS * wanted
     out = new_offsets + r.to(tl.int64) * (LH + 1)
-    tl.store(out, 0)
-    for i in range(0, LH, BLOCK):
-        lh = i + tl.arange(0, BLOCK)
-        mask = lh < LH
-        lower = tl.load(below + first + lh, mask=mask, other=0)
-        same = tl.load(equal + first + lh, mask=mask, other=0)
-        tied = (lower + same) // S - lower // S
+    if first_lh == 0:
+        tl.store(out, 0)
+    for i in range(0, HEADS, BLOCK):
+        j = i + tl.arange(0, BLOCK)
+        mask = j < HEADS
+        lower = tl.load(below + first + j, mask=mask, other=0)
+        same = tl.load(histogram + (first + j) * DIGITS + choice, mask=mask, other=0)
+        held = tl.load(offsets + first_lh + j + 1, mask=mask, other=0)
+        held -= tl.load(offsets + first_lh + j, mask=mask, other=0)
+        cap = tl.where(mask, tl.maximum(held + fold - floor_blocks, 0), 0)
+        cheaper = _blocks_priced(lower, cap, S)
+        tied = _blocks_priced(lower + same, cap, S) - cheaper
         share = missing - (tl.cumsum(tied, 0) - tied)
-        gone = lower // S + tl.minimum(tl.maximum(share, 0), tied)
-        tl.store(evicted + first + lh, gone, mask=mask)
-        held = tl.load(offsets + lh + 1, mask=mask, other=0)
-        held -= tl.load(offsets + lh, mask=mask, other=0)
+        gone = cheaper + tl.minimum(tl.maximum(share, 0), tied)
+        tl.store(evicted + first + j, gone, mask=mask)
         kept = tl.where(mask, held + fold - gone, 0)
-        tl.store(out + lh + 1, kept_before + tl.cumsum(kept, 0), mask=mask)
+        total = kept_before + tl.cumsum(kept, 0)
+        tl.store(out + first_lh + j + 1, total, mask=mask)
         kept_before += tl.sum(kept, 0)
         missing -= tl.sum(tied, 0)
 
@@ -230,8 +262,8 @@ def survivors_kernel(
     threshold = 0
     below = 0
     if wanted > 0:
-        for step in range(8):
-            shift = 28 - 4 * step
+        for step in range(ROUNDS):
+            shift = 24 - 8 * step
             counts = _count_digits(scores, n, sinks, keep_last, threshold, shift, BLOCK)
             reached = below + tl.cumsum(counts, 0)
             choice = tl.sum((reached < wanted).to(tl.int32), 0)

@@ -13,12 +13,14 @@ from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 class Case(NamedTuple):
     """A batch of requests in an arena. Request r has slots[r], seq_lens[r] and so on.
 
-    Cells that no request owns hold NaN (K, V) and -1 (score): reading one shows.
+    Cells that no request owns hold NaN (K, V) and -1 (score), and ``query_lse`` holds
+    NaN: reading one shows.
     """
 
     arena: Arena
     tables: BlockTables
     query_ring: torch.Tensor
+    query_lse: torch.Tensor
     slots: list[int]
     seq_lens: list[int]
     folds: list[int]
@@ -138,6 +140,7 @@ def make_case(
         Arena(k, v, score),
         BlockTables(*(table.to(device) for table in tables)),
         torch.randn(ring_shape, dtype=dtype, **random_like),
+        torch.full(ring_shape[:-1], torch.nan, device=device),
         slots,
         list(seq_lens),
         folds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.admission import growth_bound
+from sglang_kvc.headroom import growth_bound
 from sglang_kvc.hooks import HookType, Patch
 
 PATCH = Patch(

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers import schedule_policy
 
 from sglang_kvc.errors import ConfigError
+from sglang_kvc.headroom import SLACK, Headroom, steady_tokens
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.request_options import parse_request_options
 from sglang_kvc.request_state import NEVER, RequestPolicy, ceil_page, floor_page
-from sglang_kvc.scheduling import policy_of, state_of
+from sglang_kvc.scheduling import policy_of
 
 if TYPE_CHECKING:
     from sglang_kvc.runtime import KVCompressRuntime
-
-# A pass is planned one step late at most twice (overlap, page boundary).
-SLACK = 2 * PAGE_SIZE
 
 
 def attach_policy(req: Any, runtime: KVCompressRuntime) -> None:
@@ -115,29 +113,13 @@ def max_prefix_len(req: Any, input_len: int, stock: int) -> int:
     return max(min(stock, input_len - policy.options.window), 0)
 
 
-def growth_bound(req: Any, stock: float) -> float:
-    """Tokens that a running request can still add to the pool, at most `stock`."""
-    policy, state = policy_of(req), state_of(req)
-    if policy is None or state is None:
-        return stock
-    length = req.kv_committed_len
-    if state.fold:
-        bound = policy.growth + SLACK - (length - state.fold)
-        # With a rate the budget itself grows.
-        bound += policy.budget(length + ceil_page(int(stock))) - policy.budget(length)
-    else:
-        due = policy.first_due(length)
-        bound = due + SLACK - length if due != NEVER else int(stock)
-    return min(stock, max(bound, 0))
-
-
 def new_request_clip(req: Any, clip: int) -> int:
     """Most new tokens to charge a request that asks for admission.
 
     A prompt that will be compressed needs room for its packed copy until the pass is
-    settled and then for one interval; afterwards its footprint no longer grows. For a
-    prompt that is compressed between chunks the result may be negative: SGLang adds
-    it to the whole prompt, of which only a part is ever held.
+    settled. For a prompt that is compressed between chunks the result may be negative:
+    SGLang adds it to the whole prompt, of which only a part is ever held. A prompt that
+    is not prefilled in one step is charged for an interval too, once for all steps.
     """
     policy = policy_of(req)
     if policy is None:
@@ -147,7 +129,7 @@ def new_request_clip(req: Any, clip: int) -> int:
     if budget == NEVER:
         return clip
     if policy.chunk_tokens(length):
-        return policy.peak_tokens(length) - (length - len(req.prefix_indices))
+        return policy.peak_tokens(length) - _missing(req)
     if floor_page(length) > budget:
         return min(clip, budget + policy.growth + SLACK)
     due = policy.first_due(length)
@@ -156,6 +138,7 @@ def new_request_clip(req: Any, clip: int) -> int:
 
 def add_one(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
     """Run ``PrefillAdder.add_one_req`` with the charge and the chunk that fit `req`."""
+    headroom = Headroom.of(adder)
     policy = policy_of(req)
     length = len(req.full_untruncated_fill_ids)
     if policy is None or policy.budget(length) == NEVER:
@@ -166,14 +149,50 @@ def add_one(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
     # if they kept every token.
     try:
         chunk = policy.chunk_tokens(length)
-        if not chunk:
-            return _with_clip(req, call)
-        if adder.rem_chunk_tokens < min(chunk, _missing(req)):
+        left = adder.rem_chunk_tokens
+        if chunk and left < min(chunk, _missing(req)):
             # What is left of this step is no chunk worth a pass; wait for the next.
             return schedule_policy.AddReqResult.OTHER
-        return _with_chunk(adder, req, chunk, call)
+        if chunk:
+            clip = new_request_clip(req, schedule_policy.CLIP_MAX_NEW_TOKENS)
+            return _admit(
+                headroom, req, clip, lambda: _with_chunk(adder, req, chunk, call, clip)
+            )
+        fits = left is None or ceil_page(_missing(req)) <= left
+        if fits and floor_page(length) > policy.budget(length):
+            # The pass behind this step; the page is for the first decoded token.
+            clip = policy.budget(length) + PAGE_SIZE
+            return _admit(headroom, req, clip, lambda: _with_clip(clip, call))
+        clip = new_request_clip(req, schedule_policy.CLIP_MAX_NEW_TOKENS)
+        return _with_clip(clip, call)
     finally:
         params.ignore_eos = ignore_eos
+
+
+def _admit(headroom: Headroom, req: Any, clip: int, call: Callable[[], Any]) -> Any:
+    """Run `call` if the pool can hold `req` both in this step and afterwards.
+
+    If it could in this step but for the tails of running requests, their passes are
+    made due.
+    """
+    policy = policy_of(req)
+    assert policy is not None
+    length = len(req.full_untruncated_fill_ids)
+    left = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+    max_new = min(left, schedule_policy.CLIP_MAX_NEW_TOKENS)
+    steady = steady_tokens(policy, length, max_new)
+    # One pass at a time needs a second packed copy.
+    if steady + policy.budget(length) >= headroom.free - headroom.steady:
+        return schedule_policy.AddReqResult.NO_TOKEN
+    # SGLang takes the clip or max_new_tokens, but the copy is needed either way.
+    more = max(clip - left, 0)
+    need = _missing(req) + clip + PAGE_SIZE
+    missing = need + 1 - (headroom.free - headroom.now)
+    if missing > 0:
+        allocator = headroom.adder.token_to_kv_pool_allocator
+        headroom.squeeze(missing, allocator.get_kvcache().runtime.scheduler.due_lens)
+        return schedule_policy.AddReqResult.NO_TOKEN
+    return headroom.charged_now(steady, more, call)
 
 
 def add_chunked(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
@@ -182,12 +201,14 @@ def add_chunked(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
     SGLang goes on with a started prompt whatever the memory; one that is compressed
     between chunks can wait instead, holding its budget, until others have finished.
     """
+    headroom = Headroom.of(adder)
     policy = policy_of(req)
     length = len(req.full_untruncated_fill_ids)
     chunk = policy.chunk_tokens(length) if policy else 0
+    clip = new_request_clip(req, schedule_policy.CLIP_MAX_NEW_TOKENS)
     if not policy or not chunk:
-        return _with_clip(req, call)
-    room = int(adder.rem_total_tokens) - policy.budget(length) - SLACK
+        return _with_clip(clip, call)
+    room = int(headroom.free - headroom.now) - policy.budget(length) - SLACK
     chunk = min(chunk, floor_page(room))
     waits = chunk < min(policy.options.window, _missing(req))
     runtime = adder.token_to_kv_pool_allocator.get_kvcache().runtime
@@ -196,19 +217,21 @@ def add_chunked(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
         # No room, also for others: only one prompt can be unfinished.
         adder.rem_chunk_tokens = 0
         return req
-    return _with_chunk(adder, req, chunk, call)
+    return _with_chunk(adder, req, chunk, call, clip)
 
 
 def _missing(req: Any) -> int:
     return len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
 
 
-def _with_chunk(adder: Any, req: Any, chunk: int, call: Callable[[], Any]) -> Any:
+def _with_chunk(
+    adder: Any, req: Any, chunk: int, call: Callable[[], Any], clip: int
+) -> Any:
     """Run `call` with at most `chunk` tokens left in the adder's chunk."""
     before = adder.rem_chunk_tokens
     adder.rem_chunk_tokens = min(before, chunk)
     capped = adder.rem_chunk_tokens
-    result = _with_clip(req, call)
+    result = _with_clip(clip, call)
     if req not in adder.can_run_list:
         adder.rem_chunk_tokens = before
     elif req.extend_range.end == len(req.full_untruncated_fill_ids):
@@ -218,14 +241,14 @@ def _with_chunk(adder: Any, req: Any, chunk: int, call: Callable[[], Any]) -> An
     return result
 
 
-def _with_clip(req: Any, call: Callable[[], Any]) -> Any:
-    """Run one of PrefillAdder's methods with the clip that fits `req`.
+def _with_clip(clip: int, call: Callable[[], Any]) -> Any:
+    """Run one of PrefillAdder's methods with another clip of new tokens.
 
     SGLang reads the module constant CLIP_MAX_NEW_TOKENS; the scheduler is one thread.
     """
-    clip = schedule_policy.CLIP_MAX_NEW_TOKENS
-    schedule_policy.CLIP_MAX_NEW_TOKENS = new_request_clip(req, clip)
+    stock = schedule_policy.CLIP_MAX_NEW_TOKENS
+    schedule_policy.CLIP_MAX_NEW_TOKENS = clip
     try:
         return call()
     finally:
-        schedule_policy.CLIP_MAX_NEW_TOKENS = clip
+        schedule_policy.CLIP_MAX_NEW_TOKENS = stock

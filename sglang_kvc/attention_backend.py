@@ -177,6 +177,7 @@ class KVCompressAttentionBackend(AttentionBackend):
             forward_batch.seq_lens,
             layer.scaling,
             workspace=self._workspace,
+            query_lse=self.runtime.query_lse,
         )
         return out.reshape(q.shape[0], -1)
 

@@ -13,15 +13,46 @@ import torch
 
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.kernels.layout import PAGE_SIZE
-from sglang_kvc.kernels.observe import observe_scores, pool_scores
+from sglang_kvc.kernels.observe import pool_scores
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 from sglang_kvc.kernels.select import select_entries
-from sglang_kvc.memory import pass_workspace_tokens
+from sglang_kvc.memory import pass_head_bytes, pass_workspace_tokens
+from sglang_kvc.scorers import ScoreContext, Scorer, get_scorer
 
 if TYPE_CHECKING:
     from sglang_kvc.request_state import PassRecord
     from sglang_kvc.runtime import KVCompressRuntime
+
+
+def run_pass(
+    scorer: Scorer,
+    context: ScoreContext,
+    dest_pages: torch.Tensor,
+    *,
+    pool: int,
+    sinks: int,
+    groups: int = 1,
+    floor_blocks: int = 0,
+) -> None:
+    """Score, pool, select, pack and commit the requests of ``context.plan``.
+
+    Parameters
+    ----------
+    scorer : which KVs are worth keeping.
+    context : what it looks at; arena and tables are written.
+    dest_pages : [pages kept] int64, fresh pages for the survivors in plan order.
+    pool, sinks : as in `KVCompressOptions`.
+    groups, floor_blocks : as in `select_entries`.
+    """
+    arena, tables, plan = context.arena, context.tables, context.plan
+    heads = arena.heads_per_page
+    scores = scorer.score(context)
+    if scorer.pooled:
+        scores = pool_scores(scores, plan, tables, pool, heads)
+    selected = select_entries(scores, heads, tables, plan, sinks, groups, floor_blocks)
+    pack_entries(arena, selected, dest_pages, plan)
+    commit_tables(tables, arena, selected, plan, dest_pages, scores)
 
 
 class PassRunner:
@@ -30,7 +61,7 @@ class PassRunner:
     def __init__(self, runtime: KVCompressRuntime, sm_scale: float) -> None:
         self.runtime = runtime
         self.sm_scale = sm_scale
-        self.power = 2 if runtime.options.metric == "l2" else 1
+        self.scorer = get_scorer(runtime.options.metric)
         if runtime.arena.score.numel() >= 1 << 31:
             raise ConfigError(
                 "the arena holds 2**31 KVs or more per layer and head in total, which "
@@ -39,18 +70,20 @@ class PassRunner:
         context = runtime.tables.req_to_token.shape[1]
         pool_tokens = runtime.arena.k.shape[0] * PAGE_SIZE
         self.max_tokens = pass_workspace_tokens(context, pool_tokens)
+        kept = self.max_tokens // (1 if runtime.options.rate < 2 else 2)
+        self.max_bytes = pass_head_bytes(self.max_tokens, kept, pooled=True)
 
     def run(self, records: list[PassRecord]) -> None:
         """Run every pass of a step; passes that fit the workspace share a launch."""
         group: list[PassRecord] = []
-        tokens = 0
+        held = 0
         for record in records:
-            need = _entry_tokens(record)
-            if group and tokens + need > self.max_tokens:
+            need = _head_bytes(record)
+            if group and held + need > self.max_bytes:
                 self._run_group(group)
-                group, tokens = [], 0
+                group, held = [], 0
             group.append(record)
-            tokens += need
+            held += need
         if group:
             self._run_group(group)
 
@@ -93,28 +126,23 @@ class PassRunner:
         self, requests: list[PassRequest], dest_pages: torch.Tensor, sinks: int
     ) -> None:
         runtime, options = self.runtime, self.runtime.options
-        arena, tables = runtime.arena, runtime.tables
-        heads = arena.heads_per_page
-        plan = build_plan(requests, heads, runtime.device)
-        scores = observe_scores(
-            runtime.query_ring,
-            arena,
-            tables,
-            plan,
-            self.sm_scale,
-            self.power,
-            options.window,
+        context = ScoreContext(
+            query_ring=runtime.query_ring,
+            query_lse=runtime.query_lse,
+            arena=runtime.arena,
+            tables=runtime.tables,
+            plan=build_plan(requests, runtime.arena.heads_per_page, runtime.device),
+            sm_scale=self.sm_scale,
+            window=options.window,
         )
-        scores = pool_scores(scores, plan, tables, options.pool, heads)
-        selected = select_entries(scores, heads, tables, plan, sinks)
-        pack_entries(arena, selected, dest_pages, plan)
-        commit_tables(tables, arena, selected, plan, dest_pages, scores)
+        run_pass(self.scorer, context, dest_pages, pool=options.pool, sinks=sinks)
 
 
-def _entry_tokens(record: PassRecord) -> int:
-    """Workspace entries of a pass per head on average, tokens."""
+def _head_bytes(record: PassRecord) -> int:
+    """Workspace of a pass, bytes per head on average."""
     tail = record.seq_len - record.fold_old
-    return record.budget_old + -(-tail // PAGE_SIZE) * PAGE_SIZE
+    entries = record.budget_old + -(-tail // PAGE_SIZE) * PAGE_SIZE
+    return pass_head_bytes(entries, record.budget, pooled=record.pool_tail)
 
 
 def _plan_request(record: PassRecord, heads: int, protected: int) -> PassRequest:
@@ -132,5 +160,5 @@ def _plan_request(record: PassRecord, heads: int, protected: int) -> PassRequest
         protected=max(record.fold_new - (record.seq_len - protected), 0),
         is_first=record.is_first,
         pool_tail=record.pool_tail,
-        recorded=False,
+        recorded=record.recorded,
     )

@@ -1,7 +1,8 @@
 """How much memory our metadata takes, so that it is charged before the pool is sized.
 
 Per token of KV: one fp32 score per layer and head, inside the arena. Per running
-request: the query ring and the block tables. Once: the decode and pass workspaces.
+request: the rings of queries and their log-sum-exps, and the block tables. Once: the
+decode and pass workspaces.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from sglang_kvc.kernels.decode_attention import make_decode_workspace
 from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
 
 SCORE_BYTES = 4
+LSE_BYTES = 4
+SELECT_BYTES_PER_HEAD = 1088
+"""Counts of `select_entries` for each head: 256 digits and a few numbers."""
 OBSERVE_PARTIAL_BYTES = 48 << 20
 """Partial log-sum-exps of `observe_scores`, at most."""
 MAX_SLOTS, MIN_SLOTS = 256, 16
@@ -53,7 +57,8 @@ class MetadataBytes:
     Attributes
     ----------
     per_token : scores, per token of the pool.
-    ring, tables, workspace : fixed parts, see `metadata_bytes`.
+    ring, tables, workspace : fixed parts, see `metadata_bytes`; the ring with its
+        log-sum-exps.
     """
 
     per_token: int
@@ -105,6 +110,25 @@ def pass_workspace_tokens(context_len: int, pool_tokens: int) -> int:
     return -(-min(context_len, pool_tokens) // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
 
 
+def pass_head_bytes(entries: int, kept: int, *, pooled: bool) -> int:
+    """Workspace of one request's pass, bytes per head.
+
+    Parameters
+    ----------
+    entries, kept : tokens per head before and after, on average.
+    pooled : whether scores are pooled, into a second copy.
+
+    Returns
+    -------
+    int
+        The most that is held at once: scores and pooled scores, or the scores, the
+        survivors' rows and scores and the digit counts of `select_entries`.
+    """
+    scores = SCORE_BYTES * entries
+    selecting = 2 * SCORE_BYTES * kept + SELECT_BYTES_PER_HEAD
+    return scores + max(scores if pooled else 0, selecting)
+
+
 def metadata_bytes(
     shape: ModelShape,
     options: KVCompressOptions,
@@ -127,10 +151,10 @@ def metadata_bytes(
     -------
     MetadataBytes
         The pass workspace is the most that `PassRunner` holds at once for the longest
-        request: scores and pooled scores, or pooled scores and the kept list. The
-        kept list is counted for a rate of 2 or the server's own, if that is less. A
-        chunk of a compressed prompt takes, at another time, page lists of all heads
-        and copies of the queries and outputs of one layer.
+        request (`pass_head_bytes`). The survivors are counted for a rate of 2 or the
+        server's own, if that is less. A chunk of a compressed prompt takes, at another
+        time, page lists of all heads and copies of the queries and outputs of one
+        layer.
     """
     slots = max_running_requests + 1
     ring = (
@@ -138,8 +162,7 @@ def metadata_bytes(
         * shape.num_layers
         * options.window
         * shape.num_qo_heads
-        * shape.head_dim
-        * shape.itemsize
+        * (shape.head_dim * shape.itemsize + LSE_BYTES)
     )
     partials = make_decode_workspace(
         max_running_requests,
@@ -151,10 +174,10 @@ def metadata_bytes(
     )
     decode_workspace = sum(part.nbytes for part in partials)
     table_ints = 1 + (shape.heads_per_page + 1) + -(-context_len // PAGE_SIZE)
-    entries = pass_workspace_tokens(context_len, pool_tokens) * shape.heads_per_page
-    # Select holds the pooled scores and, for each survivor, its row and its score.
+    entries = pass_workspace_tokens(context_len, pool_tokens)
     kept = entries if options.rate < 2 else entries // 2
-    workspace = entries * 4 + max(entries * 4, kept * 8) + OBSERVE_PARTIAL_BYTES
+    workspace = shape.heads_per_page * pass_head_bytes(entries, kept, pooled=True)
+    workspace += OBSERVE_PARTIAL_BYTES
     lists = -(-context_len // PAGE_SIZE) * shape.heads_per_page * 4
     copies = 2 * chunk_size * shape.num_qo_heads * shape.head_dim * shape.itemsize
     workspace = max(workspace, (lists + copies) if chunk_size else 0)

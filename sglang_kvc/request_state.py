@@ -104,6 +104,7 @@ class PassRecord:
     budget_old, budget : packed tokens per head before and after (0 = none before).
     query_start : first position whose query is observed.
     pool_tail : scores of the tail are max-pooled (it is consecutive text, new to us).
+    recorded : every observed query was decoded, so its log-sum-exp is known.
     target : token ids of the fresh pages, int64 [budget].
     closed : settled, or its request is gone: nothing is left to free.
     """
@@ -118,6 +119,7 @@ class PassRecord:
     budget: int
     query_start: int
     pool_tail: bool
+    recorded: bool
     target: Any
     closed: bool = False
 
@@ -125,6 +127,11 @@ class PassRecord:
     def is_first(self) -> bool:
         """First pass of the request: everything it holds is in token layout."""
         return self.budget_old == 0
+
+    @property
+    def gain(self) -> int:
+        """Tokens that come back when the pass is settled."""
+        return self.budget_old + self.fold_new - self.fold_old
 
 
 @dataclass(eq=False)
@@ -141,6 +148,7 @@ class RequestState:
     fold: int = 0
     budget: int = 0
     observed: int = 0
+    prefilled: int = 0
     # Result order.
     settled_fold: int = 0
     settled_packed: Any = None
@@ -161,6 +169,14 @@ class RequestState:
             return self.policy.first_due(length)
         return max(self.fold + self.policy.growth, length + 1)
 
+    def gain(self, length: int, prompt_len: int | None = None) -> int:
+        """Tokens by which a pass at logical `length` would shrink the request.
+
+        `prompt_len` as in `propose`.
+        """
+        held = self.budget + floor_page(length) - self.fold
+        return held - self.policy.budget(prompt_len or length)
+
     def propose(
         self, req: Any, length: int, prompt_len: int | None = None
     ) -> PassRecord | None:
@@ -177,11 +193,12 @@ class RequestState:
         PassRecord or None
             None if it would free no whole page.
         """
+        if self.gain(length, prompt_len) <= 0:
+            return None
         fold_new = floor_page(length)
         budget = self.policy.budget(prompt_len or length)
-        if self.budget + fold_new - self.fold <= budget:
-            return None
         window = self.policy.options.window
+        query_start = max(self.observed, length - window, 0)
         return PassRecord(
             req=req,
             state=self,
@@ -191,8 +208,9 @@ class RequestState:
             fold_new=fold_new,
             budget_old=self.budget,
             budget=budget,
-            query_start=max(self.observed, length - window, 0),
+            query_start=query_start,
             pool_tail=self.budget == 0 or prompt_len is not None,
+            recorded=query_start >= self.prefilled,
             target=None,
         )
 

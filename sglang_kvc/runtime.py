@@ -35,7 +35,7 @@ def runtime_of(allocator: Any) -> KVCompressRuntime | None:
 
 
 class KVCompressRuntime:
-    """Device tables, query ring, pass runner and pass scheduler of one server.
+    """Device tables, query rings, pass runner and pass scheduler of one server.
 
     Every device table here is written on the forward stream only.
 
@@ -78,6 +78,7 @@ class KVCompressRuntime:
             dtype=pool.dtype,
             device=self.device,
         )
+        self.query_lse = torch.zeros(self.query_ring.shape[:-1], device=self.device)
         self.passes = PassRunner(self, sm_scale)
         self.scheduler = PassScheduler(options, slots)
         self.prefill_folds: list[tuple[int, int]] = []

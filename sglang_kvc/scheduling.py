@@ -111,6 +111,7 @@ class PassScheduler:
                 state = self._new_state(req)
                 plan.reset_slots.append(state.slot)
             plan.folds.append((state.fold, state.budget))
+            state.prefilled = req.extend_range.end
             prompt_len = len(req.full_untruncated_fill_ids)
             missing = prompt_len - req.extend_range.end
             if not missing or state.policy.chunk_tokens(prompt_len):

@@ -35,9 +35,9 @@ class PassTracer:
         eviction.pack_entries = self._pack
 
     def _select(
-        self, scores: Any, heads: int, tables: Any, plan: Any, sinks: int
+        self, scores: Any, heads: int, tables: Any, plan: Any, *settings: int
     ) -> Any:
-        selected = self._original(scores, heads, tables, plan, sinks)
+        selected = self._original(scores, heads, tables, plan, *settings)
         self._plan, self._heads = plan, heads
         return selected
 

@@ -60,6 +60,20 @@ def decode(case: Case, q: torch.Tensor, layer: int, scale: float) -> torch.Tenso
     return out
 
 
+def decode_lse(case: Case, q: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
+    """log2-sum-exp2 of the same queries, [requests, query heads], float64."""
+    heads, group = case.arena.num_kv_heads, case.group
+    found = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
+    keys = case.arena.k.view(-1, case.arena.head_dim)
+    for r in range(len(case.slots)):
+        for h in range(heads):
+            k = keys[[row for row, _ in entries(case, r, layer * heads + h)]].double()
+            g = slice(h * group, (h + 1) * group)
+            logits = q[r, g].double() @ k.T * scale
+            found[r, g] = logits.logsumexp(-1) / math.log(2)
+    return found
+
+
 def observe(
     case: Case,
     scale: float,
@@ -99,6 +113,28 @@ def observe(
     return torch.cat(parts)
 
 
+def query_lse(case: Case, scale: float, query_start: int = 0) -> torch.Tensor:
+    """log2-sum-exp2 of every observed query of the ring, float64; NaN elsewhere."""
+    arena, ring = case.arena, case.query_ring
+    window, group = ring.shape[2], case.group
+    keys = arena.k.view(-1, arena.head_dim)
+    found = torch.full(ring.shape[:4], math.nan, dtype=torch.float64)
+    for r, slot in enumerate(case.slots):
+        observed = range(
+            max(query_start, case.seq_lens[r] - window, 0), case.seq_lens[r]
+        )
+        for lh in range(arena.heads_per_page):
+            layer, h = divmod(lh, arena.num_kv_heads)
+            group_heads = slice(h * group, (h + 1) * group)
+            held = entries(case, r, lh)
+            for p in observed:
+                k = keys[[row for row, at in held if at <= p]].double()
+                q = ring[slot, layer, p % window, group_heads].double()
+                lse = (q @ k.T * scale).logsumexp(-1) / math.log(2)
+                found[slot, layer, p % window, group_heads] = lse.cpu()
+    return found.to(ring.device)
+
+
 def select(
     case: Case,
     scores: torch.Tensor,
@@ -106,8 +142,13 @@ def select(
     keep_pages: list[int],
     protected: int,
     sinks: int,
+    groups: int = 1,
+    floor_blocks: int = 0,
 ) -> tuple[list[int], list[float], list[list[int]]]:
-    """Literal Algorithm 1: (source rows, scores, block offsets), lists and sorts."""
+    """Literal Algorithm 1: (source rows, scores, block offsets), lists and sorts.
+
+    It runs once for each group of heads.
+    """
     heads = case.arena.heads_per_page
     values = scores.tolist()
     start = 0
@@ -115,7 +156,7 @@ def select(
     out_scores: list[float] = []
     out_offsets: list[list[int]] = []
     for r in range(len(case.slots)):
-        held, prices = [], []
+        held, prices, total = [], [], 0
         for lh in range(heads):
             rows = [row for row, _ in entries(case, r, lh, fold_new[r])]
             n = len(rows)
@@ -124,12 +165,17 @@ def select(
                 (math.inf if i < sinks or i >= n - protected else score, i)
                 for i, score in enumerate(own)
             )
-            prices += [(ranked[S * k + S - 1][0], lh, k) for k in range(n // S)]
+            blocks = range(n // S - floor_blocks)
+            prices.append([(ranked[S * k + S - 1][0], lh, k) for k in blocks])
+            total += n // S
             held.append((rows, own, ranked))
             tail = -(-(case.seq_lens[r] - case.folds[r]) // S) * S
             start += n - (fold_new[r] - case.folds[r]) + tail
-        evict = len(prices) - keep_pages[r] * heads
-        gone = [lh for _, lh, _ in sorted(prices)[:evict]]
+        evict = (total - keep_pages[r] * heads) // groups
+        gone: list[int] = []
+        for g in range(groups):
+            of_group = prices[g * heads // groups : (g + 1) * heads // groups]
+            gone += [lh for _, lh, _ in sorted(sum(of_group, []))[:evict]]
         offsets = [0]
         for lh, (rows, own, ranked) in enumerate(held):
             lost = {i for _, i in ranked[: S * gone.count(lh)]}

@@ -1,9 +1,12 @@
 """`decode_attention`: arithmetic; compared with float64 and with torch's own error."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
-from sglang_kvc.kernels import decode_schedule
+from sglang_kvc.kernels import decode_plan, decode_schedule
+from sglang_kvc.kernels.append import append_kv
 from sglang_kvc.kernels.decode_attention import (
     DecodeConfig,
     DecodeWorkspace,
@@ -56,7 +59,8 @@ def check(
 ) -> None:
     """Run the kernel in a poisoned, too large workspace; compare with the oracle.
 
-    Also: a second call gives the same, and no count of arrivals stays behind.
+    Also: a second call, which records log-sum-exps, gives the same, and no count of
+    arrivals stays behind.
     """
     arena, live = case.arena, len(case.slots)
     q, slots, seq_lens = make_batch(case, padding)
@@ -71,9 +75,28 @@ def check(
     working = decode_attention_ref(*args, upcast=False)
     truth = oracles.decode(case, q[:live], layer, scale)
     oracles.assert_arith(out[:live], working[:live], truth)
-    again = decode_attention_triton(*args, workspace=workspace, config=config)
+    lse = torch.full_like(case.query_lse, torch.nan)
+    recording = {"workspace": workspace, "query_lse": lse}
+    again = decode_attention_triton(*args, **recording, config=config)
     assert torch.equal(out, again)
     assert not workspace.arrivals.any()
+    check_lse(case, q, layer, scale, lse)
+    lse.fill_(torch.nan)
+    decode_attention_ref(*args, query_lse=lse)
+    check_lse(case, q, layer, scale, lse)
+
+
+def check_lse(
+    case: Case, q: torch.Tensor, layer: int, scale: float, lse: torch.Tensor
+) -> None:
+    """Each request's newest query is recorded, and nothing else but slot 0."""
+    rows = torch.tensor(case.seq_lens, device=lse.device) - 1
+    slots = torch.tensor(case.slots, device=lse.device)
+    cell = (slots, layer, rows % lse.shape[2])
+    truth = oracles.decode_lse(case, q[: len(slots)], layer, scale)
+    torch.testing.assert_close(lse[cell].double(), truth, atol=1e-3, rtol=0)
+    lse[cell] = torch.nan
+    assert lse[1:].isnan().all()
 
 
 LENGTHS = [
@@ -129,6 +152,17 @@ def test_groups(group: int, device: str) -> None:
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("one_sm")
 @pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"records": True},
+        {"row_slack": 0},
+        {"look_ahead": True},
+        {"records": True, "row_slack": 2, "look_ahead": True, "pdl": True},
+    ],
+    ids=["plain", "records", "aligned", "ahead", "all"],
+)
+@pytest.mark.parametrize(
     ("seq_lens", "programs", "min_share"),
     [
         pytest.param([640], 40, 1, id="a-row-over-40-programs"),
@@ -144,10 +178,11 @@ def test_groups(group: int, device: str) -> None:
     ],
 )
 def test_shares(
-    seq_lens: list[int], programs: int, min_share: int, device: str
+    seq_lens: list[int], programs: int, min_share: int, switches: dict, device: str
 ) -> None:
     case = make_case(len(seq_lens), 1, 2, 2, 64, seq_lens, device=device)
-    check(case, config=DecodeConfig(16, programs_per_sm=programs, min_share=min_share))
+    config = DecodeConfig(16, programs_per_sm=programs, min_share=min_share, **switches)
+    check(case, config=config)
 
 
 @pytest.mark.interpreter
@@ -156,62 +191,108 @@ def test_default_programs(device: str) -> None:
     check(case)
 
 
+class HandPlan(NamedTuple):
+    """The plan of one layer, tile by tile and row by row."""
+
+    cu_tiles: list[int]
+    first_rows: list[int]
+    share: int
+    records: list[list[int]]
+
+
 def plan_by_hand(
     case: Case, layer: int, slots: list[int], config: DecodeConfig
-) -> tuple[list[int], list[int]]:
-    """(cu_tiles, first_rows) of one layer, tile by tile; live rows, then padding."""
-    owners, cu_tiles = [], [0]
-    for b in range(len(slots)):
+) -> HandPlan:
+    """Plan live rows, then padding. A record is [slot, .., entries] of one row."""
+    sizes, records = [], []
+    for b, slot in enumerate(slots):
         for h in range(case.arena.num_kv_heads):
-            n = 1
-            if b < len(case.slots):
-                lh = layer * case.arena.num_kv_heads + h
-                n = len(oracles.entries(case, b, lh))
-            owners += [len(cu_tiles) - 1] * -(-n // config.tile)
-            cu_tiles.append(len(owners))
+            lh, live = layer * case.arena.num_kv_heads + h, b < len(case.slots)
+            n = len(oracles.entries(case, b, lh)) if live else 1
+            first, end = case.tables.block_offsets[slot, lh : lh + 2].tolist()
+            fold = int(case.tables.fold_lens[slot])
+            sizes.append(-(-n // config.tile))
+            records.append([slot, first, 16 * (end - first), fold, n])
     programs = config.programs_per_sm
-    share = max(config.min_share, -(-len(owners) // programs))
+    share = max(config.min_share, -(-sum(sizes) // programs))
+    if config.row_slack is not None:
+        for wider in range(share, share + config.row_slack + 1):
+            whole = [-(-size // wider) for size in sizes]
+            if sum(whole) <= programs:
+                share, sizes = wider, [count * wider for count in whole]
+                break
+    owners = [row for row, size in enumerate(sizes) for _ in range(size)]
     starts = [min(p * share, len(owners) - 1) for p in range(programs)]
-    return cu_tiles, [owners[tile] for tile in starts]
+    cu_tiles = [sum(sizes[:row]) for row in range(len(sizes) + 1)]
+    return HandPlan(cu_tiles, [owners[tile] for tile in starts], share, records)
 
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("one_sm")
 @pytest.mark.parametrize(
-    ("programs", "min_share", "chunk"),
-    [(1, 1, 64), (7, 1, 8), (50, 2, 16), (512, 1, 4)],
+    ("programs", "min_share", "chunk", "row_slack"),
+    [
+        (1, 1, 64, None),
+        (7, 1, 8, None),
+        (50, 2, 16, None),
+        (512, 1, 4, None),
+        pytest.param(7, 1, 64, 9, id="more-rows-than-programs"),
+        pytest.param(50, 1, 64, 0, id="no-slack"),
+        pytest.param(50, 1, 64, 4, id="aligned"),
+        pytest.param(50, 1, 16, 4, id="more-rows-than-a-chunk"),
+        pytest.param(512, 1, 64, 1, id="every-tile-a-program"),
+    ],
 )
 def test_plan(
     programs: int,
     min_share: int,
     chunk: int,
+    row_slack: int | None,
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Skewed rows, rows of one token, padding; prefix sums in several chunks."""
-    monkeypatch.setattr(decode_schedule, "_PLAN_CHUNK", chunk)
+    monkeypatch.setattr(decode_plan, "_PLAN_CHUNK", chunk)
     seq_lens, folds = [1, 60, 1, 2000, 333, 16, 17], [0, 0, 0, 1600, 320, 0, 16]
     case = make_case(7, 2, 2, 1, 16, seq_lens, folds, skew=4.0, device=device)
     _, slots, lengths = make_batch(case, padding=2)
-    config = DecodeConfig(programs_per_sm=programs, min_share=min_share)
+    config = DecodeConfig(
+        programs_per_sm=programs,
+        min_share=min_share,
+        row_slack=row_slack,
+        records=True,
+    )
     workspace = make_workspace(case, len(slots) + 3, config)
     plan_decode_triton(case.tables, slots, lengths, 2, 2, workspace, config)
-    cu_tiles, first_rows = plan_decode_ref(
-        case.tables, slots, lengths, 2, 2, programs, config
-    )
-    assert torch.equal(workspace.cu_tiles[:, : 2 * len(slots) + 1], cu_tiles)
-    assert torch.equal(workspace.first_rows, first_rows)
+    plan = plan_decode_ref(case.tables, slots, lengths, 2, 2, programs, config)
+    rows = 2 * len(slots)
+    assert torch.equal(workspace.first_rows, plan.first_rows)
+    assert torch.equal(workspace.shares, plan.shares)
+    records = workspace.records
+    assert torch.equal(records[:, programs:][:, :rows, :5], plan.row_records)
+    assert torch.equal(records[:, :programs], plan.program_records)
+    assert torch.equal(workspace.cu_tiles[:, : rows + 1], plan.cu_tiles)
+    if rows > chunk:
+        config = config._replace(row_slack=None)
     for layer in range(2):
         by_hand = plan_by_hand(case, layer, slots.tolist(), config)
-        assert cu_tiles[layer].tolist() == by_hand[0]
-        assert first_rows[layer].tolist() == by_hand[1]
+        first_rows = plan.first_rows[layer].tolist()
+        assert plan.cu_tiles[layer].tolist() == by_hand.cu_tiles
+        assert first_rows == by_hand.first_rows
+        assert plan.shares[layer] == by_hand.share
+        assert plan.row_records[layer].tolist() == by_hand.records
+        assert plan.program_records[layer].tolist() == [
+            [*by_hand.records[row], *by_hand.cu_tiles[row : row + 2], row]
+            for row in first_rows
+        ]
 
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("one_sm")
-def test_one_plan_serves_all_layers(device: str) -> None:
+@pytest.mark.parametrize("programs", [5, 16])
+def test_one_plan_serves_all_layers(programs: int, device: str) -> None:
     case = make_case(3, 3, 2, 2, 64, [200, 70, 30], [192, 48, 0], device=device)
-    config = DecodeConfig(16, programs_per_sm=5)
+    config = DecodeConfig(16, programs_per_sm=programs, records=True, row_slack=1)
     q, slots, seq_lens = make_batch(case)
     workspace = make_workspace(case, 3, config)
     plan_decode_triton(case.tables, slots, seq_lens, 3, 2, workspace, config)
@@ -325,6 +406,11 @@ def test_reference_against_plain_python() -> None:
     ],
     ids=["short", "middle", "long", "batch136"],
 )
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"records": True, "row_slack": 2, "look_ahead": True, "pdl": True}],
+    ids=["default", "switched"],
+)
 def test_gpu_sweep(
     seq_lens: list[int],
     folds: list[int],
@@ -332,6 +418,7 @@ def test_gpu_sweep(
     dim: int,
     group: int,
     dtype: torch.dtype,
+    switches: dict,
     device: str,
 ) -> None:
     case = make_case(
@@ -348,7 +435,8 @@ def test_gpu_sweep(
         window=1,
         spare_pages=0,
     )
-    check(case, layer=1, padding=padding)
+    config = decode_schedule.default_config(dim)._replace(**switches)
+    check(case, layer=1, padding=padding, config=config)
 
 
 @pytest.mark.gpu
@@ -386,6 +474,47 @@ def test_graph_replay_follows_new_lengths(device: str) -> None:
         replayed = out.clone()
         step()
         assert torch.equal(replayed, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [40, 900])
+def test_gpu_early_launch_reads_what_append_wrote(tokens: int, device: str) -> None:
+    """Layers of append and decode in a graph; each appends other K and V of its own."""
+    layers, batch = 6, 16
+    shape = {"dtype": torch.bfloat16, "device": device}
+    case = make_case(batch, layers, 8, 4, 128, [tokens] * batch, **shape)
+    q, slots, seq_lens = make_batch(case)
+    newest = case.tables.req_to_token[slots, seq_lens.long() - 1].long()
+    ring_index = torch.full_like(newest, -1)
+    config = decode_schedule.default_config(128)
+    early = config._replace(pdl=True, records=True, look_ahead=True, row_slack=1)
+    workspace = make_workspace(case, batch, early)
+    kvs = [torch.empty(layers, batch, 8, 128, **shape) for _ in range(2)]
+    outs = [torch.empty_like(q) for _ in range(layers)]
+
+    def step(config: DecodeConfig) -> None:
+        plan_decode_triton(case.tables, slots, seq_lens, layers, 8, workspace, config)
+        for layer, out in enumerate(outs):
+            k, v = (part[layer] for part in kvs)
+            arena = (case.arena, layer, newest, case.query_ring, ring_index)
+            append_kv(k, v, q, *arena)
+            args = (q, case.arena, layer, case.tables, slots, seq_lens, 0.1, out)
+            run = {"workspace": workspace, "config": config, "after_append": True}
+            decode_attention_triton(*args, **run)
+
+    step(early)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(early)
+    for _ in range(20):
+        for part in kvs:
+            part.normal_()
+        graph.replay()
+        replayed = [out.clone() for out in outs]
+        step(early._replace(pdl=False))
+        for ours, theirs in zip(replayed, outs, strict=True):
+            assert torch.equal(ours, theirs)
+    assert not workspace.arrivals.any()
 
 
 @pytest.mark.gpu

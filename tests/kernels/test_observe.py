@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sglang_kvc.kernels.observe import (
+    ObserveConfig,
     observe_scores,
     observe_scores_ref,
     observe_scores_triton,
@@ -15,13 +16,26 @@ from sglang_kvc.kernels.testing import Case, make_case, make_plan
 from tests.kernels import oracles
 
 
-def check(case: Case, power: int, query_start: int = 0) -> None:
-    """Compare the kernel with float64 and with torch at the model's dtype."""
+def check(
+    case: Case, power: int, query_start: int = 0, recorded: list[bool] | None = None
+) -> None:
+    """Compare the kernel with float64 and with torch at the model's dtype.
+
+    Requests whose log-sum-exps were recorded must not need to work them out.
+    """
     arena, window = case.arena, case.query_ring.shape[2]
-    plan = make_plan(case, query_start=[query_start] * len(case.slots))
+    starts = [query_start] * len(case.slots)
+    plan = make_plan(case, query_start=starts, recorded=recorded)
     scale = arena.head_dim**-0.5
-    args = (case.query_ring, arena, case.tables, plan, scale, power, window)
+    args = (case.query_ring, case.query_lse, arena, case.tables, plan)
+    args += (scale, power, window)
+    found = oracles.query_lse(case, scale, query_start).float()
+    for slot, known in zip(case.slots, recorded or [], strict=False):
+        if known:
+            case.query_lse[slot] = found[slot]
     out = observe_scores_triton(*args)
+    seen = ~found.isnan()
+    torch.testing.assert_close(case.query_lse[seen], found[seen], atol=1e-3, rtol=0)
     truth = oracles.observe(case, scale, power, query_start)
     if arena.k.dtype == torch.float32:
         working = observe_scores_ref(*args)
@@ -78,10 +92,45 @@ def test_only_new_queries_count(device: str) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("recorded", [[True, False, True], [True, True, True]])
+def test_recorded_log_sum_exps_are_taken(recorded: list[bool], device: str) -> None:
+    case = make_case(3, 2, 2, 3, 64, [84, 37, 200], [64, 16, 96], device=device)
+    check(case, power=2, recorded=recorded)
+
+
+@pytest.mark.interpreter
+def test_a_recorded_log_sum_exp_is_believed(device: str) -> None:
+    case = make_case(1, 1, 1, 2, 64, [100], [48], device=device)
+    plan = make_plan(case, recorded=[True])._replace(is_first=torch.ones(1).long())
+    scores = []
+    for lse in (3.0, 4.0):
+        case.query_lse.fill_(lse)
+        args = (case.query_ring, case.query_lse, case.arena, case.tables, plan)
+        for op in (observe_scores_triton, observe_scores_ref):
+            scores.append(op(*args, 0.125, 2, 8))
+    torch.testing.assert_close(scores[0], scores[1])
+    torch.testing.assert_close(scores[0], 4 * scores[2])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("group", "window"), [(2, 8), (8, 16), (3, 32), (7, 48)])
+def test_all_tile_shapes(
+    group: int, window: int, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Fewer, as many and more rows than a program takes; tiles seen by all rows."""
+    tiles = ObserveConfig(64, 32, 64, 32, 4, 2)
+    monkeypatch.setattr("sglang_kvc.kernels.observe._WIDE_CONFIG", tiles)
+    case = make_case(
+        2, 1, 1, group, 32, [290, 75], [128, 0], device=device, window=window
+    )
+    check(case, power=2)
+
+
+@pytest.mark.interpreter
 def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     case = make_case(3, 1, 2, 2, 64, [50, 33, 80], [32, 0, 32], device=device)
-    plan = make_plan(case)
-    args = (case.query_ring, case.arena, case.tables, plan, 0.125, 2, 8)
+    args = (case.query_ring, case.query_lse, case.arena, case.tables, make_plan(case))
+    args += (0.125, 2, 8)
     whole = observe_scores_triton(*args)
     monkeypatch.setattr("sglang_kvc.kernels.observe._MAX_PARTIAL", 1)
     assert torch.equal(observe_scores_triton(*args), whole)
@@ -102,8 +151,8 @@ def test_pooling_equals_reference(width: int, device: str) -> None:
 def test_reference_against_loops() -> None:
     case = make_case(2, 2, 2, 2, 16, [52, 21], [32, 0], window=8)
     for power in (1, 2):
-        args = (case.query_ring, case.arena, case.tables, make_plan(case), 0.25)
-        out = observe_scores(*args, power, 8)
+        args = (case.query_ring, case.query_lse, case.arena, case.tables)
+        out = observe_scores(*args, make_plan(case), 0.25, power, 8)
         truth = oracles.observe(case, 0.25, power)
         torch.testing.assert_close(out, truth.float())
 
@@ -137,7 +186,14 @@ def test_bad_arguments_are_named(power: int, window: int, message: str) -> None:
     plan = make_plan(case)
     with pytest.raises(ValueError, match=message):
         observe_scores(
-            case.query_ring, case.arena, case.tables, plan, 0.25, power, window
+            case.query_ring,
+            case.query_lse,
+            case.arena,
+            case.tables,
+            plan,
+            0.25,
+            power,
+            window,
         )
 
 

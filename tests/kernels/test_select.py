@@ -58,6 +58,52 @@ def test_equals_reference(
     assert_equal(select_entries_triton(*args), select_entries_ref(*args))
 
 
+GROUP_CASES = [
+    # seq_lens, folds, packed pages, pages kept; heads hold equally many blocks.
+    ([63, 130, 47], [0, 0, 0], [0, 0, 0], [2, 3, 1]),
+    ([500, 140], [256, 128], [4, 8], [9, 3]),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("seq_lens", "folds", "packed", "keep"), GROUP_CASES)
+@pytest.mark.parametrize("groups", [1, 3, 6])
+@pytest.mark.parametrize("floor_blocks", [0, 1])
+@pytest.mark.parametrize("levels", [0, 3])
+def test_groups_and_floors(
+    seq_lens: list[int],
+    folds: list[int],
+    packed: list[int],
+    keep: list[int],
+    groups: int,
+    floor_blocks: int,
+    levels: int,
+    device: str,
+) -> None:
+    """Joint, by layer, by head: kernel, reference and literal algorithm agree."""
+    case = make_case(
+        len(seq_lens), 3, 2, 1, 16, seq_lens, folds, packed, skew=0, device=device
+    )
+    plan = make_plan(case, keep)
+    scores = make_scores(plan.num_entries, levels, device)
+    # One head that nobody would keep anything of, but for its floor.
+    first = int(plan.entry_base[1])
+    scores[first : first + 16 * (packed[1] + int(plan.tail_blocks[1]))] = 0
+    args = (scores, 6, case.tables, plan, 2, groups, floor_blocks)
+    selected = select_entries_triton(*args)
+    assert_equal(selected, select_entries_ref(*args))
+    fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
+    options = {"groups": groups, "floor_blocks": floor_blocks}
+    rows, kept, offsets = oracles.select(case, scores, fold_new, keep, 8, 2, **options)
+    assert selected.source_rows.tolist() == rows
+    assert selected.scores.tolist() == kept
+    assert selected.block_offsets.tolist() == offsets
+    left = selected.block_offsets.diff(dim=1)
+    assert left.min() >= min(floor_blocks, *keep)
+    by_group = left.unflatten(1, (groups, -1)).sum(2)
+    assert (by_group == torch.tensor(keep, device=device)[:, None] * 6 // groups).all()
+
+
 @pytest.mark.interpreter
 def test_ties_are_dealt_across_scan_blocks(device: str) -> None:
     case = make_case(1, 67, 1, 1, 8, [32], device=device)
@@ -146,4 +192,15 @@ def test_gpu_long(levels: int, device: str) -> None:
     plan = make_plan(case, [128, 64, 100], protected=32)
     scores = make_scores(plan.num_entries, levels, device)
     args = (scores, 64, case.tables, plan, 4)
+    assert_equal(select_entries_triton(*args), select_entries_ref(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 32, 64])
+def test_gpu_groups(groups: int, device: str) -> None:
+    lengths = [20_000, 6000, 3000]
+    case = make_case(3, 32, 2, 1, 16, lengths, device=device, spare_pages=0)
+    plan = make_plan(case, [128, 64, 100], protected=32)
+    scores = make_scores(plan.num_entries, 0, device)
+    args = (scores, 64, case.tables, plan, 4, groups, 3)
     assert_equal(select_entries_triton(*args), select_entries_ref(*args))

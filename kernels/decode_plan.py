@@ -1,0 +1,265 @@
+"""The plan of decode attention: who works on which tiles, for all layers of a step.
+
+With T tiles in a layer and P programs, a share is ceil(T / P) tiles, at least
+min_share: s. With `DecodeConfig.row_slack` = a, a layer of at most P rows, and of one
+chunk of the prefix sum, is *aligned* if a share u in s .. s + a needs no more than P
+programs when each row is rounded up to whole shares; the smallest u is taken:
+
+    sum over rows of ceil(tiles / u) <= P
+
+Its ``cu_tiles`` count the rounded rows, so that every share begins and ends with a row
+or inside it. The attention kernel needs no other change: it stops at a row's entries.
+
+What the plan holds, `DecodeWorkspace` lists.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_kvc.kernels.decode_rows import row_extent, row_record
+from sglang_kvc.kernels.decode_schedule import (
+    DecodeConfig,
+    DecodeWorkspace,
+    check_programs,
+    check_workspace,
+    default_config,
+    num_programs,
+)
+from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables
+
+# Rows that one round of the plan's prefix sum takes.
+_PLAN_CHUNK = 1024
+
+
+class DecodePlan(NamedTuple):
+    """The parts of a `DecodeWorkspace` that a plan fills, without spare rows.
+
+    Attributes
+    ----------
+    cu_tiles : [L, B * H + 1] int32.
+    first_rows : [L, programs] int32; B * H - 1 for a program without a tile.
+    shares : [L] int32.
+    program_records : [L, programs, 8] int32.
+    row_records : [L, B * H, 5] int32, the fields in use.
+    """
+
+    cu_tiles: torch.Tensor
+    first_rows: torch.Tensor
+    shares: torch.Tensor
+    program_records: torch.Tensor
+    row_records: torch.Tensor
+
+
+def plan_decode_ref(
+    tables: BlockTables,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_layers: int,
+    num_kv_heads: int,
+    programs: int,
+    config: DecodeConfig,
+) -> DecodePlan:
+    """Plain torch form of `plan_decode_triton`."""
+    slots, rows = slots.long(), len(slots) * num_kv_heads
+
+    def by_row(values: torch.Tensor) -> torch.Tensor:
+        # [B, L * H] -> [L, B * H]: requests, and within a request its heads.
+        parts = values.view(len(slots), num_layers, num_kv_heads)
+        return parts.transpose(0, 1).reshape(num_layers, rows)
+
+    folds = tables.fold_lens[slots].long()
+    offsets = tables.block_offsets[slots].long()
+    packed = offsets.diff(dim=1) * PAGE_SIZE
+    entries = packed + (seq_lens.long() - folds)[:, None]
+    same = torch.ones_like(packed)
+    fields = [slots[:, None] * same, offsets[:, :-1], packed, folds[:, None] * same]
+    row_records = torch.stack([by_row(field) for field in [*fields, entries]], -1)
+
+    tiles = (-(-row_records[..., 4] // config.tile)).clamp(min=1)
+    shares = (-(-tiles.sum(1) // programs)).clamp(min=config.min_share)
+    widths = 0 if config.row_slack is None else config.row_slack + 1
+    widths *= rows <= min(_PLAN_CHUNK, programs)
+    for layer in range(num_layers):
+        for share in range(int(shares[layer]), int(shares[layer]) + widths):
+            whole = -(-tiles[layer] // share)
+            if whole.sum() <= programs:
+                tiles[layer], shares[layer] = whole * share, share
+                break
+    cu_tiles = torch.nn.functional.pad(tiles.cumsum(1), (1, 0))
+    first_tile = torch.arange(programs, device=slots.device) * shares[:, None]
+    first_rows = torch.searchsorted(
+        cu_tiles[:, 1:].contiguous(), first_tile, right=True
+    ).clamp(max=rows - 1)
+    first_end = (cu_tiles.gather(1, first_rows), cu_tiles.gather(1, first_rows + 1))
+    own = row_records[torch.arange(num_layers)[:, None], first_rows]
+    program_records = torch.cat([own, torch.stack([*first_end, first_rows], -1)], -1)
+    plan = (cu_tiles, first_rows, shares, program_records, row_records)
+    return DecodePlan(*(part.int() for part in plan))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "cu_stride",
+        "first_stride",
+        "records_stride",
+        "num_rows",
+        "search_steps",
+    ]
+)
+def decode_plan_kernel(
+    fold_lens,
+    block_offsets,
+    slots,
+    seq_lens,
+    cu_tiles,
+    first_rows,
+    shares,
+    records,
+    cu_stride,
+    first_stride,
+    records_stride,
+    num_rows,
+    search_steps,
+    LH: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+    MIN_SHARE: tl.constexpr,
+    ROW_SLACK: tl.constexpr,
+    RECORDS: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr,
+    PP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid (L,): program l plans layer l and writes nothing else.
+
+    Pointers: tables, slots and seq_lens as in the attention kernel; cu_tiles,
+    first_rows, shares and records as in `DecodeWorkspace`, of at least num_rows rows
+    and NUM_PROGRAMS programs. A program without a tile has row num_rows - 1.
+    search_steps = ceil(log2(num_rows)); PP is NUM_PROGRAMS rounded up to a power of
+    two.
+    """
+    layer = tl.program_id(0)
+    cu = cu_tiles + layer * cu_stride
+    own = records + layer * records_stride
+    row_records = own + first_stride * 8
+    lane = tl.arange(0, CHUNK)
+    total = 0
+    tiles = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, num_rows, CHUNK):
+        row = start + lane
+        ok = row < num_rows
+        slot, first_block, packed_len, fold_len, n = row_extent(
+            row, ok, layer, fold_lens, block_offsets, slots, seq_lens, LH, H, S
+        )
+        if RECORDS:
+            record = row_records + row * 8
+            tl.store(record, slot.to(tl.int32), mask=ok)
+            tl.store(record + 1, first_block, mask=ok)
+            tl.store(record + 2, packed_len, mask=ok)
+            tl.store(record + 3, fold_len, mask=ok)
+            tl.store(record + 4, n, mask=ok)
+        # Every row has a tile, so that the attention kernel visits and writes it.
+        tiles = tl.where(ok, tl.maximum(tl.cdiv(n, TILE), 1), 0)
+        tl.store(cu + 1 + row, total + tl.cumsum(tiles, 0), mask=ok)
+        total += tl.sum(tiles, 0)
+    share = tl.maximum(tl.cdiv(total, NUM_PROGRAMS), MIN_SHARE)
+    if ROW_SLACK is not None and num_rows <= min(CHUNK, NUM_PROGRAMS):
+        # One chunk: `tiles` holds all rows.
+        aligned = 0
+        for i in tl.static_range(ROW_SLACK + 1):
+            wider = share + ROW_SLACK - i
+            needed = tl.sum(tl.cdiv(tiles, wider), 0)
+            aligned = tl.where(needed <= NUM_PROGRAMS, wider, aligned)
+        # The same cells are written again, perhaps by other threads.
+        tl.debug_barrier()
+        if aligned > 0:
+            share = aligned
+            whole = tl.cumsum(tl.cdiv(tiles, share), 0) * share
+            tl.store(cu + 1 + lane, whole, mask=lane < num_rows)
+    tl.store(shares + layer, share)
+    tl.store(cu, 0)
+    # The lanes of the search read what other threads wrote.
+    tl.debug_barrier()
+
+    p = tl.arange(0, PP)
+    is_program = p < NUM_PROGRAMS
+    tile = p * share
+    # The last row that begins at `tile` or before: in [low, high).
+    low = tl.zeros([PP], tl.int32)
+    high = low + num_rows
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        begun = tl.load(cu + middle) <= tile
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    tl.store(first_rows + layer * first_stride + p, low, mask=is_program)
+    if RECORDS:
+        slot, first_block, packed_len, fold_len, n = row_record(row_records + low * 8)
+        record = own + p * 8
+        tl.store(record, slot.to(tl.int32), mask=is_program)
+        tl.store(record + 1, first_block, mask=is_program)
+        tl.store(record + 2, packed_len, mask=is_program)
+        tl.store(record + 3, fold_len, mask=is_program)
+        tl.store(record + 4, n, mask=is_program)
+        tl.store(record + 5, tl.load(cu + low), mask=is_program)
+        tl.store(record + 6, tl.load(cu + low + 1), mask=is_program)
+        tl.store(record + 7, low, mask=is_program)
+
+
+def plan_decode_triton(
+    tables: BlockTables,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_layers: int,
+    num_kv_heads: int,
+    workspace: DecodeWorkspace,
+    config: DecodeConfig | None = None,
+) -> None:
+    """Fill the plan of all layers in one launch.
+
+    Parameters
+    ----------
+    tables : only read, and of them only the lengths.
+    slots, seq_lens : [B] int32 or int64, as in `decode_attention`.
+    num_layers, num_kv_heads : L and H of the arena.
+    workspace : from `make_decode_workspace`.
+    config : default of the workspace's head_dim.
+    """
+    batch, heads = slots.shape[0], num_kv_heads
+    check_workspace(workspace, batch, num_layers, heads)
+    config = config or default_config(workspace.partial_out.shape[-1])
+    programs = num_programs(config, slots.device)
+    check_programs(workspace, programs)
+    rows = batch * heads
+    decode_plan_kernel[(num_layers,)](
+        tables.fold_lens,
+        tables.block_offsets,
+        slots,
+        seq_lens,
+        workspace.cu_tiles,
+        workspace.first_rows,
+        workspace.shares,
+        workspace.records,
+        workspace.cu_tiles.stride(0),
+        workspace.first_rows.stride(0),
+        workspace.records.stride(0),
+        rows,
+        max(rows - 1, 0).bit_length(),
+        LH=num_layers * heads,
+        H=heads,
+        S=PAGE_SIZE,
+        TILE=config.tile,
+        MIN_SHARE=config.min_share,
+        ROW_SLACK=config.row_slack,
+        RECORDS=config.records,
+        NUM_PROGRAMS=programs,
+        PP=triton.next_power_of_2(programs),
+        CHUNK=_PLAN_CHUNK,
+        num_warps=8,
+        # Left to itself ptxas takes 48 and spills.
+        maxnreg=128,
+    )

@@ -1,0 +1,169 @@
+"""How many more tokens the pool can take: in this step, and in every later one.
+
+SGLang admits a prompt if the pool holds it beside all that running requests may still
+add. A compressed prompt is large for one step, in which nothing else grows, and small
+afterwards. Charging both at once keeps out requests that would fit, so two sums are
+kept of what must stay free:
+
+========  ==========================  =================================================
+sum       for a running request       for a prompt that will be compressed
+========  ==========================  =================================================
+*now*     the page that its next      its new tokens and the packed copy
+          token may need
+*steady*  what it can still grow to   the budget, an interval and slack
+========  ==========================  =================================================
+
+Everything else counts in both sums with SGLang's own charge. *Now* holds until the pass
+behind the step is settled: one decode step may be scheduled before, and passes that
+find no pages wait.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.request_state import NEVER, RequestPolicy, ceil_page
+from sglang_kvc.scheduling import policy_of, state_of
+
+SLACK = 2 * PAGE_SIZE
+"""A pass is planned one step late at most twice (overlap, page boundary)."""
+
+
+def growth_bound(req: Any, stock: float) -> float:
+    """Tokens that a running request can still add to the pool, at most `stock`."""
+    policy, state = policy_of(req), state_of(req)
+    if policy is None or state is None:
+        return stock
+    length = req.kv_committed_len
+    if state.fold:
+        bound = policy.growth + SLACK - (length - state.fold)
+        bound += _budget_growth(policy, length, int(stock))
+    else:
+        due = policy.first_due(length)
+        bound = due + SLACK - length if due != NEVER else int(stock)
+    return min(stock, max(bound, 0))
+
+
+def steady_tokens(policy: RequestPolicy, length: int, max_new: int) -> int:
+    """Most tokens that a prompt of `length` holds once it is compressed."""
+    budget = policy.budget(length)
+    return budget + policy.growth + SLACK + _budget_growth(policy, length, max_new)
+
+
+def _budget_growth(policy: RequestPolicy, length: int, tokens: int) -> int:
+    """With a rate the budget itself grows."""
+    return policy.budget(length + ceil_page(tokens)) - policy.budget(length)
+
+
+def next_page(req: Any) -> int:
+    """Tokens that the next decode step may take for a running request: 0 or a page.
+
+    With the overlap scheduler the length known here may lag one token behind.
+    """
+    return PAGE_SIZE if (req.kv_committed_len + 1) % PAGE_SIZE <= 1 else 0
+
+
+class Headroom:
+    """Both sums for one round of admission.
+
+    SGLang's PrefillAdder knows one sum, ``rem_total_token_offset``. It is set to the
+    greater of both, but for the time of `charged_now`.
+
+    Parameters
+    ----------
+    adder : as its constructor left it: its offset is *steady* (`growth_bound`).
+    """
+
+    def __init__(self, adder: Any) -> None:
+        self.adder = adder
+        running = adder.running_batch
+        self.running: list[Any] = running.reqs if running is not None else []
+        self.steady = self._known = adder.rem_total_token_offset
+        self.now = float(sum(next_page(req) for req in self.running))
+
+    @classmethod
+    def of(cls, adder: Any) -> Headroom:
+        """The headroom of this round, with what SGLang has charged by itself since."""
+        headroom: Headroom | None = getattr(adder, "kv_compress_headroom", None)
+        if headroom is None:
+            headroom = adder.kv_compress_headroom = cls(adder)
+        headroom._sync()
+        return headroom
+
+    def _sync(self) -> None:
+        charged = self.adder.rem_total_token_offset - self._known
+        self.now += charged
+        self.steady += charged
+        self._publish()
+
+    def _publish(self) -> None:
+        self._known = max(self.now, self.steady)
+        self.adder.rem_total_token_offset = self._known
+
+    @property
+    def free(self) -> int:
+        """Free and evictable tokens of the pool."""
+        offset: float = self.adder.rem_total_token_offset
+        return int(self.adder.rem_total_tokens + offset)
+
+    def charged_now(self, steady: int, more: int, call: Any) -> Any:
+        """Run `call`, which admits a request, on the sum *now* alone.
+
+        Parameters
+        ----------
+        steady : what the request counts for in the other sum, once it is admitted.
+        more : what it counts for in this one beyond SGLang's charge.
+        """
+        adder = self.adder
+        before = len(adder.can_run_list)
+        adder.rem_total_token_offset = self.now + more
+        try:
+            return call()
+        finally:
+            if len(adder.can_run_list) > before:
+                self.now = adder.rem_total_token_offset
+                self.steady += steady
+            self._publish()
+
+    def squeeze(self, missing: float, due_lens: Any) -> bool:
+        """Make passes due at once if what they free lets the next prompt in.
+
+        Tails between two passes are memory that a pass gives back. Longest tails go
+        first; passes in flight and due ones are counted before any other.
+
+        Parameters
+        ----------
+        missing : tokens by which the sum *now* is exceeded.
+        due_lens : [slots], see `PassScheduler`; written.
+
+        Returns
+        -------
+        bool
+            Whether the tokens will be there once all passes are settled.
+        """
+        candidates = []
+        for req in self.running:
+            state = state_of(req)
+            if state is None or not state.fold:
+                continue
+            missing -= sum(record.gain for record in state.in_flight)
+            length = req.kv_committed_len
+            gain = state.gain(length)
+            if state.in_flight or gain <= 0:
+                continue
+            if due_lens[state.slot] <= length:
+                missing -= gain
+            else:
+                candidates.append((gain, state.slot, length))
+        chosen = []
+        for gain, slot, length in sorted(candidates, reverse=True):
+            if missing <= 0:
+                break
+            missing -= gain
+            chosen.append((slot, length))
+        if missing > 0:
+            return False
+        for slot, length in chosen:
+            due_lens[slot] = length
+        return True

@@ -1,0 +1,90 @@
+"""What a scorer is: from the resident KVs of the requests of a pass to their scores.
+
+A pass scores, pools, selects, packs and commits. Only the first two depend on the
+scorer: selection wants fp32 scores that are finite and >= 0, higher ones stay. The
+scores of survivors are stored in the arena. A scorer that accumulates adds to stored
+scores; one that does not may overwrite them. A new scorer is a file beside this one and
+a line in the package's ``SCORERS``; nothing outside a pass calls it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from sglang_kvc.kernels.layout import Arena, BlockTables, PassPlan
+from sglang_kvc.kernels.observe import observe_scores
+
+
+@dataclass(frozen=True)
+class ScoreContext:
+    """What a scorer may look at in one pass.
+
+    Attributes
+    ----------
+    query_ring, query_lse, arena, tables, plan : as in `kernels.layout`. All are only
+        read, but for ``query_lse``: `attention` fills in what was not recorded.
+    sm_scale : factor on the logits.
+    window : w, rows of the query ring.
+    """
+
+    query_ring: torch.Tensor
+    query_lse: torch.Tensor
+    arena: Arena
+    tables: BlockTables
+    plan: PassPlan
+    sm_scale: float
+    window: int
+
+    def attention(self, power: int, *, stored: bool = True) -> torch.Tensor:
+        """Attention mass of the observed queries, [plan.num_entries] fp32.
+
+        Parameters
+        ----------
+        power : 1 or 2, on the probabilities.
+        stored : add what earlier passes have stored.
+
+        Raises
+        ------
+        ValueError : `power` is not 1 or 2.
+        """
+        plan = self.plan
+        if not stored:
+            plan = plan._replace(is_first=torch.ones_like(plan.is_first))
+        return observe_scores(
+            self.query_ring,
+            self.query_lse,
+            self.arena,
+            self.tables,
+            plan,
+            self.sm_scale,
+            power,
+            self.window,
+        )
+
+
+@dataclass(frozen=True)
+class Scorer(ABC):
+    """A way to score KVs; instances are immutable and hold settings only.
+
+    Attributes
+    ----------
+    name : what the server's options call it.
+    accumulates : whether a pass adds to the scores of earlier passes.
+    pooled : whether scores of consecutive text are max-pooled. Pooling is for scores
+        that mark the head of what is worth keeping, as attention does.
+    """
+
+    name: str
+    accumulates: ClassVar[bool]
+    pooled: ClassVar[bool]
+
+    @abstractmethod
+    def score(self, ctx: ScoreContext) -> torch.Tensor:
+        """Score every resident KV of the pass: a new [plan.num_entries] fp32 tensor.
+
+        Values are finite and >= 0, and 0 at positions >= seq_len.
+        """

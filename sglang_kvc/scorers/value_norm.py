@@ -1,0 +1,22 @@
+"""Attention mass times the length of the value: what a KV moves the output by."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from sglang_kvc.kernels.value_norms import value_norms
+from sglang_kvc.scorers.base import ScoreContext, Scorer
+
+
+@dataclass(frozen=True)
+class ValueNormScorer(Scorer):
+    """Like `AttentionScorer`, but new mass counts |v| times."""
+
+    accumulates: ClassVar[bool] = True
+    pooled: ClassVar[bool] = True
+    power: int = 2
+
+    def score(self, ctx: ScoreContext) -> torch.Tensor:
+        mass = ctx.attention(self.power, stored=False)
+        return value_norms(ctx.arena, ctx.tables, ctx.plan, mass)

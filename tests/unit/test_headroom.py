@@ -1,0 +1,193 @@
+"""Admission counts what is held now and what is held later."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from sglang.srt.managers.schedule_policy import AddReqResult
+
+from sglang_kvc.admission import add_one
+from sglang_kvc.headroom import Headroom, growth_bound, next_page, steady_tokens
+from sglang_kvc.options import KVCompressOptions
+from sglang_kvc.request_options import RequestOptions
+from sglang_kvc.request_state import NEVER, PassRecord, RequestPolicy, RequestState
+
+OPTIONS = KVCompressOptions(rate=8, min_budget=128)
+POOL = 20_480
+PROMPT, MAX_NEW = 6_000, 500
+BUDGET = 752
+
+
+class Adder:
+    """The parts of SGLang's PrefillAdder that admission touches."""
+
+    def __init__(self, running: list[Any], used: int, chunk: int = 8_192) -> None:
+        self.running_batch = SimpleNamespace(reqs=running)
+        self.due_lens = np.full(257, NEVER, dtype=np.int64)
+        runtime = SimpleNamespace(scheduler=SimpleNamespace(due_lens=self.due_lens))
+        pool = SimpleNamespace(runtime=runtime)
+        self.token_to_kv_pool_allocator = SimpleNamespace(get_kvcache=lambda: pool)
+        self.available = POOL - used
+        self.rem_chunk_tokens = chunk
+        self.can_run_list: list[Any] = []
+        self.rem_total_token_offset = sum(growth_bound(req, MAX_NEW) for req in running)
+
+    @property
+    def rem_total_tokens(self) -> float:
+        return self.available - self.rem_total_token_offset
+
+    def add(self, req: Any) -> Any:
+        """SGLang's rule: the prompt and the clipped new tokens must remain."""
+        from sglang.srt.managers import schedule_policy
+
+        clip = min(
+            req.sampling_params.max_new_tokens, schedule_policy.CLIP_MAX_NEW_TOKENS
+        )
+        total = len(req.full_untruncated_fill_ids) + clip + 16
+        if total >= self.rem_total_tokens:
+            return AddReqResult.NO_TOKEN
+        self.can_run_list.append(req)
+        self.rem_total_token_offset += total
+        return AddReqResult.CONTINUE
+
+    def try_add(self, req: Any) -> bool:
+        add_one(self, req, lambda: self.add(req))
+        return any(admitted is req for admitted in self.can_run_list)
+
+
+def candidate(length: int = PROMPT, **request: Any) -> Any:
+    params = SimpleNamespace(max_new_tokens=MAX_NEW, ignore_eos=True)
+    return SimpleNamespace(
+        full_untruncated_fill_ids=range(length),
+        prefix_indices=(),
+        output_ids=(),
+        sampling_params=params,
+        kv_compress_policy=RequestPolicy(OPTIONS, RequestOptions(**request)),
+    )
+
+
+def running(slot: int, tail: int, fold: int = PROMPT) -> Any:
+    """A compressed request with `tail` tokens since its last pass."""
+    kv = object()
+    policy = RequestPolicy(OPTIONS, RequestOptions())
+    state = RequestState(policy=policy, kv=kv, slot=slot)
+    state.fold, state.budget = fold, policy.budget(fold)
+    return SimpleNamespace(
+        kv=kv,
+        kv_compress_state=state,
+        kv_compress_policy=policy,
+        kv_committed_len=fold + tail,
+    )
+
+
+def held(reqs: list[Any]) -> int:
+    lens = [r.kv_committed_len - r.kv_compress_state.fold for r in reqs]
+    return sum(BUDGET + -(-tail // 16) * 16 for tail in lens)
+
+
+def test_a_prompt_needs_no_room_for_the_growth_of_others() -> None:
+    """17 running requests leave room for one more prompt, though not for all growth."""
+    reqs = [running(slot, tail=4) for slot in range(1, 18)]
+    adder = Adder(reqs, held(reqs))
+    growth = adder.rem_total_token_offset
+    assert PROMPT + BUDGET + growth > adder.available
+    assert adder.try_add(candidate())
+    # The next one counts on top of both sums.
+    assert not adder.try_add(candidate())
+    headroom = Headroom.of(adder)
+    assert headroom.steady == growth + steady_tokens(
+        candidate().kv_compress_policy, PROMPT, MAX_NEW
+    )
+    assert headroom.now == PROMPT + BUDGET + 2 * 16
+    assert adder.rem_total_token_offset == max(headroom.now, headroom.steady)
+
+
+def test_what_all_can_grow_to_must_fit() -> None:
+    """One page of budget each: the prompt fits now, but growth would not."""
+    reqs = [running(slot, tail=0) for slot in range(1, 18)]
+    adder = Adder(reqs, used=0)
+    adder.rem_total_token_offset = POOL - 2 * BUDGET
+    assert not adder.try_add(candidate())
+
+
+def test_tails_are_squeezed_when_that_lets_a_prompt_in() -> None:
+    reqs = [running(slot, tail=40 + slot) for slot in range(1, 18)]
+    adder = Adder(reqs, held(reqs))
+    assert not adder.try_add(candidate())
+    due = np.flatnonzero(adder.due_lens < NEVER)
+    missing = PROMPT + BUDGET + 33 - adder.available
+    missing += sum(next_page(req) for req in reqs)
+    gains = {
+        r.kv_compress_state.slot: r.kv_compress_state.gain(r.kv_committed_len)
+        for r in reqs
+    }
+    # Enough, the longest tails first, and not one more than needed.
+    assert sum(gains[slot] for slot in due) >= missing
+    assert sum(gains[slot] for slot in due[1:]) < missing
+    assert min(gains[s] for s in due) >= max(
+        (gain for s, gain in gains.items() if s not in due), default=0
+    )
+    # They are due already: asking again adds none.
+    assert not adder.try_add(candidate())
+    assert np.flatnonzero(adder.due_lens < NEVER).tolist() == due.tolist()
+
+
+def test_no_squeeze_where_it_would_not_help() -> None:
+    reqs = [running(slot, tail=40) for slot in range(1, 20)]
+    adder = Adder(reqs, held(reqs))
+    assert not adder.try_add(candidate())
+    assert (adder.due_lens == NEVER).all()
+
+
+def test_passes_in_flight_count_before_any_other() -> None:
+    reqs = [running(slot, tail=56) for slot in range(1, 18)]
+    for req in reqs[:16]:
+        state = req.kv_compress_state
+        state.in_flight.append(
+            PassRecord(
+                req=req,
+                state=state,
+                slot=state.slot,
+                seq_len=PROMPT + 56,
+                fold_old=PROMPT,
+                fold_new=PROMPT + 48,
+                budget_old=BUDGET,
+                budget=BUDGET,
+                query_start=0,
+                pool_tail=False,
+                recorded=True,
+                target=None,
+            )
+        )
+    adder = Adder(reqs, held(reqs))
+    assert not adder.try_add(candidate())
+    assert (adder.due_lens == NEVER).all()
+
+
+@pytest.mark.parametrize("request_options", [{"enabled": False}, {"rate": 1}])
+def test_other_requests_keep_the_stock_charge(request_options: dict[str, Any]) -> None:
+    reqs = [running(slot, tail=4) for slot in range(1, 18)]
+    growth = sum(growth_bound(req, MAX_NEW) for req in reqs)
+    charge = 100 + MAX_NEW + 16
+    for spare in (0, 1):
+        adder = Adder(reqs, used=POOL - int(growth) - charge - spare)
+        assert adder.try_add(candidate(length=100, **request_options)) == bool(spare)
+
+
+def test_what_sglang_charges_itself_counts_in_both_sums() -> None:
+    reqs = [running(1, tail=4)]
+    adder = Adder(reqs, held(reqs))
+    before = Headroom.of(adder)
+    now, steady = before.now, before.steady
+    adder.rem_total_token_offset += 1_000
+    after = Headroom.of(adder)
+    assert (after.now, after.steady) == (now + 1_000, steady + 1_000)
+
+
+def test_a_token_more_may_need_a_page_around_its_boundary() -> None:
+    lens = [15, 16, 17, 30, 31, 32]
+    pages = [next_page(SimpleNamespace(kv_committed_len=n)) for n in lens]
+    assert pages == [16, 16, 0, 0, 16, 16]
