@@ -36,6 +36,7 @@ from sglang_kvc.kernels.observe_kernels import (
     merge_lse_kernel,
     score_kernel,
 )
+from sglang_kvc.kernels.plan_heads import programs_per_head
 from sglang_kvc.kernels.pool import pool_scores, pool_scores_ref, pool_scores_triton
 
 __all__ = [
@@ -124,19 +125,12 @@ class ObserveConfig(NamedTuple):
     score_stages: int
 
 
-_CONFIG = ObserveConfig(128, 64, 256, 64, 4, 3)
+_CONFIG = ObserveConfig(128, 32, 256, 64, 4, 3)
 _WIDE_CONFIG = ObserveConfig(32, 32, 32, 32, 4, 2)
 
 # Partial log-sum-exps of a launch, fp32 values: 32 MB.
 _MAX_PARTIAL = 8 << 20
-_TARGET_PROGRAMS = 2048
 _MAX_SPLITS = 64
-
-
-def _fill(rows: int, work_items: int) -> int:
-    """Programs a head, so that `rows` heads fill the GPU: a power of two."""
-    programs = triton.next_power_of_2(-(-_TARGET_PROGRAMS // rows))
-    return max(1, min(programs, triton.next_power_of_2(work_items)))
 
 
 def observe_scores_triton(
@@ -173,7 +167,7 @@ def observe_scores_triton(
     rows = num_requests * heads
     score_rows = min(row_tile, config.score_rows)
     tiles = -(-plan.max_blocks * PAGE_SIZE // config.score_tile)
-    score_kernel[(rows, _fill(rows, tiles))](
+    score_kernel[(rows, programs_per_head(rows, tiles))](
         query_ring,
         query_lse,
         arena.k,
@@ -217,7 +211,9 @@ def _fill_lse(
     config = _CONFIG if arena.k.element_size() <= 2 else _WIDE_CONFIG
     num_rows = axes["W"] * axes["G"]
     lse_rows = min(max(triton.next_power_of_2(num_rows), 16), config.lse_rows)
-    splits = _fill(num_requests * heads, -(-plan.max_blocks * PAGE_SIZE // 1024))
+    splits = programs_per_head(
+        num_requests * heads, -(-plan.max_blocks * PAGE_SIZE // 1024)
+    )
     splits = min(splits, _MAX_SPLITS)
     chunk = max(1, min(num_requests, _MAX_PARTIAL // (heads * splits * num_rows)))
     partial = torch.empty(

@@ -114,7 +114,7 @@ def make_case(
             len(packed) * heads, folds[r] // PAGE_SIZE, heads, skew, rng
         )
         block_offsets[slot, 1:] = torch.tensor(counts).cumsum(0)
-        tail = torch.tensor([pages.pop() for _ in range(tails[r])])
+        tail = torch.tensor([pages.pop() for _ in range(tails[r])], dtype=torch.int64)
         pos = torch.arange(folds[r], seq_lens[r])
         token = tail[(pos - folds[r]) // PAGE_SIZE] * PAGE_SIZE + pos % PAGE_SIZE
         req_to_token[slot, pos] = token.int()

@@ -17,7 +17,7 @@ from sglang_kvc.kernels.observe import pool_scores
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 from sglang_kvc.kernels.select import select_entries
-from sglang_kvc.memory import pass_head_bytes, pass_workspace_tokens
+from sglang_kvc.memory import count_bytes, pass_head_bytes, pass_workspace_tokens
 from sglang_kvc.scorers import ScoreContext, Scorer, get_scorer
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class PassRunner:
         self.runtime = runtime
         self.sm_scale = sm_scale
         self.scorer = get_scorer(runtime.options.metric)
+        self.groups = runtime.shape.num_groups(runtime.options.allocation)
         if runtime.arena.score.numel() >= 1 << 31:
             raise ConfigError(
                 "the arena holds 2**31 KVs or more per layer and head in total, which "
@@ -71,14 +72,17 @@ class PassRunner:
         pool_tokens = runtime.arena.k.shape[0] * PAGE_SIZE
         self.max_tokens = pass_workspace_tokens(context, pool_tokens)
         kept = self.max_tokens // (1 if runtime.options.rate < 2 else 2)
-        self.max_bytes = pass_head_bytes(self.max_tokens, kept, pooled=True)
+        self.counts = count_bytes(runtime.shape, runtime.options.allocation)
+        self.max_bytes = pass_head_bytes(
+            self.max_tokens, kept, self.counts, pooled=True
+        )
 
     def run(self, records: list[PassRecord]) -> None:
         """Run every pass of a step; passes that fit the workspace share a launch."""
         group: list[PassRecord] = []
         held = 0
         for record in records:
-            need = _head_bytes(record)
+            need = self._head_bytes(record)
             if group and held + need > self.max_bytes:
                 self._run_group(group)
                 group, held = [], 0
@@ -86,6 +90,14 @@ class PassRunner:
             held += need
         if group:
             self._run_group(group)
+
+    def _head_bytes(self, record: PassRecord) -> int:
+        """Workspace of a pass, bytes per head on average."""
+        tail = record.seq_len - record.fold_old
+        entries = record.budget_old + -(-tail // PAGE_SIZE) * PAGE_SIZE
+        return pass_head_bytes(
+            entries, record.budget, self.counts, pooled=record.pool_tail
+        )
 
     def warm_up(self) -> None:
         """Compile every kernel of a pass, on the padding slot and the padding page.
@@ -135,14 +147,15 @@ class PassRunner:
             sm_scale=self.sm_scale,
             window=options.window,
         )
-        run_pass(self.scorer, context, dest_pages, pool=options.pool, sinks=sinks)
-
-
-def _head_bytes(record: PassRecord) -> int:
-    """Workspace of a pass, bytes per head on average."""
-    tail = record.seq_len - record.fold_old
-    entries = record.budget_old + -(-tail // PAGE_SIZE) * PAGE_SIZE
-    return pass_head_bytes(entries, record.budget, pooled=record.pool_tail)
+        run_pass(
+            self.scorer,
+            context,
+            dest_pages,
+            pool=options.pool,
+            sinks=sinks,
+            groups=self.groups,
+            floor_blocks=-(-options.head_floor // PAGE_SIZE),
+        )
 
 
 def _plan_request(record: PassRecord, heads: int, protected: int) -> PassRequest:

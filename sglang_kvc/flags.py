@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.options import (
+    ALLOCATIONS,
     CHOICES,
     CHUNK_MODES,
     MAX_POOL,
@@ -47,8 +48,17 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "metric": (
         str,
         "{" + ",".join(METRICS) + "}",
-        "Score of a key: sum of squared (l2) or plain (l1) attention probabilities.",
+        "What a KV is worth: squared (l2) or plain (l1) attention probabilities, "
+        "squared ones times the value's norm, the key's distance from the others, "
+        "recency, or a random draw.",
     ),
+    "allocation": (
+        str,
+        "{" + ",".join(ALLOCATIONS) + "}",
+        "Who shares a budget: all heads of all layers (joint), the heads of a layer, "
+        "or nobody (head: as much for every head).",
+    ),
+    "head_floor": (int, "TOKENS", "Tokens that every head keeps (rounded up to 16)."),
     "chunks": (
         str,
         "{" + ",".join(CHUNK_MODES) + "}",

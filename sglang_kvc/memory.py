@@ -14,8 +14,8 @@ from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
 
 SCORE_BYTES = 4
 LSE_BYTES = 4
-SELECT_BYTES_PER_HEAD = 1088
-"""Counts of `select_entries` for each head: 256 digits and a few numbers."""
+COUNT_BYTES_PER_HEAD, COUNT_BYTES_PER_GROUP = 1088, 4096
+"""Counts of `select_entries`: 256 digits and a few numbers; 256 in four rounds."""
 OBSERVE_PARTIAL_BYTES = 48 << 20
 """Partial log-sum-exps of `observe_scores`, at most."""
 MAX_SLOTS, MIN_SLOTS = 256, 16
@@ -38,6 +38,11 @@ class ModelShape:
     def heads_per_page(self) -> int:
         """Head blocks in a page, L * H."""
         return self.num_layers * self.num_kv_heads
+
+    def num_groups(self, allocation: str) -> int:
+        """Groups of heads that share a budget, see `select_entries`."""
+        groups = {"joint": 1, "layer": self.num_layers, "head": self.heads_per_page}
+        return groups[allocation]
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -110,23 +115,29 @@ def pass_workspace_tokens(context_len: int, pool_tokens: int) -> int:
     return -(-min(context_len, pool_tokens) // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
 
 
-def pass_head_bytes(entries: int, kept: int, *, pooled: bool) -> int:
+def count_bytes(shape: ModelShape, allocation: str) -> int:
+    """Bytes per head of what `select_entries` counts, for one request."""
+    groups = COUNT_BYTES_PER_GROUP * shape.num_groups(allocation)
+    return COUNT_BYTES_PER_HEAD + -(-groups // shape.heads_per_page)
+
+
+def pass_head_bytes(entries: int, kept: int, counts: int, *, pooled: bool) -> int:
     """Workspace of one request's pass, bytes per head.
 
     Parameters
     ----------
     entries, kept : tokens per head before and after, on average.
+    counts : from `count_bytes`.
     pooled : whether scores are pooled, into a second copy.
 
     Returns
     -------
     int
         The most that is held at once: scores and pooled scores, or the scores, the
-        survivors' rows and scores and the digit counts of `select_entries`.
+        survivors' rows and scores and the counts.
     """
     scores = SCORE_BYTES * entries
-    selecting = 2 * SCORE_BYTES * kept + SELECT_BYTES_PER_HEAD
-    return scores + max(scores if pooled else 0, selecting)
+    return scores + max(scores if pooled else 0, 2 * SCORE_BYTES * kept + counts)
 
 
 def metadata_bytes(
@@ -176,7 +187,9 @@ def metadata_bytes(
     table_ints = 1 + (shape.heads_per_page + 1) + -(-context_len // PAGE_SIZE)
     entries = pass_workspace_tokens(context_len, pool_tokens)
     kept = entries if options.rate < 2 else entries // 2
-    workspace = shape.heads_per_page * pass_head_bytes(entries, kept, pooled=True)
+    counts = count_bytes(shape, options.allocation)
+    head_bytes = pass_head_bytes(entries, kept, counts, pooled=True)
+    workspace = shape.heads_per_page * head_bytes
     workspace += OBSERVE_PARTIAL_BYTES
     lists = -(-context_len // PAGE_SIZE) * shape.heads_per_page * 4
     copies = 2 * chunk_size * shape.num_qo_heads * shape.head_dim * shape.itemsize

@@ -16,12 +16,13 @@ from typing import Any
 from sglang_kvc.errors import ConfigError
 
 PAGE_SIZE = 16
-METRICS = ("l2", "l1")
+METRICS = ("l2", "l1", "value_norm", "key_similarity", "recency", "random")
+ALLOCATIONS = ("joint", "layer", "head")
 CHUNK_MODES = ("auto", "always", "never")
 MAX_WINDOW = 256
 MAX_POOL = 63
 
-CHOICES = {"metric": METRICS, "chunks": CHUNK_MODES}
+CHOICES = {"metric": METRICS, "allocation": ALLOCATIONS, "chunks": CHUNK_MODES}
 
 BACKEND = "kvcompress"
 """Name under which the attention backend and the radix cache are registered."""
@@ -100,8 +101,14 @@ class KVCompressOptions:
         First tokens of the prompt that are never evicted.
     pool : int
         Width of the max-pooling over key positions, odd; 1 switches it off.
-    metric : {"l2", "l1"}
-        Sum of squared or of plain attention probabilities.
+    metric : str
+        What a KV is worth, one of `METRICS`: the sum of squared (l2) or of plain (l1)
+        attention probabilities; squared ones times the norm of the value; how far the
+        key is from the head's mean key; recency; a random draw. See `scorers`.
+    allocation : {"joint", "layer", "head"}
+        Who shares a budget: all heads of all layers, the heads of a layer, or nobody.
+    head_floor : int
+        Tokens that every head keeps whatever the others are worth.
     chunks : {"auto", "always", "never"}
         Whether a long prompt is compressed between its chunks, see `chunking`.
 
@@ -120,6 +127,8 @@ class KVCompressOptions:
     sinks: int = 4
     pool: int = 7
     metric: str = "l2"
+    allocation: str = "joint"
+    head_floor: int = 0
     chunks: str = "auto"
 
     def __post_init__(self) -> None:
@@ -137,6 +146,7 @@ class KVCompressOptions:
                     f"{name} must be one of {', '.join(valid)}, "
                     f"got {getattr(self, name)!r}."
                 )
+        check_int("head_floor", self.head_floor, 0)
         self.check_budget("min_budget", self.min_budget)
         if self.budget is not None:
             self.check_budget("budget", self.budget)
@@ -148,8 +158,10 @@ class KVCompressOptions:
 
     @property
     def floor(self) -> int:
-        """Smallest legal budget in tokens: sinks and protected tokens, whole pages."""
-        return ceil_to_page(self.sinks + self.protected)
+        """Smallest legal budget in tokens: what no head may lose, whole pages."""
+        return max(
+            ceil_to_page(self.sinks + self.protected), ceil_to_page(self.head_floor)
+        )
 
     def check_budget(self, name: str, tokens: Any) -> None:
         """Raise unless `tokens` is a budget that holds all forced survivors.
@@ -163,9 +175,10 @@ class KVCompressOptions:
         if ceil_to_page(tokens) < self.floor:
             raise ConfigError(
                 f"{name}={tokens} is too small: sinks={self.sinks} and "
-                f"protected={self.protected} tokens are never evicted, so a budget "
-                f"needs at least {self.floor} tokens ({PAGE_SIZE}-token pages). "
-                f"Raise {name}, or lower sinks or protected."
+                f"protected={self.protected} tokens are never evicted and every head "
+                f"keeps head_floor={self.head_floor}, so a budget needs at least "
+                f"{self.floor} tokens ({PAGE_SIZE}-token pages). Raise {name}, or "
+                "lower sinks, protected or head_floor."
             )
 
     def budget_tokens(

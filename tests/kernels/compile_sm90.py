@@ -31,10 +31,13 @@ from sglang_kvc.kernels.decode_attention import (
 )
 from sglang_kvc.kernels.decode_schedule import default_config
 from sglang_kvc.kernels.head_tables import head_tables_triton
+from sglang_kvc.kernels.key_similarity import key_similarity_scores_triton
 from sglang_kvc.kernels.observe import observe_scores_triton, pool_scores_triton
 from sglang_kvc.kernels.pack import commit_tables_triton, pack_entries_triton
+from sglang_kvc.kernels.positional import random_scores_triton, recency_scores_triton
 from sglang_kvc.kernels.select import select_entries_triton
 from sglang_kvc.kernels.testing import make_case, make_plan
+from sglang_kvc.kernels.value_norms import value_norms_triton
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 compiled: dict[str, Any] = {}
@@ -138,6 +141,10 @@ def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> No
     plan = make_plan(case)
     rings = case.query_ring, case.query_lse
     scores = observe_scores_triton(*rings, arena, tables, plan, 0.1, 2, window)
+    key_similarity_scores_triton(arena, tables, plan)
+    value_norms_triton(arena, tables, plan, scores)
+    recency_scores_triton(arena, tables, plan)
+    random_scores_triton(arena, tables, plan, 0)
     scores = pool_scores_triton(scores, plan, tables, 7, arena.heads_per_page)
     selected = select_entries_triton(scores, arena.heads_per_page, tables, plan, 4)
     pages = torch.zeros(99, dtype=torch.int64)

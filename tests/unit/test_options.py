@@ -48,6 +48,8 @@ def test_ceil_to_page(tokens: int, pages: int) -> None:
         *[("sinks", value) for value in (-1, 4.0)],
         *[("pool", value) for value in (0, 2, 64, 65)],
         *[("metric", value) for value in ("l3", None, "L2")],
+        *[("allocation", value) for value in ("heads", None)],
+        *[("head_floor", value) for value in (-1, 16.0)],
     ],
 )
 def test_bad_value_is_named(field: str, bad: Any) -> None:
@@ -65,6 +67,8 @@ def test_bad_value_is_named(field: str, bad: Any) -> None:
         {"pool": 63},
         {"sinks": 0, "protected": 1, "min_budget": 1},
         {"metric": "l1"},
+        {"metric": "key_similarity", "allocation": "head"},
+        {"head_floor": 512},
         {"budget": 48},
     ],
 )
@@ -79,6 +83,12 @@ def test_budget_below_forced_survivors_names_the_numbers(name: str) -> None:
         KVCompressOptions(**{"sinks": 4, "protected": 100, name: 96})
     for part in (f"{name}=96", "sinks=4", "protected=100", "112"):
         assert part in str(error.value)
+
+
+def test_a_budget_holds_the_floor_of_every_head() -> None:
+    assert KVCompressOptions(head_floor=100).floor == 112
+    with pytest.raises(ConfigError, match="head_floor=513"):
+        KVCompressOptions(head_floor=513)
 
 
 def test_rate_and_budget_exclude_each_other() -> None:
@@ -127,7 +137,8 @@ def test_command_line() -> None:
     argv = "--kv-compress --kv-compress-budget 2048 --kv-compress-min-budget 64"
     argv += " --kv-compress-window 8 --kv-compress-protected 16"
     argv += " --kv-compress-interval 128 --kv-compress-sinks 0 --kv-compress-pool 1"
-    argv += " --kv-compress-metric l1"
+    argv += " --kv-compress-metric l1 --kv-compress-allocation layer"
+    argv += " --kv-compress-head-floor 32"
     assert parse(*argv.split()) == KVCompressOptions(
         budget=2048,
         min_budget=64,
@@ -137,6 +148,8 @@ def test_command_line() -> None:
         sinks=0,
         pool=1,
         metric="l1",
+        allocation="layer",
+        head_floor=32,
     )
 
 
