@@ -39,6 +39,8 @@ SCHEDULER = (
     "schedule_policy__running_request_offset",
     "schedule_policy__add_one_req",
     "schedule_policy__add_chunked_req",
+    # Start-up.
+    "scheduler__run_event_loop",
     # One step.
     "schedule_batch__prepare_for_extend",
     "schedule_batch__prepare_for_decode",

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sglang_kvc.prefill_warmup import prefill_once
 from sglang_kvc.request_state import ceil_page, floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.texts import prompt
@@ -121,3 +122,13 @@ def test_warm_up_leaves_the_padding_slot_empty(fresh: InProcessScheduler) -> Non
     runtime.passes.warm_up()
     assert not runtime.tables.fold_lens[0]
     assert not runtime.tables.block_offsets[0].any()
+
+
+def test_the_warm_up_prefill_gives_everything_back(fresh: InProcessScheduler) -> None:
+    scheduler = fresh.sch
+    slots = scheduler.req_to_token_pool
+    before = fresh.allocator.available_size(), slots.available_size()
+    prefill_once(scheduler, 40)
+    assert (fresh.allocator.available_size(), slots.available_size()) == before
+    assert scheduler.tree_cache.total_size() == 0
+    assert scheduler.is_fully_idle()

@@ -1,0 +1,22 @@
+"""Warm up prefill before the first request is looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.prefill_warmup import warm_up_prefill
+
+PATCH = Patch(
+    target="sglang.srt.managers.scheduler:Scheduler.run_event_loop",
+    hook_type=HookType.BEFORE,
+    expected_params=("self",),
+    reason="The first request would wait for kernels to be loaded.",
+    upstream_link="managers/scheduler.py:1631",
+    remove_when="SGLang's warm-up prefills a full chunk.",
+)
+
+
+def hook(scheduler: Any) -> None:
+    """Prompts of a chunk and less."""
+    warm_up_prefill(scheduler)
