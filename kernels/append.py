@@ -8,14 +8,15 @@ tensor                  shape                  written
 ``query_ring``          [slots, L, w, Hq, D]   [slot, layer, p % w] = q
 ======================  =====================  =========================================
 
-with t = out_cache_loc and slot * w + p % w = ring_index (-1: not recorded).
+with t = out_cache_loc and slot * w + p % w = ring_index (-1: not recorded). This kernel
+serves prefill; a decode step may leave the writing to `decode_attention`.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from sglang_kvc.kernels.dispatch import supports_pdl, use_triton
+from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
 
 
@@ -38,6 +39,28 @@ def append_kv_ref(
     ring = ring_index[recorded]
     window = query_ring.shape[2]
     query_ring[ring // window, layer, ring % window] = q[recorded].to(query_ring.dtype)
+
+
+@triton.jit
+def store_token(
+    k,
+    v,
+    token,
+    lh,
+    arena_k,
+    arena_v,
+    arena_score,
+    LH: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Write k and v, D elements in DP lanes, to head `lh` of `token`, with score 0."""
+    d = tl.arange(0, DP)
+    row = (token // S * LH + lh) * S + token % S
+    tl.store(arena_k + row * D + d, k, mask=d < D)
+    tl.store(arena_v + row * D + d, v, mask=d < D)
+    tl.store(arena_score + row, 0.0)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -66,7 +89,6 @@ def _append_kernel(
     S: tl.constexpr,
     GP: tl.constexpr,
     DP: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (N, H): program (n, h) writes KV head h of token n and its G query heads.
 
@@ -75,28 +97,26 @@ def _append_kernel(
     Lanes d >= D (padding to a power of two) and g >= G are masked. Two programs write
     the same cell only for equal out_cache_loc: the padding rows of a decode graph, all
     at token 0 of the padding page, whose content nobody uses.
-
-    PDL: a decode kernel launched with programmatic dependent launch may start now. This
-    one was launched without: all kernels before it have ended, and what they wrote may
-    be read. What this one writes, only after gdc_wait (``decode_kernels``).
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     d = tl.arange(0, DP)
     lane = d < D
-
-    token = tl.load(out_cache_loc + n)
-    row = ((token // S) * L + layer) * H + h
-    row = row * S + token % S
-    key = tl.load(k + n * k_token_stride + h * k_head_stride + d, mask=lane, other=0.0)
-    value = tl.load(
-        v + n * v_token_stride + h * v_head_stride + d, mask=lane, other=0.0
+    k_cell = n * k_token_stride + h * k_head_stride + d
+    v_cell = n * v_token_stride + h * v_head_stride + d
+    store_token(
+        tl.load(k + k_cell, mask=lane, other=0.0),
+        tl.load(v + v_cell, mask=lane, other=0.0),
+        tl.load(out_cache_loc + n),
+        layer * H + h,
+        arena_k,
+        arena_v,
+        arena_score,
+        L * H,
+        D,
+        S,
+        DP,
     )
-    tl.store(arena_k + row * D + d, key, mask=lane)
-    tl.store(arena_v + row * D + d, value, mask=lane)
-    tl.store(arena_score + row, 0.0)
 
     ring = tl.load(ring_index + n)
     if ring >= 0:
@@ -153,7 +173,6 @@ def append_kv_triton(
         S=PAGE_SIZE,
         GP=triton.next_power_of_2(group),
         DP=triton.next_power_of_2(head_dim),
-        PDL=supports_pdl(k.device),
         num_warps=1,
     )
 

@@ -16,12 +16,18 @@ tensor                  shape                  meaning
 ``query_lse``           [slots, L, w, Hq]      fp32, optional: log2-sum-exp2 of q, which
                                                is at position p, goes to row p % w
 ======================  =====================  =========================================
+
+Given `NewTokens`, a step needs no `append_kv`: decode attention then writes what that
+would, with ring_index = slot * w + (seq_len - 1) % w, and attends to it.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 
 from sglang_kvc.kernels.addressing import head_rows_ref
+from sglang_kvc.kernels.append import append_kv_ref
 from sglang_kvc.kernels.decode_kernels import decode_tiles_kernel
 from sglang_kvc.kernels.decode_plan import plan_decode_ref, plan_decode_triton
 from sglang_kvc.kernels.decode_schedule import (
@@ -39,6 +45,7 @@ from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
 __all__ = [
     "DecodeConfig",
     "DecodeWorkspace",
+    "NewTokens",
     "decode_attention",
     "decode_attention_ref",
     "decode_attention_triton",
@@ -54,6 +61,23 @@ _TILE_BYTES = 192 * 1024
 # fp32 values that one round of the merge holds, over all threads: more cost registers
 # that the attention loop does without.
 _MERGE_VALUES = 4096
+
+
+class NewTokens(NamedTuple):
+    """K and V of the newest tokens, and where they and their queries are stored.
+
+    Attributes
+    ----------
+    k, v : [B, H, D], last dimension contiguous.
+    out_cache_loc : [B] int64, token ids: those that ``req_to_token`` has at position
+        seq_len - 1. Padding rows have token 0.
+    query_ring : [slots, L, w, Hq, D], contiguous, written in place.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    out_cache_loc: torch.Tensor
+    query_ring: torch.Tensor
 
 
 def plan_decode(
@@ -91,10 +115,16 @@ def decode_attention_ref(
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     query_lse: torch.Tensor | None = None,
+    new_tokens: NewTokens | None = None,
     upcast: bool = True,
 ) -> torch.Tensor:
     """Plain torch form of `decode_attention`; `upcast` = False stays in q's dtype."""
     out = torch.empty_like(q) if out is None else out
+    if new_tokens is not None:
+        k, v, loc, ring = new_tokens
+        window = ring.shape[2]
+        ring_index = slots.long() * window + (seq_lens.long() - 1) % window
+        append_kv_ref(k, v, q, arena, layer, loc, ring, ring_index)
     dtype = torch.float32 if upcast else q.dtype
     heads, head_dim = arena.num_kv_heads, arena.head_dim
     keys, values = arena.k.view(-1, head_dim), arena.v.view(-1, head_dim)
@@ -135,8 +165,8 @@ def decode_attention_triton(
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     query_lse: torch.Tensor | None = None,
+    new_tokens: NewTokens | None = None,
     config: DecodeConfig | None = None,
-    after_append: bool = False,
 ) -> torch.Tensor:
     """Triton form of `decode_attention`; `config` as in `plan_decode_triton`."""
     batch, num_qo_heads, head_dim = q.shape
@@ -150,7 +180,6 @@ def decode_attention_triton(
             batch, num_qo_heads, head_dim, q.device, heads, layers, config
         )
         plan_decode_triton(tables, slots, seq_lens, layers, heads, workspace, config)
-        after_append = False
     check_workspace(workspace, batch, layers, heads)
     check_programs(workspace, programs)
     if workspace.partial_out.shape[1:] != (group, head_dim):
@@ -163,9 +192,11 @@ def decode_attention_triton(
     tile_bytes = 2 * config.tile * padded_dim * q.element_size()
     pdl = config.pdl and supports_pdl(q.device)
     num_stages = min(config.num_stages, 2 + 2 * (_TILE_BYTES // tile_bytes))
-    if config.look_ahead:
-        # K and V as far ahead, but the pages are no stage of the pipeline.
-        num_stages = 1 + (num_stages - 1) // 2
+    k, v, loc, ring = new_tokens or (None, None, None, None)
+    strides = [0 if x is None else x.stride(i) for x in (k, v) for i in (0, 1)]
+    rings = [part.shape[2] for part in (query_lse, ring) if part is not None] or [1]
+    if rings[0] != rings[-1]:
+        raise ValueError(f"query_lse and query_ring have {rings} rows a layer")
     decode_tiles_kernel[(programs,)](
         q,
         arena.k,
@@ -186,8 +217,14 @@ def decode_attention_triton(
         workspace.arrivals,
         out,
         query_lse,
+        k,
+        v,
+        loc,
+        arena.score,
+        ring,
         q.stride(0),
         q.stride(1),
+        *strides,
         out.stride(0),
         out.stride(1),
         tables.req_to_token.stride(0),
@@ -203,15 +240,14 @@ def decode_attention_triton(
         G=group,
         D=head_dim,
         S=PAGE_SIZE,
-        W=1 if query_lse is None else query_lse.shape[2],
+        W=rings[0],
         GP=max(16, padded_group),
         GR=padded_group,
         DP=padded_dim,
         TILE=config.tile,
         PARTS=max(1, min(16, _MERGE_VALUES // (padded_group * padded_dim))),
         RECORDS=config.records,
-        AHEAD=config.look_ahead,
-        WAIT=pdl * (1 + after_append),
+        PDL=pdl,
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
         num_stages=num_stages,
@@ -231,14 +267,14 @@ def decode_attention(
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     query_lse: torch.Tensor | None = None,
-    after_append: bool = False,
+    new_tokens: NewTokens | None = None,
 ) -> torch.Tensor:
     """Attend from one new token of each request over all its resident KVs.
 
     Parameters
     ----------
     q : [B, Hq, D], last dimension contiguous; the arena's dtype.
-    arena, tables : only read.
+    arena, tables : only read, but for the cells of `new_tokens` in the arena.
     layer : which layer of the arena.
     slots : [B] int32 or int64. Padding rows have slot 0 and sequence length 1.
     seq_lens : [B] int32 or int64, logical tokens, the current one included.
@@ -247,15 +283,12 @@ def decode_attention(
     workspace : from `make_decode_workspace`; `plan_decode` must have filled it for the
         same slots and seq_lens. By default one is allocated and filled here.
     query_lse : contiguous, written in place at layer `layer`; see the module docstring.
-    after_append : whether the last kernel launched on this stream is `append_kv`'s or
-        this function's. The plan, which nothing may have written since, is then read
-        while that kernel runs (`DecodeConfig.pdl`).
+    new_tokens : the tokens of `q`, if they are still to be stored in this layer.
 
     Returns
     -------
     torch.Tensor : `out`, in q's dtype.
     """
     args = (q, arena, layer, tables, slots, seq_lens, sm_scale, out, workspace)
-    if not use_triton(q):
-        return decode_attention_ref(*args, query_lse)
-    return decode_attention_triton(*args, query_lse, after_append=after_append)
+    op = decode_attention_triton if use_triton(q) else decode_attention_ref
+    return op(*args, query_lse, new_tokens)

@@ -7,84 +7,22 @@ GPU alike. A row that several programs share is merged by the last of them to ar
 
 Logits carry a factor log2(e), so that exp2 serves for exp.
 
-With programmatic dependent launch (PDL) the kernel may start while the one before it
-runs. Why that is safe:
+New tokens may be stored here rather than by `append_kv`. The program whose part ends a
+row writes its newest K and V, and after a barrier reads them like any others: no other
+program reads that cell. Several padding rows may share one; nobody uses what they read.
 
-* What the last kernel wrote (q, the new token's K and V) is read after gdc_wait, which
-  returns when that kernel has ended and its writes are visible; nothing is written
-  before it. All programs wait, so this kernel cannot end before the last one.
-* What is read before gdc_wait (plan, slots, seq_lens, tables) must have been written by
-  kernels that ended before the last one began. Append is launched without PDL and only
-  then tells its dependents to launch, so this holds after append; it does not where
-  `plan_decode` itself is the last kernel. The caller says which (`after_append`).
-* Consecutive layers share the partial results and `arrivals`. This kernel never
-  tells its dependents to launch: a kernel launched normally after it starts when it has
-  ended, and the next call, also one without append between, writes after its gdc_wait.
+With programmatic dependent launch (PDL) the programs may be set up while the kernel
+ahead runs, whatever it is. They read and write nothing before gdc_wait, which returns
+when that kernel has ended and its writes are visible. They never tell their dependents
+to launch: partial results and `arrivals`, which layers share, have one user at a time.
 """
 
 import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
-from sglang_kvc.kernels.decode_rows import (
-    look_up,
-    looked_up_rows,
-    row_extent,
-    row_record,
-)
-
-
-@triton.jit
-def _merge_parts(
-    partial_out,
-    partial_max,
-    partial_mass,
-    first,
-    last,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    GR: tl.constexpr,
-    DP: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """[GR, DP] attention output of one row and its [GR] log2-sum-exp2, from its parts
-    of programs first .. last; PARTS at a time, in this order whichever program runs it.
-    """
-    j = tl.arange(0, PARTS)
-    g = tl.arange(0, GR)
-    d = tl.arange(0, DP)
-    g_cell = tl.minimum(g, G - 1)
-    m = tl.full([GR], float("-inf"), tl.float32)
-    denom = tl.zeros([GR], tl.float32)
-    acc = tl.zeros([GR, DP], tl.float32)
-    for start in tl.range(first, last + 1, PARTS, num_stages=1):
-        program = start + j
-        ok = program <= last
-        part = 2 * program + (program == first).to(tl.int32)
-        cell = part[:, None] * G + g_cell[None, :]
-        # .cg: other multiprocessors wrote these, and L1 is not coherent.
-        top = tl.load(
-            partial_max + cell,
-            mask=ok[:, None],
-            other=float("-inf"),
-            cache_modifier=".cg",
-        )
-        mass = tl.load(
-            partial_mass + cell, mask=ok[:, None], other=0.0, cache_modifier=".cg"
-        )
-        value = tl.load(
-            partial_out + cell[:, :, None] * D + d[None, None, :],
-            mask=ok[:, None, None] & (d < D)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        m_new = tl.maximum(m, tl.max(top, 0))
-        decay = tl.exp2(m - m_new)
-        weight = tl.exp2(top - m_new[None, :])
-        denom = denom * decay + tl.sum(mass * weight, 0)
-        acc = acc * decay[:, None] + tl.sum(value * weight[:, :, None], 0)
-        m = m_new
-    return acc / denom[:, None], m + tl.log2(denom)
+from sglang_kvc.kernels.append import store_token
+from sglang_kvc.kernels.decode_rows import merge_parts, row_extent, row_record
 
 
 @triton.jit(
@@ -116,8 +54,17 @@ def decode_tiles_kernel(
     arrivals,
     out,
     query_lse,
+    new_k,
+    new_v,
+    out_cache_loc,
+    arena_score,
+    query_ring,
     q_token_stride,
     q_head_stride,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
     out_token_stride,
     out_head_stride,
     token_table_stride,
@@ -140,8 +87,7 @@ def decode_tiles_kernel(
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
     RECORDS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    WAIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (P,): program p attends over tiles [p * share, (p + 1) * share)
     of the layer's list, row part by row part.
@@ -151,18 +97,18 @@ def decode_tiles_kernel(
     first_rows, shares and, if RECORDS, records, else row by row from the tables;
     partial_out [2 P, G, D], partial_max and partial_mass [2 P, G] fp32; arrivals
     [B * H] int32, 0 before and after; query_lse [slots, LH / H, W, H * G] fp32, or None
-    to record nothing. Masked lanes of K and V hold 0, of the logits -inf.
+    to record nothing; new_k, new_v [B, H, D], any token and head stride, out_cache_loc
+    [B] int64 and query_ring [slots, LH / H, W, H * G, D], or None to store nothing.
+    Masked lanes of K and V hold 0, of the logits -inf.
 
-    WAIT: 0 not launched with PDL; 1 gdc_wait before every read; 2 gdc_wait after the
-    reads of the plan, for a call right after append.
-
-    Who writes what: a row inside one share is written to `out` directly. Otherwise
-    each program of the row stores its part, in cell 2 p if the row began before its
-    share, 2 p + 1 if it begins in it, and counts itself in arrivals[row]. The last to
-    arrive merges all parts in the order of the programs, so the result does not depend
-    on timing, writes `out` and sets the count back to 0. Nobody waits.
+    Who writes what: the program whose part of a row ends it stores its new token and
+    query. A row inside one share is written to `out` directly. Otherwise each program
+    of the row stores its part, in cell 2 p if the row began before its share, 2 p + 1
+    if it begins in it, and counts itself in arrivals[row]. The last to arrive merges
+    all parts in the order of the programs, so the result does not depend on timing,
+    writes `out` and sets the count back to 0. Nobody waits.
     """
-    if WAIT == 1:
+    if PDL:
         tl.extra.cuda.gdc_wait()
     p = tl.program_id(0)
     cu = cu_tiles + layer * cu_stride
@@ -183,8 +129,6 @@ def decode_tiles_kernel(
     d = tl.arange(0, DP)
     t = tl.arange(0, TILE)
     g_mask = (g < G)[:, None] & (d < D)[None, :]
-    if WAIT == 2:
-        tl.extra.cuda.gdc_wait()
 
     tile = first_tile
     while tile < last_tile:
@@ -205,15 +149,28 @@ def decode_tiles_kernel(
         lh = layer * H + h
         begin = (tile - row_first) * TILE
         end = tl.minimum((part_last - row_first) * TILE, n)
-        if AHEAD:
-            # Before the query, which is waited for as soon as it is loaded.
-            index = look_up(begin, end, *table, LH, S, TILE)
+        if new_k is not None:
+            # Loaded together with the query, which is waited for first.
+            stored = (d < D) & (end == n)
+            k_cell = b * k_token_stride + h * k_head_stride + d
+            v_cell = b * v_token_stride + h * v_head_stride + d
+            token_k = tl.load(new_k + k_cell, mask=stored, other=0.0)
+            token_v = tl.load(new_v + v_cell, mask=stored, other=0.0)
+            token = tl.load(out_cache_loc + b)
         query = tl.load(q + q_cell, mask=g_mask, other=0.0)
 
-        if query_lse is not None:
-            position = fold_len + n - packed_len - 1
-            lse_row = (slot * (LH // H) + layer) * W + position % W
-            lse_cell = query_lse + (lse_row * H + h) * G
+        position = fold_len + n - packed_len - 1
+        # In int32: in int64 it takes the registers that make the kernel spill.
+        ring_row = (slot.to(tl.int32) * (LH // H) + layer) * W + position % W
+        ring_head = (ring_row * H + h) * G
+        if new_k is not None and end == n:
+            store_token(
+                token_k, token_v, token, lh, arena_k, arena_v, arena_score, LH, D, S, DP
+            )
+            ring_cell = (ring_head + g).to(tl.int64)[:, None] * D + d[None, :]
+            tl.store(query_ring + ring_cell, query, mask=g_mask)
+            # All threads read below what some wrote.
+            tl.debug_barrier()
 
         m = tl.full([GP], float("-inf"), tl.float32)
         # A sum for each lane of a tile: one reduction over warps less in the loop.
@@ -221,13 +178,7 @@ def decode_tiles_kernel(
         acc = tl.zeros([GP, DP], tl.float32)
         for start in range(begin, end, TILE):
             ok = start + t < end
-            if AHEAD:
-                arena_row = looked_up_rows(
-                    index, start, lh, packed_len, first_block, LH, S, TILE
-                )
-                index = look_up(start + TILE, end, *table, LH, S, TILE)
-            else:
-                arena_row = tile_rows(start, end, lh, *table, LH, S, TILE)
+            arena_row = tile_rows(start, end, lh, *table, LH, S, TILE)
             cell = arena_row[:, None] * D + d[None, :]
             mask = ok[:, None] & (d < D)[None, :]
             k = tl.load(arena_k + cell, mask=mask, other=0.0)
@@ -248,7 +199,8 @@ def decode_tiles_kernel(
             out_cell = g[:, None] * out_head_stride + d[None, :]
             tl.store(out_row + out_cell, acc / denom[:, None], mask=g_mask)
             if query_lse is not None:
-                tl.store(lse_cell + g, m + tl.log2(denom), mask=g < G)
+                lse = m + tl.log2(denom)
+                tl.store(query_lse + ring_head + g, lse, mask=g < G)
         else:
             part = 2 * p + (row_first >= first_tile).to(tl.int32)
             part_row = part * G + g
@@ -262,7 +214,7 @@ def decode_tiles_kernel(
             first_program = row_first // share
             last_program = (row_last - 1) // share
             if arrived == last_program - first_program:
-                merged, lse = _merge_parts(
+                merged, merged_lse = merge_parts(
                     partial_out,
                     partial_max,
                     partial_mass,
@@ -278,7 +230,7 @@ def decode_tiles_kernel(
                 r_mask = (r < G)[:, None] & (d < D)[None, :]
                 tl.store(out_row + r_cell, merged, mask=r_mask)
                 if query_lse is not None:
-                    tl.store(lse_cell + r, lse, mask=r < G)
+                    tl.store(query_lse + ring_head + r, merged_lse, mask=r < G)
                 tl.store(arrivals + row, 0)
         tile = part_last
         row += 1

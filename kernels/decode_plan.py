@@ -1,9 +1,11 @@
 """The plan of decode attention: who works on which tiles, for all layers of a step.
 
 With T tiles in a layer and P programs, a share is ceil(T / P) tiles, at least
-min_share: s. With `DecodeConfig.row_slack` = a, a layer of at most P rows, and of one
-chunk of the prefix sum, is *aligned* if a share u in s .. s + a needs no more than P
-programs when each row is rounded up to whole shares; the smallest u is taken:
+min_share, and with `DecodeConfig.max_parts` = m also at least the smaller of
+ceil(longest row / m) and ceil(T / multiprocessors): s. With `DecodeConfig.row_slack` =
+a, a layer of at most P rows, and of one chunk of the prefix sum, is *aligned* if a
+share u in s .. s + a needs no more than P programs when each row is rounded up to whole
+shares; the smallest u is taken:
 
     sum over rows of ceil(tiles / u) <= P
 
@@ -79,7 +81,12 @@ def plan_decode_ref(
     row_records = torch.stack([by_row(field) for field in [*fields, entries]], -1)
 
     tiles = (-(-row_records[..., 4] // config.tile)).clamp(min=1)
-    shares = (-(-tiles.sum(1) // programs)).clamp(min=config.min_share)
+    total = tiles.sum(1)
+    shares = (-(-total // programs)).clamp(min=config.min_share)
+    if config.max_parts is not None:
+        parts = -(-tiles.amax(1) // config.max_parts)
+        spread = -(-total // (programs // config.programs_per_sm))
+        shares = shares.maximum(parts.minimum(spread))
     widths = 0 if config.row_slack is None else config.row_slack + 1
     widths *= rows <= min(_PLAN_CHUNK, programs)
     for layer in range(num_layers):
@@ -128,6 +135,8 @@ def decode_plan_kernel(
     S: tl.constexpr,
     TILE: tl.constexpr,
     MIN_SHARE: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    NUM_SMS: tl.constexpr,
     ROW_SLACK: tl.constexpr,
     RECORDS: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
@@ -148,6 +157,7 @@ def decode_plan_kernel(
     row_records = own + first_stride * 8
     lane = tl.arange(0, CHUNK)
     total = 0
+    longest = 0
     tiles = tl.zeros([CHUNK], tl.int32)
     for start in range(0, num_rows, CHUNK):
         row = start + lane
@@ -166,7 +176,12 @@ def decode_plan_kernel(
         tiles = tl.where(ok, tl.maximum(tl.cdiv(n, TILE), 1), 0)
         tl.store(cu + 1 + row, total + tl.cumsum(tiles, 0), mask=ok)
         total += tl.sum(tiles, 0)
+        if MAX_PARTS is not None:
+            longest = tl.maximum(longest, tl.max(tiles, 0))
     share = tl.maximum(tl.cdiv(total, NUM_PROGRAMS), MIN_SHARE)
+    if MAX_PARTS is not None:
+        parts = tl.cdiv(longest, MAX_PARTS)
+        share = tl.maximum(share, tl.minimum(parts, tl.cdiv(total, NUM_SMS)))
     if ROW_SLACK is not None and num_rows <= min(CHUNK, NUM_PROGRAMS):
         # One chunk: `tiles` holds all rows.
         aligned = 0
@@ -254,6 +269,8 @@ def plan_decode_triton(
         S=PAGE_SIZE,
         TILE=config.tile,
         MIN_SHARE=config.min_share,
+        MAX_PARTS=config.max_parts,
+        NUM_SMS=programs // config.programs_per_sm,
         ROW_SLACK=config.row_slack,
         RECORDS=config.records,
         NUM_PROGRAMS=programs,

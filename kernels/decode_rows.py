@@ -1,4 +1,4 @@
-"""Where decode attention finds a row, that is one KV head of one request."""
+"""Rows of decode attention, a KV head of a request each: their place, their merge."""
 
 import triton
 import triton.language as tl
@@ -42,45 +42,53 @@ def row_record(record):
 
 
 @triton.jit
-def look_up(
-    start,
-    end,
-    packed_len,
-    first_block,
-    pages,
-    tail_tokens,
-    LH: tl.constexpr,
-    S: tl.constexpr,
-    TILE: tl.constexpr,
+def merge_parts(
+    partial_out,
+    partial_max,
+    partial_mass,
+    first,
+    last,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    GR: tl.constexpr,
+    DP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """[TILE // S] int32 table cells of the tile that begins at entry `start`.
-
-    The load in `addressing.tile_rows`, which says what the arguments are; blocks that
-    begin at `end` or later give 0.
+    """[GR, DP] attention output of one row and its [GR] log2-sum-exp2, from its parts
+    of programs first .. last; PARTS at a time, in this order whichever program runs it.
     """
-    entry = start + tl.arange(0, TILE // S) * S
-    is_packed = entry < packed_len
-    ordinal = first_block + entry // S
-    cell = tl.where(is_packed, pages + ordinal // LH, tail_tokens + entry)
-    return tl.load(cell, mask=entry < end, other=0)
-
-
-@triton.jit
-def looked_up_rows(
-    index,
-    start,
-    lh,
-    packed_len,
-    first_block,
-    LH: tl.constexpr,
-    S: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """[TILE] int64 arena rows, as `addressing.tile_rows`, from what `look_up` gave."""
-    entry = start + tl.arange(0, TILE // S) * S
-    is_packed = entry < packed_len
-    ordinal = first_block + entry // S
-    page = tl.where(is_packed, index, index // S).to(tl.int64)
-    block = page * LH + tl.where(is_packed, ordinal % LH, lh)
-    row = block[:, None] * S + tl.arange(0, S)[None, :]
-    return tl.reshape(row, [TILE])
+    j = tl.arange(0, PARTS)
+    g = tl.arange(0, GR)
+    d = tl.arange(0, DP)
+    g_cell = tl.minimum(g, G - 1)
+    m = tl.full([GR], float("-inf"), tl.float32)
+    denom = tl.zeros([GR], tl.float32)
+    acc = tl.zeros([GR, DP], tl.float32)
+    for start in tl.range(first, last + 1, PARTS, num_stages=1):
+        program = start + j
+        ok = program <= last
+        part = 2 * program + (program == first).to(tl.int32)
+        cell = part[:, None] * G + g_cell[None, :]
+        # .cg: other multiprocessors wrote these, and L1 is not coherent.
+        top = tl.load(
+            partial_max + cell,
+            mask=ok[:, None],
+            other=float("-inf"),
+            cache_modifier=".cg",
+        )
+        mass = tl.load(
+            partial_mass + cell, mask=ok[:, None], other=0.0, cache_modifier=".cg"
+        )
+        value = tl.load(
+            partial_out + cell[:, :, None] * D + d[None, None, :],
+            mask=ok[:, None, None] & (d < D)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        m_new = tl.maximum(m, tl.max(top, 0))
+        decay = tl.exp2(m - m_new)
+        weight = tl.exp2(top - m_new[None, :])
+        denom = denom * decay + tl.sum(mass * weight, 0)
+        acc = acc * decay[:, None] + tl.sum(value * weight[:, :, None], 0)
+        m = m_new
+    return acc / denom[:, None], m + tl.log2(denom)

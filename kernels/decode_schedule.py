@@ -30,15 +30,15 @@ class DecodeConfig(NamedTuple):
     max_registers : a thread may use, None: as many as the compiler likes.
     programs_per_sm : programs a multiprocessor.
     min_share : fewest tiles a program takes, so that short batches are merged less.
+    max_parts : programs, about, that share the longest row, while no multiprocessor
+        goes idle for it: one program merges all parts of a row. None: no limit.
     row_slack : tiles by which a share may grow for all shares to begin and end with
         rows: then a program works on one row and waits once for tables and query.
         None: the shares are never aligned.
     records : the plan writes down where each row lies, which the attention kernel
         otherwise gathers from the tables, by loads that wait for each other.
-    look_ahead : look up the pages of a row's first tile together with its query, and
-        of each further tile a tile before.
-    pdl : launch the attention kernel before the one ahead of it ends, if the GPU can
-        (``decode_kernels``).
+    pdl : let the attention kernel be set up before the one ahead of it ends, if the GPU
+        can (``decode_kernels``).
     """
 
     tile: int = 64
@@ -47,14 +47,15 @@ class DecodeConfig(NamedTuple):
     programs_per_sm: int = 3
     min_share: int = 1
     max_registers: int | None = None
-    row_slack: int | None = None
-    records: bool = False
-    look_ahead: bool = False
+    max_parts: int | None = None
+    row_slack: int | None = 1
+    records: bool = True
     pdl: bool = False
 
 
-# By head_dim rounded up to a power of two.
-_CONFIGS = {64: DecodeConfig(), 128: DecodeConfig()}
+# By head_dim rounded up to a power of two. At 64 the compiler would take so many
+# registers that only two programs fit on a multiprocessor.
+_CONFIGS = {64: DecodeConfig(max_registers=168), 128: DecodeConfig()}
 
 
 def default_config(head_dim: int) -> DecodeConfig:

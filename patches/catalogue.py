@@ -45,6 +45,7 @@ SCHEDULER = (
     "schedule_batch__prepare_for_extend",
     "schedule_batch__prepare_for_decode",
     "tp_worker__forward_batch_generation",
+    "scheduler__get_next_batch_to_run",
     "scheduler__process_batch_result",
     "invariant_checker__get_total_uncached_sizes",
 )

@@ -13,7 +13,7 @@ PATCH = Patch(
     expected_params=("self", "batch", "result"),
     reason=(
         "A request that finishes with this result must own what the pass left, "
-        "not what it read."
+        "not what it read; without overlap nothing has settled it before."
     ),
     upstream_link="managers/scheduler.py:3814",
     remove_when="SGLang lets a backend free memory when a result arrives.",
@@ -25,4 +25,4 @@ def hook(scheduler: Any, batch: Any, result: Any) -> None:
     del batch
     runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
     if runtime is not None:
-        runtime.scheduler.settle(scheduler, result)
+        runtime.scheduler.settle(scheduler, getattr(result, "kv_compress_passes", []))

@@ -2,9 +2,10 @@
 
 Per layer and step:
 
-* every mode: `append_kv` writes K and V to the arena and the query to the ring;
-* extend: stock attention over the page view (`prefill.py`);
-* decode: `decode_attention` over packed blocks and tail (`kernels/`).
+* extend: `append_kv` writes K and V to the arena and the query to the ring, then stock
+  attention over the page view (`prefill.py`);
+* decode: `decode_attention` writes the same and attends over packed blocks and tail, in
+  one kernel (`kernels/`).
 
 The eviction passes do not run here but behind the whole forward, because a pass
 selects jointly over all layers (`scheduling.run_step`).
@@ -22,6 +23,7 @@ from sglang_kvc.errors import UnsupportedModeError
 from sglang_kvc.kernels.append import append_kv
 from sglang_kvc.kernels.decode_attention import (
     DecodeWorkspace,
+    NewTokens,
     decode_attention,
     make_decode_workspace,
     plan_decode,
@@ -105,16 +107,13 @@ class KVCompressAttentionBackend(AttentionBackend):
         self.prefill.plan(forward_batch, folds)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """Ring row of every new token, and how the decode kernel splits its work.
+        """How the decode kernel splits its work; in extend, where queries go.
 
         The ring row is slot * w + p % w, or -1 if position p is too old to be kept.
         """
         if forward_batch.forward_mode.is_idle():
             return
-        positions = forward_batch.positions
-        slots = forward_batch.req_pool_indices.long()
         if forward_batch.forward_mode.is_decode():
-            self._ring_index = slots * self.window + positions % self.window
             if self._workspace is not None:
                 plan_decode(
                     self.runtime.tables,
@@ -125,6 +124,8 @@ class KVCompressAttentionBackend(AttentionBackend):
                     self._workspace,
                 )
             return
+        positions = forward_batch.positions
+        slots = forward_batch.req_pool_indices.long()
         new_lens = forward_batch.extend_seq_lens
         total = positions.shape[0]
         slots = slots.repeat_interleave(new_lens, output_size=total)
@@ -153,7 +154,18 @@ class KVCompressAttentionBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Write the new KVs, then stock causal attention; [num_tokens, Hq * D]."""
-        query = self._append(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
+        _check_call(k, save_kv_cache, kwargs)
+        query, key, value = _split_heads(q, k, v, layer)
+        append_kv(
+            key,
+            value,
+            query,
+            self.runtime.arena,
+            self._arena_layer(layer),
+            forward_batch.out_cache_loc,
+            self.runtime.query_ring,
+            self._ring_index,
+        )
         return self.prefill.run(query, layer).reshape(q.shape[0], -1)
 
     def forward_decode(
@@ -167,53 +179,53 @@ class KVCompressAttentionBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Write the new KV, then attend over packed blocks and tail; [bs, Hq * D]."""
-        query = self._append(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
+        _check_call(k, save_kv_cache, kwargs)
+        query, key, value = _split_heads(q, k, v, layer)
         out = decode_attention(
             query,
             self.runtime.arena,
-            layer.layer_id - self.token_to_kv_pool.start_layer,
+            self._arena_layer(layer),
             self.runtime.tables,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
             layer.scaling,
             workspace=self._workspace,
             query_lse=self.runtime.query_lse,
+            new_tokens=NewTokens(
+                key, value, forward_batch.out_cache_loc, self.runtime.query_ring
+            ),
         )
         return out.reshape(q.shape[0], -1)
 
-    def _append(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: Any,
-        save_kv_cache: bool,
-        extra: dict[str, Any],
-    ) -> torch.Tensor:
-        if not save_kv_cache or k is None:
-            raise UnsupportedModeError(
-                "the model wrote KV itself or shares KV between layers "
-                "(save_kv_cache=False); --kv-compress must write every KV"
-            )
-        unknown = sorted(name for name, value in extra.items() if value is not None)
-        if unknown:
-            raise UnsupportedModeError(
-                f"the model passes {', '.join(unknown)} to attention; "
-                "--kv-compress does not support it"
-            )
-        query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        append_kv(
-            k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
-            v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
-            query,
-            self.runtime.arena,
-            layer.layer_id - self.token_to_kv_pool.start_layer,
-            forward_batch.out_cache_loc,
-            self.runtime.query_ring,
-            self._ring_index,
+    def _arena_layer(self, layer: RadixAttention) -> int:
+        index: int = layer.layer_id - self.token_to_kv_pool.start_layer
+        return index
+
+
+def _split_heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of shape [num_tokens, heads, head_dim]."""
+    return (
+        q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+        k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
+        v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
+    )
+
+
+def _check_call(k: Any, save_kv_cache: bool, extra: dict[str, Any]) -> None:
+    """Refuse what a model may ask of attention and we do not do."""
+    if not save_kv_cache or k is None:
+        raise UnsupportedModeError(
+            "the model wrote KV itself or shares KV between layers "
+            "(save_kv_cache=False); --kv-compress must write every KV"
         )
-        return query
+    unknown = sorted(name for name, value in extra.items() if value is not None)
+    if unknown:
+        raise UnsupportedModeError(
+            f"the model passes {', '.join(unknown)} to attention; "
+            "--kv-compress does not support it"
+        )
 
 
 def _check_layers(model: torch.nn.Module) -> float:

@@ -8,14 +8,12 @@ kept of what must stay free:
 ========  ==========================  =================================================
 sum       for a running request       for a prompt that will be compressed
 ========  ==========================  =================================================
-*now*     the page that its next      its new tokens and the packed copy
-          token may need
+*now*     nothing                     its new tokens and the packed copy
 *steady*  what it can still grow to   the budget, an interval and slack
 ========  ==========================  =================================================
 
-Everything else counts in both sums with SGLang's own charge. *Now* holds until the pass
-behind the step is settled: one decode step may be scheduled before, and passes that
-find no pages wait.
+Everything else counts in both sums with SGLang's own charge. The pass behind the step
+is settled before another step is scheduled.
 """
 
 from __future__ import annotations
@@ -31,18 +29,26 @@ SLACK = 2 * PAGE_SIZE
 
 
 def growth_bound(req: Any, stock: float) -> float:
-    """Tokens that a running request can still add to the pool, at most `stock`."""
+    """Tokens that a running request can still add to the pool.
+
+    SGLang's charge, `stock`, is a guess: it takes a part of the tokens that are still
+    allowed. That part is right for requests that end early, not for those here that
+    grow by an interval at most, and mostly together.
+    """
     policy, state = policy_of(req), state_of(req)
     if policy is None or state is None:
         return stock
     length = req.kv_committed_len
+    left = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
     if state.fold:
         bound = policy.growth + SLACK - (length - state.fold)
-        bound += _budget_growth(policy, length, int(stock))
+        bound += _budget_growth(policy, length, left)
     else:
         due = policy.first_due(length)
-        bound = due + SLACK - length if due != NEVER else int(stock)
-    return min(stock, max(bound, 0))
+        if due == NEVER:
+            return stock
+        bound = due + SLACK - length
+    return min(ceil_page(left), max(bound, 0))
 
 
 def steady_tokens(policy: RequestPolicy, length: int, max_new: int) -> int:
@@ -54,14 +60,6 @@ def steady_tokens(policy: RequestPolicy, length: int, max_new: int) -> int:
 def _budget_growth(policy: RequestPolicy, length: int, tokens: int) -> int:
     """With a rate the budget itself grows."""
     return policy.budget(length + ceil_page(tokens)) - policy.budget(length)
-
-
-def next_page(req: Any) -> int:
-    """Tokens that the next decode step may take for a running request: 0 or a page.
-
-    With the overlap scheduler the length known here may lag one token behind.
-    """
-    return PAGE_SIZE if (req.kv_committed_len + 1) % PAGE_SIZE <= 1 else 0
 
 
 class Headroom:
@@ -80,7 +78,7 @@ class Headroom:
         running = adder.running_batch
         self.running: list[Any] = running.reqs if running is not None else []
         self.steady = self._known = adder.rem_total_token_offset
-        self.now = float(sum(next_page(req) for req in self.running))
+        self.now = 0.0
 
     @classmethod
     def of(cls, adder: Any) -> Headroom:

@@ -1,13 +1,14 @@
 """Which requests get a pass in a step, and what the pass does to SGLang's accounting.
 
-One rule: allocate while scheduling, copy on the forward stream, free while processing
-the result. The functions here are called from the hooks in `patches/`:
+One rule: allocate while scheduling, copy on the forward stream, free before the next
+step is scheduled. The functions here are called from the hooks in `patches/`:
 
 =====================================  =========================================
 SGLang                                 here
 =====================================  =========================================
 after ScheduleBatch.prepare_for_*      `PassScheduler.plan_extend`, `plan_decode`
 around TpModelWorker.forward_batch...  `run_step`
+before Scheduler.get_next_batch_...    `PassScheduler.settle_launched`
 before Scheduler.process_batch_result  `PassScheduler.settle`
 around PrefillAdder                    `admission.py`
 =====================================  =========================================
@@ -95,6 +96,8 @@ class PassScheduler:
         self.pending_prompt_tokens = 0
         # The prompt that was put off between two chunks, see `admission.add_chunked`.
         self.waiting_prompt: Any = None
+        # Passes of the last step, see `settle_launched`.
+        self.launched: list[PassRecord] = []
 
     def plan_extend(self, batch: Any) -> None:
         """After ``prepare_for_extend``: new states, and the passes behind chunks.
@@ -202,17 +205,25 @@ class PassScheduler:
             return None
         return allocator.alloc(tokens)
 
-    def settle(self, scheduler: Any, result: Any) -> None:
-        """Before ``process_batch_result``: give back what the passes of a step freed.
+    def settle_launched(self, scheduler: Any) -> None:
+        """Before ``get_next_batch_to_run``: settle the passes of the last step.
+
+        With the overlap scheduler its result comes later, but all that is needed of it
+        is known: every token below the fold was an input of that step.
+        """
+        launched, self.launched = self.launched, []
+        self.settle(scheduler, launched)
+
+    def settle(self, scheduler: Any, records: list[PassRecord]) -> None:
+        """Give back what passes have freed, before their results are processed.
 
         No wait is needed: whoever gets the pages writes them in a later step of the
         stream on which the pass was launched.
         """
-        records: list[PassRecord] = getattr(result, "kv_compress_passes", [])
-        for record in records:
-            if not record.closed:
-                settle_record(scheduler.tree_cache, record)
-        if records:
+        due = [record for record in records if not record.closed]
+        for record in due:
+            settle_record(scheduler.tree_cache, record)
+        if due:
             # SGLang looks at the queue again only when a request has ended.
             scheduler.running_batch.batch_is_full = False
 
@@ -276,6 +287,7 @@ def run_step(runtime: KVCompressRuntime, worker: Any, batch: Any, forward: Any) 
     if plan.passes:
         runtime.passes.run(plan.passes)
         result.kv_compress_passes = plan.passes
+        runtime.scheduler.launched = plan.passes
         # The scheduling stream may go on once the forward has read the request table;
         # a pass reads it later, so make SGLang wait for the whole step instead.
         worker.war_fastpath_runner.war_fastpath_read_done_event = None

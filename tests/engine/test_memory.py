@@ -28,12 +28,12 @@ class SettleProbe:
     def __exit__(self, *exc: Any) -> None:
         self.passes.settle = self.original
 
-    def _settle(self, tree_cache: Any, result: Any) -> None:
-        records = list(getattr(result, "kv_compress_passes", []))
+    def _settle(self, scheduler: Any, records: Any) -> None:
+        open_ones = [record for record in records if not record.closed]
         before = self.allocator.available_size()
-        self.original(tree_cache, result)
-        if records:
-            self.seen.append((records[0], self.allocator.available_size() - before))
+        self.original(scheduler, records)
+        if open_ones:
+            self.seen.append((open_ones[0], self.allocator.available_size() - before))
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -22,12 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sglang_kvc.kernels import append, decode_attention
+from sglang_kvc.kernels import decode_attention
 from sglang_kvc.kernels.append import append_kv_triton
 from sglang_kvc.kernels.decode_attention import (
+    NewTokens,
     decode_attention_triton,
-    make_decode_workspace,
-    plan_decode_triton,
 )
 from sglang_kvc.kernels.decode_schedule import default_config
 from sglang_kvc.kernels.head_tables import head_tables_triton
@@ -74,49 +73,34 @@ def launch_decode(heads: int, group: int, dim: int) -> None:
     decode_attention_triton(q, case.arena, 1, case.tables, slots, seq_lens, 0.1)
 
 
-def launch_early_decode(heads: int, group: int, dim: int) -> None:
-    """Call append and decode as servers do, with all that may be switched on."""
+def launch_step(heads: int, group: int, dim: int, **switches: Any) -> None:
+    """Call the decode wrappers as servers do: new tokens, rings, maybe switches."""
     lengths = [5000, 333]
     case = make_case(2, 2, heads, group, dim, lengths, [256, 128], dtype=torch.bfloat16)
     q = torch.randn(2, heads * group, dim, dtype=torch.bfloat16)
-    k = q[:, :heads]
     slots, seq_lens = torch.tensor(case.slots), torch.tensor(lengths)
-    switches = {"pdl": True, "records": True, "row_slack": 1, "look_ahead": True}
-    config = default_config(dim)._replace(**switches)
-    workspace = make_decode_workspace(2, heads * group, dim, "cpu", heads, 2, config)
-    lengths_of = (case.tables, slots, seq_lens)
-    plan_decode_triton(*lengths_of, 2, heads, workspace, config)
-    append_kv_triton(k, k, q, case.arena, 1, slots, case.query_ring, slots)
     decode_attention_triton(
         q,
         case.arena,
         1,
-        *lengths_of,
+        case.tables,
+        slots,
+        seq_lens,
         0.1,
-        workspace=workspace,
         query_lse=case.query_lse,
-        config=config,
-        after_append=True,
+        new_tokens=NewTokens(q[:, :heads], q[:, :heads], slots, case.query_ring),
+        config=default_config(dim)._replace(**switches),
     )
 
 
 def check_pdl(kernels: dict[str, Any]) -> None:
-    """Raise unless append lets a decode kernel start early, and that one waits once."""
-    ptx = {
-        (kernel.metadata.name, instruction)
-        for kernel in kernels.values()
-        for instruction in re.findall(r"griddepcontrol\.(\w+)", kernel.asm["ptx"])
-    }
-    expected = {
-        ("_append_kernel", "launch_dependents"),
-        ("decode_tiles_kernel", "wait"),
-    }
-    if ptx != expected:
-        raise AssertionError(f"griddepcontrol: {ptx}, not {expected}")
+    """Raise unless kernels launched with PDL wait once, and no others do anything."""
     for kernel in kernels.values():
-        waits = kernel.asm["ptx"].count("griddepcontrol.wait")
-        if kernel.metadata.launch_pdl != (waits == 1):
-            raise AssertionError(f"{kernel.metadata.name} waits {waits} times")
+        ptx = re.findall(r"griddepcontrol\.(\w+)", kernel.asm["ptx"])
+        if ptx != ["wait"] * kernel.metadata.launch_pdl:
+            raise AssertionError(f"griddepcontrol of {kernel.metadata.name}: {ptx}")
+    if not any(kernel.metadata.launch_pdl for kernel in kernels.values()):
+        raise AssertionError("no kernel was launched with PDL")
 
 
 def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> None:
@@ -182,9 +166,11 @@ if __name__ == "__main__":
     launch_all(layers=2, heads=3, group=4, dim=128, window=32)
     launch_all(layers=2, heads=2, group=7, dim=96, window=8)
     launch_decode(heads=2, group=8, dim=64)
-    for module in (append, decode_attention):
-        module.supports_pdl = lambda device: True
-    launch_early_decode(heads=3, group=4, dim=128)
+    launch_step(heads=8, group=4, dim=128)
+    launch_step(heads=2, group=7, dim=96)
+    launch_step(heads=2, group=8, dim=64)
+    decode_attention.supports_pdl = lambda device: True
+    launch_step(heads=3, group=4, dim=128, pdl=True, records=False, row_slack=None)
     check_pdl(compiled)
     for kernel in compiled.values():
         json.dump(usage(kernel), sys.stdout)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from sglang_kvc.kernels import decode_plan, decode_schedule
-from sglang_kvc.kernels.append import append_kv
+from sglang_kvc.kernels.append import append_kv, append_kv_ref
 from sglang_kvc.kernels.decode_attention import (
     DecodeConfig,
     DecodeWorkspace,
+    NewTokens,
     decode_attention,
     decode_attention_ref,
     decode_attention_triton,
@@ -18,6 +19,7 @@ from sglang_kvc.kernels.decode_attention import (
     plan_decode_ref,
     plan_decode_triton,
 )
+from sglang_kvc.kernels.layout import Arena
 from sglang_kvc.kernels.testing import Case, make_case
 from tests.kernels import oracles
 
@@ -154,13 +156,12 @@ def test_groups(group: int, device: str) -> None:
 @pytest.mark.parametrize(
     "switches",
     [
-        {},
-        {"records": True},
-        {"row_slack": 0},
-        {"look_ahead": True},
-        {"records": True, "row_slack": 2, "look_ahead": True, "pdl": True},
+        {"records": False, "row_slack": None},
+        {"records": True, "row_slack": None},
+        {"records": False, "row_slack": 0},
+        {"records": True, "row_slack": 2, "max_parts": 4, "pdl": True},
     ],
-    ids=["plain", "records", "aligned", "ahead", "all"],
+    ids=["plain", "records", "aligned", "all"],
 )
 @pytest.mark.parametrize(
     ("seq_lens", "programs", "min_share"),
@@ -215,6 +216,10 @@ def plan_by_hand(
             records.append([slot, first, 16 * (end - first), fold, n])
     programs = config.programs_per_sm
     share = max(config.min_share, -(-sum(sizes) // programs))
+    if config.max_parts is not None:
+        parts = -(-max(sizes) // config.max_parts)
+        # All programs are on one multiprocessor.
+        share = max(share, min(parts, sum(sizes)))
     if config.row_slack is not None:
         for wider in range(share, share + config.row_slack + 1):
             whole = [-(-size // wider) for size in sizes]
@@ -230,17 +235,19 @@ def plan_by_hand(
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("one_sm")
 @pytest.mark.parametrize(
-    ("programs", "min_share", "chunk", "row_slack"),
+    ("programs", "min_share", "chunk", "row_slack", "max_parts"),
     [
-        (1, 1, 64, None),
-        (7, 1, 8, None),
-        (50, 2, 16, None),
-        (512, 1, 4, None),
-        pytest.param(7, 1, 64, 9, id="more-rows-than-programs"),
-        pytest.param(50, 1, 64, 0, id="no-slack"),
-        pytest.param(50, 1, 64, 4, id="aligned"),
-        pytest.param(50, 1, 16, 4, id="more-rows-than-a-chunk"),
-        pytest.param(512, 1, 64, 1, id="every-tile-a-program"),
+        (1, 1, 64, None, None),
+        (7, 1, 8, None, None),
+        (50, 2, 16, None, None),
+        (512, 1, 4, None, None),
+        pytest.param(7, 1, 64, 9, None, id="more-rows-than-programs"),
+        pytest.param(50, 1, 64, 0, None, id="no-slack"),
+        pytest.param(50, 1, 64, 4, None, id="aligned"),
+        pytest.param(50, 1, 16, 4, None, id="more-rows-than-a-chunk"),
+        pytest.param(512, 1, 64, 1, None, id="every-tile-a-program"),
+        pytest.param(512, 1, 4, None, 3, id="three-parts"),
+        pytest.param(512, 1, 64, 1, 3, id="three-parts-aligned"),
     ],
 )
 def test_plan(
@@ -248,6 +255,7 @@ def test_plan(
     min_share: int,
     chunk: int,
     row_slack: int | None,
+    max_parts: int | None,
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -260,7 +268,7 @@ def test_plan(
         programs_per_sm=programs,
         min_share=min_share,
         row_slack=row_slack,
-        records=True,
+        max_parts=max_parts,
     )
     workspace = make_workspace(case, len(slots) + 3, config)
     plan_decode_triton(case.tables, slots, lengths, 2, 2, workspace, config)
@@ -288,11 +296,27 @@ def test_plan(
 
 
 @pytest.mark.interpreter
+def test_idle_multiprocessors_limit_max_parts(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of 40 tiles and one of 8 on 12 multiprocessors: no 2 parts of 20 tiles."""
+    monkeypatch.setattr(decode_schedule, "_num_sms", lambda device: 12)
+    case = make_case(2, 1, 1, 1, 16, [640, 128], device=device)
+    _, slots, lengths = make_batch(case)
+    for max_parts, share in ((None, 2), (20, 2), (13, 4), (2, 4)):
+        config = DecodeConfig(16, max_parts=max_parts, row_slack=None)
+        workspace = make_workspace(case, 2, config)
+        plan_decode_triton(case.tables, slots, lengths, 1, 1, workspace, config)
+        plan = plan_decode_ref(case.tables, slots, lengths, 1, 1, 36, config)
+        assert workspace.shares.tolist() == plan.shares.tolist() == [share]
+
+
+@pytest.mark.interpreter
 @pytest.mark.usefixtures("one_sm")
 @pytest.mark.parametrize("programs", [5, 16])
 def test_one_plan_serves_all_layers(programs: int, device: str) -> None:
     case = make_case(3, 3, 2, 2, 64, [200, 70, 30], [192, 48, 0], device=device)
-    config = DecodeConfig(16, programs_per_sm=programs, records=True, row_slack=1)
+    config = DecodeConfig(16, programs_per_sm=programs)
     q, slots, seq_lens = make_batch(case)
     workspace = make_workspace(case, 3, config)
     plan_decode_triton(case.tables, slots, seq_lens, 3, 2, workspace, config)
@@ -382,6 +406,127 @@ def test_reference_against_plain_python() -> None:
             torch.testing.assert_close(out[r, j], torch.tensor(expected))
 
 
+def make_new_tokens(case: Case, slots: torch.Tensor) -> NewTokens:
+    """K and V, strided, for the newest positions of `case`, whose cells become NaN."""
+    arena, tables = case.arena, case.tables
+    last = torch.zeros_like(slots)
+    last[: len(case.slots)] = torch.tensor(case.seq_lens, device=slots.device) - 1
+    cells = tables.req_to_token[slots, last].long()
+    size = (len(slots), 2 * arena.num_kv_heads + 3, arena.head_dim)
+    fused = torch.randn(size, device=slots.device).to(arena.k.dtype)
+    k, v = fused[:, 1:-2].chunk(2, dim=1)
+    live = cells[: len(case.slots)]
+    for part, poison in zip(arena, (torch.nan, torch.nan, -1.0), strict=True):
+        part[live // 16, :, :, live % 16] = poison
+    return NewTokens(k, v, cells, case.query_ring)
+
+
+def check_new_tokens(
+    case: Case, layer: int = 0, padding: int = 0, config: DecodeConfig | None = None
+) -> None:
+    """One launch writes bit for bit what `append_kv_ref` does, and attends to it."""
+    q, slots, seq_lens = make_batch(case, padding)
+    live, window = len(case.slots), case.query_ring.shape[2]
+    new = make_new_tokens(case, slots)
+    mine = case._replace(
+        arena=Arena(*(part.clone() for part in case.arena)),
+        query_ring=case.query_ring.clone(),
+        query_lse=case.query_lse.clone(),
+    )
+    ring_index = slots * window + (seq_lens.long() - 1) % window
+    append_kv_ref(*new[:2], q, case.arena, layer, *new[2:], ring_index)
+
+    scale = case.arena.head_dim**-0.5
+    args = (layer, case.tables, slots, seq_lens, scale)
+    run = {"query_lse": mine.query_lse, "config": config}
+    new = new._replace(query_ring=mine.query_ring)
+    out = decode_attention_triton(q, mine.arena, *args, **run, new_tokens=new)
+    working = decode_attention_ref(q, case.arena, *args, upcast=False)
+    truth = oracles.decode(case, q[:live], layer, scale)
+    oracles.assert_arith(out[:live], working[:live], truth)
+    check_lse(case, q, layer, scale, mine.query_lse)
+    # All but the padding page and the padding slot, where padding rows meet.
+    for ours, theirs in zip(mine.arena, case.arena, strict=True):
+        torch.testing.assert_close(ours[1:], theirs[1:], atol=0, rtol=0, equal_nan=True)
+    assert torch.equal(mine.query_ring[1:], case.query_ring[1:])
+    separate = decode_attention_triton(q, case.arena, *args, config=config)
+    assert torch.equal(out[:live], separate[:live])
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("one_sm")
+@pytest.mark.parametrize("programs", [3, 40])
+@pytest.mark.parametrize(
+    ("seq_lens", "folds", "padding"),
+    [
+        pytest.param([1, 1], [0, 0], 3, id="first-token"),
+        pytest.param([17, 33, 16, 65], [0, 0, 0, 0], 0, id="page-starts-and-ends"),
+        pytest.param([65, 129, 200], [64, 128, 176], 2, id="packed-and-tail"),
+        pytest.param([640], [0], 0, id="a-row-over-many-programs"),
+        pytest.param([16] * 9, [0] * 9, 1, id="many-rows-a-program"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("group", "dim", "dtype", "switches"),
+    [
+        (3, 64, torch.float32, {}),
+        (7, 96, torch.float16, {"records": False, "row_slack": None}),
+    ],
+)
+def test_new_tokens_are_stored_and_seen(
+    seq_lens: list[int],
+    folds: list[int],
+    padding: int,
+    programs: int,
+    group: int,
+    dim: int,
+    dtype: torch.dtype,
+    switches: dict,
+    device: str,
+) -> None:
+    case = make_case(
+        len(seq_lens), 2, 2, group, dim, seq_lens, folds, dtype=dtype, device=device
+    )
+    config = DecodeConfig(16, programs_per_sm=programs, **switches)
+    check_new_tokens(case, layer=1, padding=padding, config=config)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("one_sm")
+def test_new_token_of_a_head_without_others(device: str) -> None:
+    """Head 0 kept nothing, and the tail begins with the newest token."""
+    case = make_case(2, 1, 2, 2, 64, [33, 65], [32, 64], [2, 3], device=device)
+    case.tables.block_offsets[case.slots, 1] = 0
+    check_new_tokens(case, config=DecodeConfig(16, programs_per_sm=4))
+
+
+def test_reference_stores_new_tokens() -> None:
+    case = make_case(2, 2, 2, 2, 16, [52, 19], [32, 0], dtype=torch.bfloat16)
+    q, slots, seq_lens = make_batch(case, padding=1)
+    new = make_new_tokens(case, slots)
+    args = (q, case.arena, 1, case.tables, slots, seq_lens, 0.25)
+    out = decode_attention(*args, new_tokens=new)
+    for b, (slot, last) in enumerate(zip(case.slots, (51, 18), strict=True)):
+        page, offset = divmod(int(new.out_cache_loc[b]), 16)
+        assert torch.equal(case.arena.k[page, 1, :, offset], new.k[b])
+        assert torch.equal(case.arena.v[page, 1, :, offset], new.v[b])
+        assert not case.arena.score[page, 1, :, offset].any()
+        assert torch.equal(case.query_ring[slot, 1, last % 8], q[b])
+    assert torch.equal(out, decode_attention(*args))
+
+
+@pytest.mark.interpreter
+def test_rings_of_other_lengths_are_refused(device: str) -> None:
+    case = make_case(1, 1, 1, 1, 16, [20], device=device)
+    q, slots, seq_lens = make_batch(case)
+    new = make_new_tokens(case, slots)
+    args = (q, case.arena, 0, case.tables, slots, seq_lens, 0.25)
+    with pytest.raises(ValueError, match="\\[3, 8\\] rows"):
+        decode_attention_triton(
+            *args, query_lse=case.query_lse[:, :, :3], new_tokens=new
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dim", "group", "dtype"),
@@ -408,8 +553,8 @@ def test_reference_against_plain_python() -> None:
 )
 @pytest.mark.parametrize(
     "switches",
-    [{}, {"records": True, "row_slack": 2, "look_ahead": True, "pdl": True}],
-    ids=["default", "switched"],
+    [{}, {"records": False, "row_slack": None}, {"max_parts": 16, "pdl": True}],
+    ids=["default", "plain", "switched"],
 )
 def test_gpu_sweep(
     seq_lens: list[int],
@@ -437,6 +582,7 @@ def test_gpu_sweep(
     )
     config = decode_schedule.default_config(dim)._replace(**switches)
     check(case, layer=1, padding=padding, config=config)
+    check_new_tokens(case, layer=1, padding=padding, config=config)
 
 
 @pytest.mark.gpu
@@ -477,43 +623,56 @@ def test_graph_replay_follows_new_lengths(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [40, 900])
-def test_gpu_early_launch_reads_what_append_wrote(tokens: int, device: str) -> None:
-    """Layers of append and decode in a graph; each appends other K and V of its own."""
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("tokens", [1, 49, 900])
+def test_gpu_graph_of_layers_with_new_tokens(
+    tokens: int, pdl: bool, device: str
+) -> None:
+    """Replays, each with K, V of its own a layer, equal append and decode, bit by bit.
+
+    Every replay overwrites the cells: one that read the old ones would show.
+    """
     layers, batch = 6, 16
     shape = {"dtype": torch.bfloat16, "device": device}
     case = make_case(batch, layers, 8, 4, 128, [tokens] * batch, **shape)
-    q, slots, seq_lens = make_batch(case)
-    newest = case.tables.req_to_token[slots, seq_lens.long() - 1].long()
-    ring_index = torch.full_like(newest, -1)
-    config = decode_schedule.default_config(128)
-    early = config._replace(pdl=True, records=True, look_ahead=True, row_slack=1)
-    workspace = make_workspace(case, batch, early)
-    kvs = [torch.empty(layers, batch, 8, 128, **shape) for _ in range(2)]
+    q, slots, seq_lens = make_batch(case, padding=3)
+    cells = make_new_tokens(case, slots).out_cache_loc
+    ring_index = slots * 8 + (seq_lens.long() - 1) % 8
+    config = decode_schedule.default_config(128)._replace(pdl=pdl)
+    workspace = make_workspace(case, len(slots), config)
+    kvs = [torch.randn(layers, len(slots), 8, 128, **shape) for _ in range(2)]
     outs = [torch.empty_like(q) for _ in range(layers)]
+    lses = [case.query_lse.clone() for _ in range(2)]
 
-    def step(config: DecodeConfig) -> None:
+    def step(fused: bool) -> None:
         plan_decode_triton(case.tables, slots, seq_lens, layers, 8, workspace, config)
         for layer, out in enumerate(outs):
             k, v = (part[layer] for part in kvs)
-            arena = (case.arena, layer, newest, case.query_ring, ring_index)
-            append_kv(k, v, q, *arena)
+            new = NewTokens(k, v, cells, case.query_ring) if fused else None
+            if not fused:
+                arena = (case.arena, layer, cells, case.query_ring, ring_index)
+                append_kv(k, v, q, *arena)
             args = (q, case.arena, layer, case.tables, slots, seq_lens, 0.1, out)
-            run = {"workspace": workspace, "config": config, "after_append": True}
-            decode_attention_triton(*args, **run)
+            rest = (workspace, lses[fused], new, config)
+            decode_attention_triton(*args, *rest)
 
-    step(early)
+    step(True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step(early)
+        step(True)
     for _ in range(20):
-        for part in kvs:
+        for part in (*kvs, q):
             part.normal_()
         graph.replay()
-        replayed = [out.clone() for out in outs]
-        step(early._replace(pdl=False))
-        for ours, theirs in zip(replayed, outs, strict=True):
-            assert torch.equal(ours, theirs)
+        outputs = [out[:batch].clone() for out in outs]
+        written = [part[1:].clone() for part in (*case.arena, case.query_ring)]
+        step(False)
+        for ours, theirs in zip(outputs, outs, strict=True):
+            assert torch.equal(ours, theirs[:batch])
+        for ours, theirs in zip(written, (*case.arena, case.query_ring), strict=True):
+            assert torch.equal(ours.nan_to_num(7.0), theirs[1:].nan_to_num(7.0))
+        ours, theirs = (part[1:].nan_to_num(7.0) for part in lses)
+        assert torch.equal(ours, theirs)
     assert not workspace.arrivals.any()
 
 

@@ -10,7 +10,7 @@ import pytest
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from sglang_kvc.admission import add_one
-from sglang_kvc.headroom import Headroom, growth_bound, next_page, steady_tokens
+from sglang_kvc.headroom import Headroom, growth_bound, steady_tokens
 from sglang_kvc.options import KVCompressOptions
 from sglang_kvc.request_options import RequestOptions
 from sglang_kvc.request_state import NEVER, PassRecord, RequestPolicy, RequestState
@@ -80,6 +80,8 @@ def running(slot: int, tail: int, fold: int = PROMPT) -> Any:
         kv_compress_state=state,
         kv_compress_policy=policy,
         kv_committed_len=fold + tail,
+        sampling_params=SimpleNamespace(max_new_tokens=MAX_NEW),
+        output_ids=range(tail),
     )
 
 
@@ -119,7 +121,6 @@ def test_tails_are_squeezed_when_that_lets_a_prompt_in() -> None:
     assert not adder.try_add(candidate())
     due = np.flatnonzero(adder.due_lens < NEVER)
     missing = PROMPT + BUDGET + 33 - adder.available
-    missing += sum(next_page(req) for req in reqs)
     gains = {
         r.kv_compress_state.slot: r.kv_compress_state.gain(r.kv_committed_len)
         for r in reqs
@@ -185,9 +186,3 @@ def test_what_sglang_charges_itself_counts_in_both_sums() -> None:
     adder.rem_total_token_offset += 1_000
     after = Headroom.of(adder)
     assert (after.now, after.steady) == (now + 1_000, steady + 1_000)
-
-
-def test_a_token_more_may_need_a_page_around_its_boundary() -> None:
-    lens = [15, 16, 17, 30, 31, 32]
-    pages = [next_page(SimpleNamespace(kv_committed_len=n)) for n in lens]
-    assert pages == [16, 16, 0, 0, 16, 16]
