@@ -1,0 +1,96 @@
+"""Scores in [0, 1] of an answer."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+Scorer = Callable[[str, Sequence[str]], float]
+
+
+def normalize(text: str) -> str:
+    """Lower case without punctuation, articles and superfluous blanks (SQuAD's)."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(ARTICLES.sub(" ", text).split())
+
+
+def found(text: str, answers: Sequence[str]) -> float:
+    """Fraction of the answers that occur, ignoring case."""
+    lower = text.lower()
+    return sum(answer.lower() in lower for answer in answers) / len(answers)
+
+
+def any_found(text: str, answers: Sequence[str]) -> float:
+    """1 if one of the answers occurs as whole words, after normalisation."""
+    words = f" {normalize(text)} "
+    return float(any(f" {normalize(answer)} " in words for answer in answers))
+
+
+def starts(text: str, answers: Sequence[str]) -> float:
+    """1 if the text begins with one of the answers, after normalisation."""
+    words = normalize(text) + " "
+    return float(any(words.startswith(normalize(a) + " ") for a in answers))
+
+
+def last_number(text: str, answers: Sequence[str]) -> float:
+    """1 if the last number of the text is the answer's."""
+    numbers = NUMBER.findall(text)
+    if not numbers:
+        return 0.0
+    last = float(numbers[-1].replace(",", ""))
+    return float(any(abs(last - float(answer)) < 1e-6 for answer in answers))
+
+
+def boxed(text: str, answers: Sequence[str]) -> float:
+    r"""1 if the content of the last ``\boxed{}`` is the answer, up to spelling."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return 0.0
+    begin = at = start + len("\\boxed{")
+    depth = 1
+    while at < len(text) and depth:
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        at += 1
+    given = _plain_tex(text[begin : at - 1] if depth == 0 else text[begin:])
+    return float(any(given == _plain_tex(answer) for answer in answers))
+
+
+def _plain_tex(text: str) -> str:
+    text = re.sub(r"\\left|\\right|\\!|\\,|\$|\s", "", text)
+    return text.removesuffix(".")
+
+
+def rouge_l(text: str, answers: Sequence[str]) -> float:
+    """F1 of the longest common subsequence of words; the best of the answers."""
+    return max((_rouge(normalize(text), normalize(a)) for a in answers), default=0.0)
+
+
+def _rouge(given: str, gold: str) -> float:
+    a, b = given.split(), gold.split()
+    if not a or not b:
+        return 0.0
+    row = [0] * (len(b) + 1)
+    for word in a:
+        left = 0
+        for j, other in enumerate(b, 1):
+            above = row[j]
+            row[j] = left + 1 if word == other else max(above, row[j - 1])
+            left = above
+    common = row[-1]
+    return 2 * common / (len(a) + len(b))
+
+
+SCORERS: dict[str, Scorer] = {
+    "found": found,
+    "any": any_found,
+    "starts": starts,
+    "last_number": last_number,
+    "boxed": boxed,
+    "rouge_l": rouge_l,
+}
+LIKELIHOOD = "likelihood"
+"""Scored from log-probabilities, not from a text."""

@@ -1,0 +1,165 @@
+"""Plots of retention and of what is kept, as PNG files. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.plot import COLORS, DPI, MARKERS, load_pyplot
+from bench.quality.records import Cell, Key
+from bench.quality.stats import (
+    Estimate,
+    columns,
+    group_retention,
+    groups_of,
+    select,
+)
+from bench.quality.systems import FULL, KVPRESS
+from bench.quality.tasks import OWN_LENGTH
+
+PANEL = (4.2, 3.4)
+ACROSS = 3
+DASHES = {KVPRESS: "--"}
+
+Lines = dict[str, list[tuple[float, Estimate]]]
+
+
+def draw(
+    cells: Mapping[Key, Cell], out: Path, model: str = "", seed: int | None = None
+) -> list[Path]:
+    """Write one plot for each model and length; the paths written."""
+    plt = load_pyplot()
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, length in sorted({(key.model, key.length) for key in cells}):
+        if model and name != model:
+            continue
+        chosen = select(cells, name, length, seed)
+        where = "own" if length == OWN_LENGTH else str(length)
+        path = out / f"quality_{name}_{where}.png"
+        if plot_retention(plt, chosen, f"{name}, {where} tokens", path):
+            written.append(path)
+    return written
+
+
+def retention_lines(cells: Mapping[Key, Cell], group: str) -> Lines:
+    """Rate and retention of each system that evicts; budgets are left out."""
+    lines: Lines = {}
+    for column in columns(cells):
+        if column.setting.startswith("b"):
+            continue
+        value = group_retention(cells, column, group)
+        if value is not None:
+            point = (float(column.setting), value)
+            lines.setdefault(column.system, []).append(point)
+    # Where nothing is evicted, systems of a kind are one.
+    full = {s.partition(":")[0]: p for s, p in lines.items() if _is_full(p[0])}
+    for system, points in lines.items():
+        start = full.get(system.partition(":")[0])
+        if start and not _is_full(points[0]):
+            points.insert(0, start[0])
+    return {system: points for system, points in lines.items() if len(points) > 1}
+
+
+def _is_full(point: tuple[float, Estimate]) -> bool:
+    return f"{point[0]:g}" == FULL.label
+
+
+def plot_retention(plt: Any, cells: Mapping[Key, Cell], title: str, path: Path) -> bool:
+    """Retention against rate, one panel a group, one line a system."""
+    panels = {group: retention_lines(cells, group) for group in groups_of(cells)}
+    panels = {group: lines for group, lines in panels.items() if lines}
+    if not panels:
+        return False
+    systems = list(dict.fromkeys(s for lines in panels.values() for s in lines))
+    rows = -(-len(panels) // ACROSS)
+    across = min(ACROSS, len(panels))
+    figure, grid = plt.subplots(
+        rows,
+        across,
+        figsize=(PANEL[0] * across, PANEL[1] * rows + 0.8),
+        squeeze=False,
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (group, lines) in zip(grid.flat, panels.items(), strict=False):
+        for system, points in lines.items():
+            _line(axes, system, systems.index(system), points)
+        _panel(axes, group, lines)
+    handles = {
+        label: handle
+        for axes in grid.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.suptitle(f"Retention of the full cache's score: {title}")
+    figure.tight_layout(rect=(0, 0.04 + 0.03 * (-(-len(handles) // 3)), 1, 1))
+    figure.legend(
+        handles.values(), handles.keys(), loc="lower center", ncols=3, frameon=False
+    )
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    return True
+
+
+def _line(
+    axes: Any, system: str, number: int, points: list[tuple[float, Estimate]]
+) -> None:
+    rates = [rate for rate, _ in points]
+    color = COLORS[number % len(COLORS)]
+    axes.plot(
+        rates,
+        [value.value for _, value in points],
+        color=color,
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=4,
+        linestyle=DASHES.get(system.partition(":")[0], "-"),
+        label=system,
+    )
+    axes.fill_between(
+        rates,
+        [value.low for _, value in points],
+        [value.high for _, value in points],
+        color=color,
+        alpha=0.12,
+        linewidth=0,
+    )
+
+
+def _panel(axes: Any, group: str, lines: Lines) -> None:
+    rates = sorted({rate for points in lines.values() for rate, _ in points})
+    axes.axhline(100, color="grey", linestyle=":", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_title(group)
+    axes.set_xlabel("compression rate")
+    axes.set_ylabel("% of the full cache")
+    axes.grid(alpha=0.3)
+
+
+def plot_kept(plt: Any, kept: Any, title: str, path: Path) -> None:
+    """Heat map of the KVs kept by each layer and head.
+
+    Parameters
+    ----------
+    plt : matplotlib.pyplot
+    kept : array, ``[layers, heads]``
+        KVs kept, mean over prompts; shown relative to the mean over all heads.
+    title : str
+    path : Path
+    """
+    relative = kept / kept.mean()
+    layers, heads = relative.shape
+    figure, axes = plt.subplots(figsize=(1.8 + 0.35 * layers, 1.6 + 0.35 * heads))
+    image = axes.imshow(relative.T, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("KV head")
+    axes.set_xticks(range(0, layers, max(1, layers // 8)))
+    axes.set_yticks(range(0, heads, max(1, heads // 8)))
+    axes.set_title(title)
+    figure.colorbar(image, ax=axes, label="kept, 1 = mean of all heads")
+    figure.tight_layout()
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)

@@ -1,0 +1,93 @@
+"""Results as JSON lines: one a cell and visit, merged by sample.
+
+A cell is a model, a system, a setting, a task, a length and a seed. Later lines add
+samples to earlier ones or replace them, so files of several visits to a machine are
+one table, and a run that was stopped goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.record import read_lines
+
+ANSWER_CHARS = 60
+"""Of a wrong answer, kept to see what went wrong."""
+DIGITS = 5
+
+
+class Key(NamedTuple):
+    """Names a cell."""
+
+    model: str
+    system: str
+    setting: str
+    task: str
+    length: int
+    seed: int
+
+
+@dataclass
+class Cell:
+    """Merged results of a cell.
+
+    Attributes
+    ----------
+    key : Key
+    group : str
+    samples : dict
+        Result of each sample index: ``score`` and what else was measured.
+    origins : set of (str, str)
+        Commit and hardware of the lines.
+    """
+
+    key: Key
+    group: str
+    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    origins: set[tuple[str, str]] = field(default_factory=set)
+
+    def missing(self, count: int) -> list[int]:
+        """Indices below `count` that were not measured."""
+        return [index for index in range(count) if index not in self.samples]
+
+
+def key_of(record: dict[str, Any]) -> Key:
+    """Key of a line."""
+    return Key(*(record[name] for name in Key._fields))
+
+
+def pack(samples: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Results of samples as lists of equal length, which take less room."""
+    names = dict.fromkeys(name for sample in samples for name in sample)
+    return {name: [_short(sample.get(name)) for sample in samples] for name in names}
+
+
+def _short(value: Any) -> Any:
+    return round(value, DIGITS) if isinstance(value, float) else value
+
+
+def unpack(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """What `pack` was given; figures that a sample lacks are None."""
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def merge(records: Iterable[dict[str, Any]]) -> dict[Key, Cell]:
+    """Cells of lines; lines that are no results (errors) are left out."""
+    cells: dict[Key, Cell] = {}
+    for record in records:
+        if "samples" not in record:
+            continue
+        key = key_of(record)
+        cell = cells.setdefault(key, Cell(key, record["group"]))
+        cell.samples |= {s["index"]: s for s in unpack(record["samples"])}
+        cell.origins.add((record.get("commit", ""), record.get("gpu") or "CPU"))
+    return cells
+
+
+def read(paths: Iterable[Path]) -> dict[Key, Cell]:
+    """Cells of files; a file that does not exist has none."""
+    return merge(record for path in paths for record in read_lines(path))

@@ -1,0 +1,158 @@
+"""Measures what is missing, records it at once, and stops at the deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from bench.quality.asking import Answer
+from bench.quality.plan import Todo, Wish, batches, todo
+from bench.quality.records import pack, read
+from bench.quality.samples import SampleStore
+from bench.quality.scoring import result
+from bench.quality.systems import Setting, System
+from bench.quality.tasks.sample import Sample
+from bench.record import write_record
+
+START_GUESS = 60.0
+"""Seconds that starting an engine is taken to cost before the first one did."""
+
+
+class Asker(Protocol):
+    """What answers the samples of one system."""
+
+    def answer(self, samples: Sequence[Sample], setting: Setting) -> list[Answer]:
+        """Answers in the order of the samples."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+Open = Callable[[System], Asker]
+Clock = Callable[[], float]
+
+
+class Runner:
+    """One run.
+
+    Parameters
+    ----------
+    wish : Wish
+    store : SampleStore
+    out : Path
+        JSON lines are appended; what is there already counts as done.
+    also : sequence of Path
+        Files whose results count as done, too.
+    origin : dict
+        Goes into every line: command, commit, hardware, settings.
+    seconds : float or None
+        Time for everything from now; None has no end.
+    batch : int
+        Most samples sent to an engine at once.
+    clock : callable
+    """
+
+    def __init__(
+        self,
+        wish: Wish,
+        store: SampleStore,
+        out: Path,
+        also: Sequence[Path] = (),
+        origin: dict[str, Any] | None = None,
+        seconds: float | None = None,
+        batch: int = 256,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.wish, self.store, self.out, self.batch = wish, store, out, batch
+        self.origin, self.clock = origin or {}, clock
+        self.cells = list(todo(wish, read([out, *also])))
+        self.end = None if seconds is None else clock() + seconds
+        self._start_cost = START_GUESS
+        self._latest: dict[str, float] = {}
+        store.start(_sample_key(c, i) for c in self.cells for i in c.indices)
+
+    def run(self, open_system: Open) -> int:
+        """Measure; returns the number of samples that are still missing.
+
+        A system that cannot be started or fails is recorded with its error, and the
+        next one has its turn.
+        """
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        left = sum(len(cell.indices) for cell in self.cells)
+        systems = list(dict.fromkeys(cell.system for cell in self.cells))
+        with tqdm(total=left, unit="sample", smoothing=0.1) as bar:
+            for number, system in enumerate(systems):
+                cells = [cell for cell in self.cells if cell.system == system]
+                stop = self._share(len(systems) - number)
+                if stop is not None and self.clock() + self._start_cost > stop:
+                    bar.write(f"{system.name}: no time left to start it")
+                    continue
+                try:
+                    left -= self._system(system, cells, stop, open_system, bar)
+                except Exception as error:  # the other systems must still be measured
+                    bar.write(f"{system.name} failed: {error!r}")
+                    line = {"system": system.name, "error": repr(error)}
+                    write_record(self.out, {**self.origin, **line})
+        return left
+
+    def _share(self, systems: int) -> float | None:
+        """When the first of so many systems has to stop."""
+        if self.end is None:
+            return None
+        now = self.clock()
+        return now + (self.end - now) / systems
+
+    def _system(
+        self,
+        system: System,
+        cells: list[Todo],
+        stop: float | None,
+        open_system: Open,
+        bar: Any,
+    ) -> int:
+        begin = self.clock()
+        asker = open_system(system)
+        self._start_cost = self.clock() - begin
+        done, self._latest = 0, {}
+        try:
+            for group in batches(cells, self.batch):
+                kinds = {cell.task.name for cell in group}
+                expected = sum(self._latest.get(kind, 0.0) for kind in kinds)
+                if stop is not None and self.clock() + expected > stop:
+                    bar.write(f"{system.name}: out of time")
+                    break
+                bar.set_description(f"{system.name} {group[0].setting.label}")
+                done += self._batch(asker, group, bar)
+        finally:
+            asker.close()
+        return done
+
+    def _batch(self, asker: Asker, group: list[Todo], bar: Any) -> int:
+        pairs = [(cell, index) for cell in group for index in cell.indices]
+        samples = [self.store.get(_sample_key(*pair)) for pair in pairs]
+        begin = self.clock()
+        answers = asker.answer(samples, group[0].setting)
+        seconds = self.clock() - begin
+        results: dict[Any, list[dict[str, Any]]] = {cell.key: [] for cell in group}
+        for (cell, _), sample, answer in zip(pairs, samples, answers, strict=True):
+            results[cell.key].append(result(sample, answer))
+        for cell in {cell.key: cell for cell in group}.values():
+            line = {
+                **cell.key._asdict(),
+                "group": cell.task.group,
+                "seconds_per_sample": round(seconds / len(pairs), 4),
+                "samples": pack(results.pop(cell.key)),
+            }
+            write_record(self.out, {**self.origin, **line})
+        for cell in group:
+            share = seconds * len(cell.indices) / len(pairs)
+            self._latest[cell.task.name] = share
+        bar.update(len(pairs))
+        return len(pairs)
+
+
+def _sample_key(cell: Todo, index: int) -> tuple[str, int, int, int]:
+    return cell.key.task, cell.key.length, cell.key.seed, index

@@ -1,0 +1,164 @@
+"""What is compared: engines and the settings of a request.
+
+A system is written ``stock``, ``ours``, ``ours:allocation=layer,window=64`` or
+``kvpress:snapkv``; options of ``ours`` are server flags without ``--kv-compress-``.
+A setting is a rate (``4``) or a budget in tokens (``b512``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+STOCK, OURS, KVPRESS = "stock", "ours", "kvpress"
+FULL_PRESS = "full"
+KINDS = (STOCK, OURS, KVPRESS)
+MIN_BUDGET = 64
+"""Low enough for 64x at 4k tokens."""
+PRESETS = ("ours", "ours:allocation=layer", "ours:allocation=head")
+RATES = ("1", "4", "8", "2", "16", "32", "64")
+"""In the order of their importance."""
+ALL_QUERIES = "full"
+"""Metrics so named observe every query of a prompt, cached prefixes included."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much a request may keep: a rate or a budget."""
+
+    rate: float | None = None
+    budget: int | None = None
+
+    @property
+    def label(self) -> str:
+        """``4`` or ``b512``."""
+        return f"b{self.budget}" if self.budget else f"{self.rate:g}"
+
+    @property
+    def option(self) -> dict[str, Any]:
+        """The ``kv_compress`` entry of a request."""
+        return {"budget": self.budget} if self.budget else {"rate": self.rate}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is to be evicted."""
+        return self.rate == 1
+
+    def kept(self, tokens: int) -> int:
+        """Tokens kept of a prompt, per head on average."""
+        if self.budget:
+            return min(tokens, self.budget)
+        assert self.rate
+        return max(1, round(tokens / self.rate))
+
+
+FULL = Setting(rate=1)
+
+
+def parse_setting(word: str) -> Setting:
+    """The setting of a label.
+
+    Raises
+    ------
+    ValueError
+        If it is neither a rate of at least 1 nor ``b`` and a number of tokens.
+    """
+    try:
+        if word.startswith("b"):
+            setting = Setting(budget=int(word[1:]))
+        else:
+            setting = Setting(rate=float(word.removesuffix("x")))
+    except ValueError:
+        raise ValueError(
+            f"{word!r} is no setting: a rate such as 4, or a budget such as b512"
+        ) from None
+    if setting.budget == 0 or min(setting.budget or 1, setting.rate or 1) < 1:
+        raise ValueError(f"{word!r}: rates and budgets are at least 1")
+    return setting
+
+
+@dataclass(frozen=True)
+class System:
+    """One engine.
+
+    Attributes
+    ----------
+    kind : str
+        One of `KINDS`.
+    options : tuple of (str, value)
+        Sorted; of ``ours`` without the prefix ``kv_compress_``.
+    press : str
+        Name of the method of ``kvpress``.
+    """
+
+    kind: str
+    options: tuple[tuple[str, Any], ...] = ()
+    press: str = ""
+
+    @property
+    def name(self) -> str:
+        """As `parse_system` reads it."""
+        if self.press:
+            return f"{self.kind}:{self.press}"
+        words = ",".join(f"{key}={value}" for key, value in self.options)
+        return f"{self.kind}:{words}" if words else self.kind
+
+    @property
+    def never_evicts(self) -> bool:
+        """Whether it can be asked with the full cache only."""
+        return self.kind == STOCK or self.press == FULL_PRESS
+
+    @property
+    def reuses_prefixes(self) -> bool:
+        """Whether a cached prefix changes nothing of what it keeps."""
+        return not str(dict(self.options).get("metric", "")).endswith(ALL_QUERIES)
+
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of ``sglang.Engine`` that belong to the system."""
+        if self.kind == STOCK:
+            return {}
+        options = {"min_budget": MIN_BUDGET} | dict(self.options)
+        return {
+            "kv_compress": True,
+            **{f"kv_compress_{key}": value for key, value in options.items()},
+        }
+
+
+def _value(word: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(word, word)
+
+
+def parse_system(word: str) -> System:
+    """The system of a name.
+
+    Raises
+    ------
+    ValueError
+        With the forms that there are.
+    """
+    kind, _, rest = word.partition(":")
+    if kind not in KINDS or (kind == STOCK and rest) or (kind == KVPRESS and not rest):
+        raise ValueError(
+            f"unknown system {word!r}: stock, ours, ours:OPTION=VALUE,... or "
+            "kvpress:METHOD"
+        )
+    if kind == KVPRESS:
+        return System(kind, press=rest)
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r}: {part!r} is no OPTION=VALUE")
+        options[key.strip().replace("-", "_")] = _value(value.strip())
+    return System(kind, tuple(sorted(options.items())))
+
+
+def parse_systems(words: Iterable[str]) -> list[System]:
+    """Systems of several names, each once."""
+    return list(dict.fromkeys(parse_system(word) for word in words))
