@@ -39,7 +39,7 @@ from sglang_kvc.kernels.decode_schedule import (
     make_decode_workspace,
     num_programs,
 )
-from sglang_kvc.kernels.dispatch import supports_pdl, use_triton
+from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
 
 __all__ = [
@@ -190,7 +190,6 @@ def decode_attention_triton(
     padded_group = triton.next_power_of_2(group)
     padded_dim = triton.next_power_of_2(head_dim)
     tile_bytes = 2 * config.tile * padded_dim * q.element_size()
-    pdl = config.pdl and supports_pdl(q.device)
     num_stages = min(config.num_stages, 2 + 2 * (_TILE_BYTES // tile_bytes))
     k, v, loc, ring = new_tokens or (None, None, None, None)
     strides = [0 if x is None else x.stride(i) for x in (k, v) for i in (0, 1)]
@@ -202,13 +201,8 @@ def decode_attention_triton(
         arena.k,
         arena.v,
         tables.req_to_token,
-        tables.fold_lens,
-        tables.block_offsets,
         tables.packed_pages,
-        slots,
-        seq_lens,
         workspace.cu_tiles,
-        workspace.first_rows,
         workspace.shares,
         workspace.records,
         workspace.partial_out,
@@ -230,7 +224,7 @@ def decode_attention_triton(
         tables.req_to_token.stride(0),
         tables.packed_pages.stride(0),
         workspace.cu_tiles.stride(0),
-        workspace.first_rows.stride(0),
+        workspace.programs,
         workspace.records.stride(0),
         layer,
         batch * heads,
@@ -246,12 +240,9 @@ def decode_attention_triton(
         DP=padded_dim,
         TILE=config.tile,
         PARTS=max(1, min(16, _MERGE_VALUES // (padded_group * padded_dim))),
-        RECORDS=config.records,
-        PDL=pdl,
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
         num_stages=num_stages,
-        launch_pdl=pdl,
     )
     return out
 

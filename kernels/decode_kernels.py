@@ -10,11 +10,6 @@ Logits carry a factor log2(e), so that exp2 serves for exp.
 New tokens may be stored here rather than by `append_kv`. The program whose part ends a
 row writes its newest K and V, and after a barrier reads them like any others: no other
 program reads that cell. Several padding rows may share one; nobody uses what they read.
-
-With programmatic dependent launch (PDL) the programs may be set up while the kernel
-ahead runs, whatever it is. They read and write nothing before gdc_wait, which returns
-when that kernel has ended and its writes are visible. They never tell their dependents
-to launch: partial results and `arrivals`, which layers share, have one user at a time.
 """
 
 import triton
@@ -22,13 +17,13 @@ import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
 from sglang_kvc.kernels.append import store_token
-from sglang_kvc.kernels.decode_rows import merge_parts, row_extent, row_record
+from sglang_kvc.kernels.decode_rows import merge_parts, row_record
 
 
 @triton.jit(
     do_not_specialize=[
         "cu_stride",
-        "first_stride",
+        "planned_programs",
         "records_stride",
         "layer",
         "num_rows",
@@ -39,13 +34,8 @@ def decode_tiles_kernel(
     arena_k,
     arena_v,
     req_to_token,
-    fold_lens,
-    block_offsets,
     packed_pages,
-    slots,
-    seq_lens,
     cu_tiles,
-    first_rows,
     shares,
     records,
     partial_out,
@@ -70,7 +60,7 @@ def decode_tiles_kernel(
     token_table_stride,
     page_table_stride,
     cu_stride,
-    first_stride,
+    planned_programs,
     records_stride,
     layer,
     num_rows,
@@ -86,20 +76,18 @@ def decode_tiles_kernel(
     DP: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
-    RECORDS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (P,): program p attends over tiles [p * share, (p + 1) * share)
     of the layer's list, row part by row part.
 
     Pointers: q, out [B, H * G, D], any token and head stride; arena and tables as in
-    ``layout``; slots, seq_lens [B]; the plan as in ``decode_schedule``: cu_tiles,
-    first_rows, shares and, if RECORDS, records, else row by row from the tables;
-    partial_out [2 P, G, D], partial_max and partial_mass [2 P, G] fp32; arrivals
-    [B * H] int32, 0 before and after; query_lse [slots, LH / H, W, H * G] fp32, or None
-    to record nothing; new_k, new_v [B, H, D], any token and head stride, out_cache_loc
-    [B] int64 and query_ring [slots, LH / H, W, H * G, D], or None to store nothing.
-    Masked lanes of K and V hold 0, of the logits -inf.
+    ``layout``; the plan, cu_tiles, shares and records, as in ``decode_schedule``, of
+    which records has planned_programs ahead of the rows; partial_out [2 P, G, D],
+    partial_max and partial_mass [2 P, G] fp32; arrivals [B * H] int32, 0 before and
+    after; query_lse [slots, LH / H, W, H * G] fp32, or None to record nothing; new_k,
+    new_v [B, H, D], any token and head stride, out_cache_loc [B] int64 and query_ring
+    [slots, LH / H, W, H * G, D], or None to store nothing. Masked lanes of K and V hold
+    0, of the logits -inf.
 
     Who writes what: the program whose part of a row ends it stores its new token and
     query. A row inside one share is written to `out` directly. Otherwise each program
@@ -108,22 +96,17 @@ def decode_tiles_kernel(
     all parts in the order of the programs, so the result does not depend on timing,
     writes `out` and sets the count back to 0. Nobody waits.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     p = tl.program_id(0)
     cu = cu_tiles + layer * cu_stride
     share = tl.load(shares + layer)
     first_tile = p * share
     last_tile = tl.minimum(first_tile + share, tl.load(cu + num_rows))
-    if RECORDS:
-        own = records + layer * records_stride + p * 8
-        row_records = records + layer * records_stride + first_stride * 8
-        slot, first_block, packed_len, fold_len, n = row_record(own)
-        row_first = tl.load(own + 5)
-        row_last = tl.load(own + 6)
-        row = tl.load(own + 7)
-    else:
-        row = tl.load(first_rows + layer * first_stride + p)
+    own = records + layer * records_stride + p * 8
+    row_records = records + layer * records_stride + planned_programs * 8
+    slot, first_block, packed_len, fold_len, n = row_record(own)
+    row_first = tl.load(own + 5)
+    row_last = tl.load(own + 6)
+    row = tl.load(own + 7)
     g = tl.arange(0, GP)
     r = tl.arange(0, GR)
     d = tl.arange(0, DP)
@@ -132,12 +115,6 @@ def decode_tiles_kernel(
 
     tile = first_tile
     while tile < last_tile:
-        if not RECORDS:
-            slot, first_block, packed_len, fold_len, n = row_extent(
-                row, None, layer, fold_lens, block_offsets, slots, seq_lens, LH, H, S
-            )
-            row_first = tl.load(cu + row)
-            row_last = tl.load(cu + row + 1)
         part_last = tl.minimum(row_last, last_tile)
         b = (row // H).to(tl.int64)
         h = row % H
@@ -234,10 +211,9 @@ def decode_tiles_kernel(
                 tl.store(arrivals + row, 0)
         tile = part_last
         row += 1
-        if RECORDS:
-            row_first = row_last
-            if tile < last_tile:
-                slot, first_block, packed_len, fold_len, n = row_record(
-                    row_records + row * 8
-                )
-                row_last = tl.load(cu + row + 1)
+        row_first = row_last
+        if tile < last_tile:
+            slot, first_block, packed_len, fold_len, n = row_record(
+                row_records + row * 8
+            )
+            row_last = tl.load(cu + row + 1)

@@ -42,14 +42,13 @@ class DecodePlan(NamedTuple):
     Attributes
     ----------
     cu_tiles : [L, B * H + 1] int32.
-    first_rows : [L, programs] int32; B * H - 1 for a program without a tile.
     shares : [L] int32.
-    program_records : [L, programs, 8] int32.
+    program_records : [L, programs, 8] int32; of row B * H - 1 for a program without a
+        tile.
     row_records : [L, B * H, 5] int32, the fields in use.
     """
 
     cu_tiles: torch.Tensor
-    first_rows: torch.Tensor
     shares: torch.Tensor
     program_records: torch.Tensor
     row_records: torch.Tensor
@@ -103,14 +102,14 @@ def plan_decode_ref(
     first_end = (cu_tiles.gather(1, first_rows), cu_tiles.gather(1, first_rows + 1))
     own = row_records[torch.arange(num_layers)[:, None], first_rows]
     program_records = torch.cat([own, torch.stack([*first_end, first_rows], -1)], -1)
-    plan = (cu_tiles, first_rows, shares, program_records, row_records)
+    plan = (cu_tiles, shares, program_records, row_records)
     return DecodePlan(*(part.int() for part in plan))
 
 
 @triton.jit(
     do_not_specialize=[
         "cu_stride",
-        "first_stride",
+        "planned_programs",
         "records_stride",
         "num_rows",
         "search_steps",
@@ -122,11 +121,10 @@ def decode_plan_kernel(
     slots,
     seq_lens,
     cu_tiles,
-    first_rows,
     shares,
     records,
     cu_stride,
-    first_stride,
+    planned_programs,
     records_stride,
     num_rows,
     search_steps,
@@ -138,23 +136,22 @@ def decode_plan_kernel(
     MAX_PARTS: tl.constexpr,
     NUM_SMS: tl.constexpr,
     ROW_SLACK: tl.constexpr,
-    RECORDS: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
     PP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Grid (L,): program l plans layer l and writes nothing else.
 
-    Pointers: tables, slots and seq_lens as in the attention kernel; cu_tiles,
-    first_rows, shares and records as in `DecodeWorkspace`, of at least num_rows rows
-    and NUM_PROGRAMS programs. A program without a tile has row num_rows - 1.
+    Pointers: tables as in ``layout``; slots and seq_lens [B]; cu_tiles, shares and
+    records as in `DecodeWorkspace`, of at least num_rows rows and planned_programs >=
+    NUM_PROGRAMS programs. A program without a tile has row num_rows - 1.
     search_steps = ceil(log2(num_rows)); PP is NUM_PROGRAMS rounded up to a power of
     two.
     """
     layer = tl.program_id(0)
     cu = cu_tiles + layer * cu_stride
     own = records + layer * records_stride
-    row_records = own + first_stride * 8
+    row_records = own + planned_programs * 8
     lane = tl.arange(0, CHUNK)
     total = 0
     longest = 0
@@ -165,13 +162,12 @@ def decode_plan_kernel(
         slot, first_block, packed_len, fold_len, n = row_extent(
             row, ok, layer, fold_lens, block_offsets, slots, seq_lens, LH, H, S
         )
-        if RECORDS:
-            record = row_records + row * 8
-            tl.store(record, slot.to(tl.int32), mask=ok)
-            tl.store(record + 1, first_block, mask=ok)
-            tl.store(record + 2, packed_len, mask=ok)
-            tl.store(record + 3, fold_len, mask=ok)
-            tl.store(record + 4, n, mask=ok)
+        record = row_records + row * 8
+        tl.store(record, slot.to(tl.int32), mask=ok)
+        tl.store(record + 1, first_block, mask=ok)
+        tl.store(record + 2, packed_len, mask=ok)
+        tl.store(record + 3, fold_len, mask=ok)
+        tl.store(record + 4, n, mask=ok)
         # Every row has a tile, so that the attention kernel visits and writes it.
         tiles = tl.where(ok, tl.maximum(tl.cdiv(n, TILE), 1), 0)
         tl.store(cu + 1 + row, total + tl.cumsum(tiles, 0), mask=ok)
@@ -211,18 +207,16 @@ def decode_plan_kernel(
         begun = tl.load(cu + middle) <= tile
         low = tl.where(begun, middle, low)
         high = tl.where(begun, high, middle)
-    tl.store(first_rows + layer * first_stride + p, low, mask=is_program)
-    if RECORDS:
-        slot, first_block, packed_len, fold_len, n = row_record(row_records + low * 8)
-        record = own + p * 8
-        tl.store(record, slot.to(tl.int32), mask=is_program)
-        tl.store(record + 1, first_block, mask=is_program)
-        tl.store(record + 2, packed_len, mask=is_program)
-        tl.store(record + 3, fold_len, mask=is_program)
-        tl.store(record + 4, n, mask=is_program)
-        tl.store(record + 5, tl.load(cu + low), mask=is_program)
-        tl.store(record + 6, tl.load(cu + low + 1), mask=is_program)
-        tl.store(record + 7, low, mask=is_program)
+    slot, first_block, packed_len, fold_len, n = row_record(row_records + low * 8)
+    record = own + p * 8
+    tl.store(record, slot.to(tl.int32), mask=is_program)
+    tl.store(record + 1, first_block, mask=is_program)
+    tl.store(record + 2, packed_len, mask=is_program)
+    tl.store(record + 3, fold_len, mask=is_program)
+    tl.store(record + 4, n, mask=is_program)
+    tl.store(record + 5, tl.load(cu + low), mask=is_program)
+    tl.store(record + 6, tl.load(cu + low + 1), mask=is_program)
+    tl.store(record + 7, low, mask=is_program)
 
 
 def plan_decode_triton(
@@ -256,11 +250,10 @@ def plan_decode_triton(
         slots,
         seq_lens,
         workspace.cu_tiles,
-        workspace.first_rows,
         workspace.shares,
         workspace.records,
         workspace.cu_tiles.stride(0),
-        workspace.first_rows.stride(0),
+        workspace.programs,
         workspace.records.stride(0),
         rows,
         max(rows - 1, 0).bit_length(),
@@ -272,7 +265,6 @@ def plan_decode_triton(
         MAX_PARTS=config.max_parts,
         NUM_SMS=programs // config.programs_per_sm,
         ROW_SLACK=config.row_slack,
-        RECORDS=config.records,
         NUM_PROGRAMS=programs,
         PP=triton.next_power_of_2(programs),
         CHUNK=_PLAN_CHUNK,

@@ -17,8 +17,8 @@ def row_extent(
     H: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Where row `row` (scalar or vector) lies: slot (int64), first block, packed
-    entries, fold length, all entries. Lanes outside `mask` give anything.
+    """Where rows `row` lie: slot (int64), first block, packed entries, fold length, all
+    entries. Lanes outside `mask` give anything.
     """
     slot = tl.load(slots + row // H, mask=mask).to(tl.int64)
     seq_len = tl.load(seq_lens + row // H, mask=mask).to(tl.int32)
@@ -31,7 +31,7 @@ def row_extent(
 
 @triton.jit
 def row_record(record):
-    """What `row_extent` gives for one row, from its record: independent loads."""
+    """What `row_extent` gave for a row, from its record: independent loads."""
     return (
         tl.load(record).to(tl.int64),
         tl.load(record + 1),

@@ -35,10 +35,6 @@ class DecodeConfig(NamedTuple):
     row_slack : tiles by which a share may grow for all shares to begin and end with
         rows: then a program works on one row and waits once for tables and query.
         None: the shares are never aligned.
-    records : the plan writes down where each row lies, which the attention kernel
-        otherwise gathers from the tables, by loads that wait for each other.
-    pdl : let the attention kernel be set up before the one ahead of it ends, if the GPU
-        can (``decode_kernels``).
     """
 
     tile: int = 64
@@ -47,10 +43,8 @@ class DecodeConfig(NamedTuple):
     programs_per_sm: int = 3
     min_share: int = 1
     max_registers: int | None = None
-    max_parts: int | None = None
+    max_parts: int | None = 16
     row_slack: int | None = 1
-    records: bool = True
-    pdl: bool = False
 
 
 # By head_dim rounded up to a power of two. At 64 the compiler would take so many
@@ -84,11 +78,11 @@ class DecodeWorkspace(NamedTuple):
     ----------
     cu_tiles : [L, R + 1] int32, the plan: exclusive prefix sum of the rows' tiles, in
         an aligned layer each rounded up to whole shares.
-    first_rows : [L, P] int32, the plan: row of each program's first tile.
     shares : [L] int32, the plan: tiles a program.
     records : [L, P + R, 8] int32, the plan: slot, first block, packed entries, fold
-        length, all entries of a row; of the P rows that programs begin in, with first
-        tile, end tile and row, then of all R rows, the rest unused.
+        length, all entries of a row: where it lies, without the tables, whose loads
+        would wait for each other. First of the P rows that programs begin in, with
+        first tile, end tile and row, then of all R rows, the rest unused.
     partial_out : [2 P, Hq / H, D] fp32, sum of 2 ** (logit - max) V over a part of a
         row, not yet divided by ...
     partial_mass : [2 P, Hq / H] fp32, the sum of 2 ** (logit - max).
@@ -97,13 +91,17 @@ class DecodeWorkspace(NamedTuple):
     """
 
     cu_tiles: torch.Tensor
-    first_rows: torch.Tensor
     shares: torch.Tensor
     records: torch.Tensor
     partial_out: torch.Tensor
     partial_mass: torch.Tensor
     partial_max: torch.Tensor
     arrivals: torch.Tensor
+
+    @property
+    def programs(self) -> int:
+        """P, the most programs a plan here may have."""
+        return self.partial_mass.shape[0] // 2
 
 
 def make_decode_workspace(
@@ -136,7 +134,6 @@ def make_decode_workspace(
     floats = {"dtype": torch.float32, "device": device}
     return DecodeWorkspace(
         torch.empty(num_layers, rows + 1, **ints),
-        torch.empty(num_layers, programs, **ints),
         torch.empty(num_layers, **ints),
         torch.empty(num_layers, programs + rows, 8, **ints),
         torch.empty(2 * programs, group, head_dim, **floats),
@@ -161,8 +158,8 @@ def check_workspace(
 
 def check_programs(workspace: DecodeWorkspace, programs: int) -> None:
     """Raise ValueError if the configuration runs more programs than planned for."""
-    if workspace.first_rows.shape[1] < programs:
+    if workspace.programs < programs:
         raise ValueError(
-            f"workspace is for {workspace.first_rows.shape[1]} programs, not "
-            f"{programs}: make it with the same config"
+            f"workspace is for {workspace.programs} programs, not {programs}: make it "
+            "with the same config"
         )

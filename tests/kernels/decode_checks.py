@@ -1,0 +1,144 @@
+"""What the tests of decode attention share: batches, and one launch checked whole."""
+
+import pytest
+import torch
+
+from sglang_kvc.kernels import decode_schedule
+from sglang_kvc.kernels.append import append_kv_ref
+from sglang_kvc.kernels.decode_attention import (
+    DecodeConfig,
+    DecodeWorkspace,
+    NewTokens,
+    decode_attention_ref,
+    decode_attention_triton,
+    make_decode_workspace,
+    plan_decode_triton,
+)
+from sglang_kvc.kernels.layout import Arena
+from sglang_kvc.kernels.testing import Case
+from tests.kernels import oracles
+
+
+@pytest.fixture
+def one_sm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `programs_per_sm` the number of programs, on every machine."""
+    monkeypatch.setattr(decode_schedule, "_num_sms", lambda device: 1)
+
+
+def make_workspace(
+    case: Case, batch: int, config: DecodeConfig | None = None
+) -> DecodeWorkspace:
+    """Allocate the workspace of `batch` requests in the arena of `case`."""
+    arena = case.arena
+    return make_decode_workspace(
+        batch,
+        arena.num_kv_heads * case.group,
+        arena.head_dim,
+        arena.k.device,
+        arena.num_kv_heads,
+        arena.num_layers,
+        config,
+    )
+
+
+def make_batch(
+    case: Case, padding: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, slots, seq_lens of one decode step; `padding` rows of slot 0 at the end."""
+    ring, device = case.query_ring, case.arena.k.device
+    slots = torch.tensor([*case.slots, *[0] * padding], device=device)
+    seq_lens = torch.tensor([*case.seq_lens, *[1] * padding], device=device)
+    shape = (len(slots), *ring.shape[-2:])
+    return torch.randn(shape, dtype=ring.dtype, device=device), slots, seq_lens.int()
+
+
+def make_new_tokens(case: Case, slots: torch.Tensor) -> NewTokens:
+    """K and V, strided, for the newest positions of `case`, whose cells become NaN."""
+    arena, tables = case.arena, case.tables
+    last = torch.zeros_like(slots)
+    last[: len(case.slots)] = torch.tensor(case.seq_lens, device=slots.device) - 1
+    cells = tables.req_to_token[slots, last].long()
+    size = (len(slots), 2 * arena.num_kv_heads + 3, arena.head_dim)
+    fused = torch.randn(size, device=slots.device).to(arena.k.dtype)
+    k, v = fused[:, 1:-2].chunk(2, dim=1)
+    live = cells[: len(case.slots)]
+    for part, poison in zip(arena, (torch.nan, torch.nan, -1.0), strict=True):
+        part[live // 16, :, :, live % 16] = poison
+    return NewTokens(k, v, cells, case.query_ring)
+
+
+def check(
+    case: Case, layer: int = 0, padding: int = 0, config: DecodeConfig | None = None
+) -> None:
+    """Run the kernel in a poisoned, too large workspace; compare with the oracle.
+
+    Also: a second call, which records log-sum-exps, gives the same, and no count of
+    arrivals stays behind.
+    """
+    arena, live = case.arena, len(case.slots)
+    q, slots, seq_lens = make_batch(case, padding)
+    scale = arena.head_dim**-0.5
+    workspace = make_workspace(case, len(slots) + 1, config)
+    shape = (arena.num_layers, arena.num_kv_heads)
+    plan_decode_triton(case.tables, slots, seq_lens, *shape, workspace, config)
+    args = (q, arena, layer, case.tables, slots, seq_lens, scale)
+    out = decode_attention_triton(*args, workspace=workspace, config=config)
+    assert out.dtype == q.dtype
+    assert out.isfinite().all()
+    working = decode_attention_ref(*args, upcast=False)
+    truth = oracles.decode(case, q[:live], layer, scale)
+    oracles.assert_arith(out[:live], working[:live], truth)
+    lse = torch.full_like(case.query_lse, torch.nan)
+    recording = {"workspace": workspace, "query_lse": lse}
+    again = decode_attention_triton(*args, **recording, config=config)
+    assert torch.equal(out, again)
+    assert not workspace.arrivals.any()
+    check_lse(case, q, layer, scale, lse)
+    lse.fill_(torch.nan)
+    decode_attention_ref(*args, query_lse=lse)
+    check_lse(case, q, layer, scale, lse)
+
+
+def check_lse(
+    case: Case, q: torch.Tensor, layer: int, scale: float, lse: torch.Tensor
+) -> None:
+    """Each request's newest query is recorded, and nothing else but slot 0."""
+    rows = torch.tensor(case.seq_lens, device=lse.device) - 1
+    slots = torch.tensor(case.slots, device=lse.device)
+    cell = (slots, layer, rows % lse.shape[2])
+    truth = oracles.decode_lse(case, q[: len(slots)], layer, scale)
+    torch.testing.assert_close(lse[cell].double(), truth, atol=1e-3, rtol=0)
+    lse[cell] = torch.nan
+    assert lse[1:].isnan().all()
+
+
+def check_new_tokens(
+    case: Case, layer: int = 0, padding: int = 0, config: DecodeConfig | None = None
+) -> None:
+    """One launch writes bit for bit what `append_kv_ref` does, and attends to it."""
+    q, slots, seq_lens = make_batch(case, padding)
+    live, window = len(case.slots), case.query_ring.shape[2]
+    new = make_new_tokens(case, slots)
+    mine = case._replace(
+        arena=Arena(*(part.clone() for part in case.arena)),
+        query_ring=case.query_ring.clone(),
+        query_lse=case.query_lse.clone(),
+    )
+    ring_index = slots * window + (seq_lens.long() - 1) % window
+    append_kv_ref(*new[:2], q, case.arena, layer, *new[2:], ring_index)
+
+    scale = case.arena.head_dim**-0.5
+    args = (layer, case.tables, slots, seq_lens, scale)
+    run = {"query_lse": mine.query_lse, "config": config}
+    new = new._replace(query_ring=mine.query_ring)
+    out = decode_attention_triton(q, mine.arena, *args, **run, new_tokens=new)
+    working = decode_attention_ref(q, case.arena, *args, upcast=False)
+    truth = oracles.decode(case, q[:live], layer, scale)
+    oracles.assert_arith(out[:live], working[:live], truth)
+    check_lse(case, q, layer, scale, mine.query_lse)
+    # All but the padding page and the padding slot, where padding rows meet.
+    for ours, theirs in zip(mine.arena, case.arena, strict=True):
+        torch.testing.assert_close(ours[1:], theirs[1:], atol=0, rtol=0, equal_nan=True)
+    assert torch.equal(mine.query_ring[1:], case.query_ring[1:])
+    separate = decode_attention_triton(q, case.arena, *args, config=config)
+    assert torch.equal(out[:live], separate[:live])

@@ -1,0 +1,144 @@
+"""`decode_attention` with `NewTokens`: it stores what `append_kv` would, bit by bit."""
+
+import pytest
+import torch
+
+from sglang_kvc.kernels.append import append_kv
+from sglang_kvc.kernels.decode_attention import (
+    DecodeConfig,
+    NewTokens,
+    decode_attention,
+    decode_attention_triton,
+    plan_decode_triton,
+)
+from sglang_kvc.kernels.testing import make_case
+from tests.kernels.decode_checks import (
+    check_new_tokens,
+    make_batch,
+    make_new_tokens,
+    make_workspace,
+)
+from tests.kernels.decode_checks import one_sm as one_sm
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("one_sm")
+@pytest.mark.parametrize("programs", [3, 40])
+@pytest.mark.parametrize(
+    ("seq_lens", "folds", "padding"),
+    [
+        pytest.param([1, 1], [0, 0], 3, id="first-token"),
+        pytest.param([17, 33, 16, 65], [0, 0, 0, 0], 0, id="page-starts-and-ends"),
+        pytest.param([65, 129, 200], [64, 128, 176], 2, id="packed-and-tail"),
+        pytest.param([640], [0], 0, id="a-row-over-many-programs"),
+        pytest.param([16] * 9, [0] * 9, 1, id="many-rows-a-program"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("group", "dim", "dtype", "switches"),
+    [
+        (3, 64, torch.float32, {}),
+        (7, 96, torch.float16, {"row_slack": None, "max_parts": None}),
+    ],
+)
+def test_new_tokens_are_stored_and_seen(
+    seq_lens: list[int],
+    folds: list[int],
+    padding: int,
+    programs: int,
+    group: int,
+    dim: int,
+    dtype: torch.dtype,
+    switches: dict,
+    device: str,
+) -> None:
+    case = make_case(
+        len(seq_lens), 2, 2, group, dim, seq_lens, folds, dtype=dtype, device=device
+    )
+    config = DecodeConfig(16, programs_per_sm=programs, **switches)
+    check_new_tokens(case, layer=1, padding=padding, config=config)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("one_sm")
+def test_new_token_of_a_head_without_others(device: str) -> None:
+    """Head 0 kept nothing, and the tail begins with the newest token."""
+    case = make_case(2, 1, 2, 2, 64, [33, 65], [32, 64], [2, 3], device=device)
+    case.tables.block_offsets[case.slots, 1] = 0
+    check_new_tokens(case, config=DecodeConfig(16, programs_per_sm=4))
+
+
+def test_reference_stores_new_tokens() -> None:
+    case = make_case(2, 2, 2, 2, 16, [52, 19], [32, 0], dtype=torch.bfloat16)
+    q, slots, seq_lens = make_batch(case, padding=1)
+    new = make_new_tokens(case, slots)
+    args = (q, case.arena, 1, case.tables, slots, seq_lens, 0.25)
+    out = decode_attention(*args, new_tokens=new)
+    for b, (slot, last) in enumerate(zip(case.slots, (51, 18), strict=True)):
+        page, offset = divmod(int(new.out_cache_loc[b]), 16)
+        assert torch.equal(case.arena.k[page, 1, :, offset], new.k[b])
+        assert torch.equal(case.arena.v[page, 1, :, offset], new.v[b])
+        assert not case.arena.score[page, 1, :, offset].any()
+        assert torch.equal(case.query_ring[slot, 1, last % 8], q[b])
+    assert torch.equal(out, decode_attention(*args))
+
+
+@pytest.mark.interpreter
+def test_rings_of_other_lengths_are_refused(device: str) -> None:
+    case = make_case(1, 1, 1, 1, 16, [20], device=device)
+    q, slots, seq_lens = make_batch(case)
+    new = make_new_tokens(case, slots)
+    args = (q, case.arena, 0, case.tables, slots, seq_lens, 0.25)
+    with pytest.raises(ValueError, match="\\[3, 8\\] rows"):
+        decode_attention_triton(
+            *args, query_lse=case.query_lse[:, :, :3], new_tokens=new
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 49, 900])
+def test_gpu_graph_of_layers_with_new_tokens(tokens: int, device: str) -> None:
+    """Replays, each with K, V of its own a layer, equal append and decode, bit by bit.
+
+    Every replay overwrites the cells: one that read the old ones would show.
+    """
+    layers, batch = 6, 16
+    shape = {"dtype": torch.bfloat16, "device": device}
+    case = make_case(batch, layers, 8, 4, 128, [tokens] * batch, **shape)
+    q, slots, seq_lens = make_batch(case, padding=3)
+    cells = make_new_tokens(case, slots).out_cache_loc
+    ring_index = slots * 8 + (seq_lens.long() - 1) % 8
+    workspace = make_workspace(case, len(slots))
+    kvs = [torch.randn(layers, len(slots), 8, 128, **shape) for _ in range(2)]
+    outs = [torch.empty_like(q) for _ in range(layers)]
+    lses = [case.query_lse.clone() for _ in range(2)]
+
+    def step(fused: bool) -> None:
+        plan_decode_triton(case.tables, slots, seq_lens, layers, 8, workspace)
+        for layer, out in enumerate(outs):
+            k, v = (part[layer] for part in kvs)
+            new = NewTokens(k, v, cells, case.query_ring) if fused else None
+            if not fused:
+                arena = (case.arena, layer, cells, case.query_ring, ring_index)
+                append_kv(k, v, q, *arena)
+            args = (q, case.arena, layer, case.tables, slots, seq_lens, 0.1, out)
+            decode_attention_triton(*args, workspace, lses[fused], new)
+
+    step(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(True)
+    for _ in range(20):
+        for part in (*kvs, q):
+            part.normal_()
+        graph.replay()
+        outputs = [out[:batch].clone() for out in outs]
+        written = [part[1:].clone() for part in (*case.arena, case.query_ring)]
+        step(False)
+        for ours, theirs in zip(outputs, outs, strict=True):
+            assert torch.equal(ours, theirs[:batch])
+        for ours, theirs in zip(written, (*case.arena, case.query_ring), strict=True):
+            assert torch.equal(ours.nan_to_num(7.0), theirs[1:].nan_to_num(7.0))
+        ours, theirs = (part[1:].nan_to_num(7.0) for part in lses)
+        assert torch.equal(ours, theirs)
+    assert not workspace.arrivals.any()
