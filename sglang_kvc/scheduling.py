@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 PASS_TOKENS_PER_STEP = 8192
 """Resident tokens (per head on average) that the passes of a decode step read."""
 
+ROOM_PER_REQUEST = 4 * PAGE_SIZE
+"""Free tokens a request, below which passes are settled as early as possible."""
+
 MAX_DELAY_STEPS = 8
 """Steps that a due pass may be put off to spread the passes of a batch."""
 
@@ -209,10 +212,17 @@ class PassScheduler:
         """Before ``get_next_batch_to_run``: settle the passes of the last step.
 
         With the overlap scheduler its result comes later, but all that is needed of it
-        is known: every token below the fold was an input of that step.
+        is known: every token below the fold was an input of that step. While nobody
+        waits for the memory it is left to the result: here it delays the next step.
         """
         launched, self.launched = self.launched, []
-        self.settle(scheduler, launched)
+        allocator = scheduler.token_to_kv_pool_allocator
+        last = scheduler.last_batch
+        running = len(scheduler.running_batch.reqs) + (len(last.reqs) if last else 0)
+        if scheduler.waiting_queue or allocator.available_size() < (
+            running * ROOM_PER_REQUEST
+        ):
+            self.settle(scheduler, launched)
 
     def settle(self, scheduler: Any, records: list[PassRecord]) -> None:
         """Give back what passes have freed, before their results are processed.
@@ -221,11 +231,15 @@ class PassScheduler:
         stream on which the pass was launched.
         """
         due = [record for record in records if not record.closed]
+        if not due:
+            return
+        allocator = scheduler.token_to_kv_pool_allocator
+        allocator.free_group_begin()
         for record in due:
             settle_record(scheduler.tree_cache, record)
-        if due:
-            # SGLang looks at the queue again only when a request has ended.
-            scheduler.running_batch.batch_is_full = False
+        allocator.free_group_end()
+        # SGLang looks at the queue again only when a request has ended.
+        scheduler.running_batch.batch_is_full = False
 
 
 def settle_record(tree_cache: Any, record: PassRecord) -> None:

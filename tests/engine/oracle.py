@@ -3,16 +3,31 @@
 No pages, no arena, no ring, no kernels of ours: every KV stays in the Hugging Face
 cache, evicted ones are masked, scores are kept per logical position, and selection is
 a Python loop over heads and blocks. Paper: arXiv 2410.00161, Algorithm 1, eq. 6-10, 20.
+
+Metrics other than the paper's, allocations other than the joint one and the floor per
+head are written out here once more, from their definitions.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 BLOCK = 16
+ATTENTION = ("l2", "l1", "value_norm")
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a KV is worth and who shares a budget, named as the server's options."""
+
+    metric: str = "l2"
+    allocation: str = "joint"
+    head_floor: int = 0
 
 
 @dataclass
@@ -21,10 +36,11 @@ class OraclePass:
 
     kept : positions kept below the fold, per (layer, head) in layer-major order.
     evicted_blocks : e_h per head.
-    scores : score of every logical position, [heads, length].
-    prices : price_h[k] per head.
+    scores : score of every logical position, [heads, length]; inf for those that sinks
+        and protection keep.
+    prices : price_h[k] per head; inf for a block that the floor keeps.
     competing : positions that competed, per head.
-    threshold : price of the last block evicted.
+    thresholds : per head, price of the last block evicted among those it competes with.
     """
 
     kept: list[list[int]]
@@ -32,7 +48,7 @@ class OraclePass:
     scores: torch.Tensor
     prices: list[list[float]]
     competing: list[list[int]]
-    threshold: float
+    thresholds: list[float]
 
 
 class Oracle:
@@ -57,12 +73,20 @@ class Oracle:
         self.window, self.protected = window, protected
         self.sinks, self.pool = sinks, pool
 
-    def start(self, ids: list[int]) -> None:
-        """Run a prompt, or its first chunk, with full attention."""
+    def start(
+        self, ids: list[int], policy: Policy | None = None, slot: int = 0
+    ) -> None:
+        """Run a prompt, or its first chunk, with full attention.
+
+        `slot`: the server's row of the request, which random draws depend on.
+        """
+        self.policy, self.slot = policy or Policy(), slot
         self.length = len(ids)
         self.visible = torch.ones(self.layers, self.heads, 0, dtype=torch.bool)
         self.scores = torch.zeros(self.layers * self.heads, 0)
         self.seen: dict[int, list[torch.Tensor]] = {}
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
         self.fold, self.observed, self.cache = 0, 0, None
         self._forward(ids)
 
@@ -85,6 +109,7 @@ class Oracle:
         del attention_mask, kwargs
         layer, new = module.layer_idx, query.shape[2]
         n = key.shape[2]
+        self.keys[layer], self.values[layer] = key[0], value[0]
         key = key.repeat_interleave(self.group, 1)
         value = value.repeat_interleave(self.group, 1)
         logits = (query @ key.transpose(2, 3))[0] * scaling
@@ -92,9 +117,10 @@ class Oracle:
         causal = torch.arange(n)[None] <= q_pos[:, None]
         mask = self.visible[layer].repeat_interleave(self.group, 0)[:, None] & causal
         probs = logits.masked_fill(~mask, float("-inf")).softmax(-1)
+        power = 1 if self.policy.metric == "l1" else 2
         for row in range(max(new - self.window, 0), new):
-            squared = probs[:, row].view(self.heads, self.group, n).square().sum(1)
-            self.seen.setdefault(n - new + row, []).append(squared)
+            mass = probs[:, row].view(self.heads, self.group, n).pow(power).sum(1)
+            self.seen.setdefault(n - new + row, []).append(mass)
         out = (probs @ value[0])[None].transpose(1, 2)
         return out, None
 
@@ -104,13 +130,100 @@ class Oracle:
         `pool_tail`: the tokens since the last pass are prompt, so their new scores
         are pooled among themselves.
         """
-        pooled = pool_tail or self.fold == 0
+        if self.policy.metric in ATTENTION:
+            self._add_attention(pooled=pool_tail or self.fold == 0)
+        else:
+            self._score_entries()
+        total = self.layers * self.heads
+        fold = self.length // BLOCK * BLOCK
+        flat = self.visible.view(total, -1)
+        competing = [[p for p in range(fold) if flat[h, p]] for h in range(total)]
+        floor_blocks = -(-self.policy.head_floor // BLOCK)
+        ranked, prices, candidates = [], [], []
+        scores, inf = self.scores.clone(), float("inf")
+        for h, positions in enumerate(competing):
+            scores[h, positions[: self.sinks]] = inf
+            scores[h, self.length - self.protected :] = inf
+            score = scores[h].tolist()
+            order = sorted(positions, key=score.__getitem__)
+            ranked.append(order)
+            price = [score[p] for p in order[BLOCK - 1 :: BLOCK]]
+            # The floor keeps what the head would lose last.
+            open_blocks = max(len(price) - floor_blocks, 0)
+            prices.append(price[:open_blocks] + [inf] * (len(price) - open_blocks))
+            candidates.append([(p, h, k) for k, p in enumerate(price[:open_blocks])])
+        held = sum(len(c) for c in competing) // BLOCK
+        evict = held - budget // BLOCK * total
+        groups = {"joint": 1, "layer": self.layers, "head": total}
+        size = total // groups[self.policy.allocation]
+        evicted, thresholds = [0] * total, []
+        for first in range(0, total, size):
+            rivals = sorted(sum(candidates[first : first + size], []))
+            blocks = rivals[: evict * size // total]
+            for _, h, _ in blocks:
+                evicted[h] += 1
+            thresholds += [blocks[-1][0]] * size
+        kept = [sorted(ranked[h][BLOCK * evicted[h] :]) for h in range(total)]
+        self.fold, self.observed = fold, self.length
+        self.ranked = ranked
+        return OraclePass(kept, evicted, scores, prices, competing, thresholds)
+
+    def replay(
+        self,
+        output: list[int],
+        lengths: list[int],
+        passes: list[list[list[int]]],
+        budget: int,
+        tie: float,
+    ) -> int:
+        """Follow a started request through its served passes.
+
+        Parameters
+        ----------
+        output : tokens that the server decoded.
+        lengths : logical length at each pass.
+        passes : kept positions of each, per head.
+        budget : tokens that each keeps per head on average.
+        tie : scores closer than this (relative) may go either way; 0 for none.
+
+        Returns
+        -------
+        int
+            Positions on which server and oracle differ, over all passes and heads.
+
+        Raises
+        ------
+        AssertionError
+            A pass keeps another number of KVs, or differs by more than near-ties.
+        """
+        differing, tokens = 0, iter(output)
+        for length, kept in zip(lengths, passes, strict=True):
+            if length > self.length:
+                self.extend(list(itertools.islice(tokens, length - self.length)))
+            assert self.length == length
+            result = self.run_pass(budget)
+            assert sum(map(len, kept)) == budget * self.layers * self.heads
+            if tie:
+                problems = explain_difference(result, self.ranked, kept, tie)
+            else:
+                problems = _differing_heads(result.kept, kept)
+            assert not problems, (len(problems), problems[:5])
+            pairs = zip(kept, result.kept, strict=True)
+            differing += sum(len(set(a) ^ set(b)) for a, b in pairs)
+            # A near-tie that went the other way must not hide a later difference.
+            self.apply(kept)
+        return differing
+
+    def _add_attention(self, pooled: bool) -> None:
+        """Add what the observed queries paid, the paper's eq. 6-8."""
         total = self.layers * self.heads
         start = max(self.observed, self.length - self.window, 0)
         added = torch.zeros(total, self.length)
         for pos in range(start, self.length):
             rows = torch.cat(self.seen[pos])  # layers appended in order
             added[:, : rows.shape[1]] += rows
+        if self.policy.metric == "value_norm":
+            added *= self._per_head(self.values).square().sum(2).sqrt()
         self.scores += added
         if pooled and self.pool > 1:
             # Pooled together with what a short rest of the last chunk has scored.
@@ -120,33 +233,38 @@ class Oracle:
                 stride=1,
                 padding=self.pool // 2,
             )[0]
-        fold = self.length // BLOCK * BLOCK
-        flat = self.visible.view(total, -1)
-        competing = [[p for p in range(fold) if flat[h, p]] for h in range(total)]
-        ranked, prices = [], []
-        for h, positions in enumerate(competing):
-            forced = set(positions[: self.sinks])
-            forced |= {p for p in positions if p >= self.length - self.protected}
-            inf = float("inf")
-            score = self.scores[h].tolist()
-            order = sorted(positions, key=lambda p: inf if p in forced else score[p])
-            value = [inf if p in forced else score[p] for p in order]
-            ranked.append(order)
-            prices.append(value[BLOCK - 1 :: BLOCK])
-        held = sum(len(c) for c in competing) // BLOCK
-        evict = held - budget // BLOCK * total
-        blocks = sorted(
-            (price, h, k) for h in range(total) for k, price in enumerate(prices[h])
-        )[:evict]
-        evicted = [0] * total
-        for _, h, _ in blocks:
-            evicted[h] += 1
-        kept = [sorted(ranked[h][BLOCK * evicted[h] :]) for h in range(total)]
-        self.fold, self.observed = fold, self.length
-        self.ranked = ranked
-        return OraclePass(
-            kept, evicted, self.scores.clone(), prices, competing, blocks[-1][0]
-        )
+
+    def _score_entries(self) -> None:
+        """Score what is visible by keys, places or draws; no query is looked at."""
+        keys = self._per_head(self.keys)
+        visible = self.visible.view(len(keys), -1)
+        for h in range(len(keys)):
+            entries = [p for p in range(self.length) if visible[h, p]]
+            if self.policy.metric == "key_similarity":
+                own = keys[h, entries].double()
+                own /= own.norm(dim=1, keepdim=True)
+                mean = own.mean(0)
+                score = (1 - own @ mean / mean.norm()).clamp(min=0).tolist()
+            elif self.policy.metric == "recency":
+                score = [1 / (len(entries) - i) for i in range(len(entries))]
+            elif self.policy.metric == "random":
+                # A draw stays: 0 says that there was none.
+                stored = self.scores[h].tolist()
+                score = [stored[p] or self._draw(h, p) for p in entries]
+            else:
+                raise ValueError(f"the oracle knows no metric {self.policy.metric!r}")
+            self.scores[h, entries] = torch.tensor(score, dtype=torch.float32)
+
+    def _per_head(self, by_layer: dict[int, torch.Tensor]) -> torch.Tensor:
+        """The cache of all layers, [heads, length, head_dim]."""
+        return torch.cat([by_layer[layer] for layer in range(self.layers)])
+
+    def _draw(self, head: int, pos: int) -> float:
+        """A number in (0, 1) from seed, slot, length, head and position."""
+        hashed = SEED
+        for part in (self.slot, self.length, head, pos):
+            hashed = _hash32(hashed) ^ part
+        return ((_hash32(hashed) >> 9) + 0.5) / 2**23
 
     def apply(self, kept: list[list[int]]) -> None:
         """Mask everything below the fold that is not in `kept` (per head)."""
@@ -154,6 +272,21 @@ class Oracle:
         flat[:, : self.fold] = False
         for h, positions in enumerate(kept):
             flat[h, positions] = True
+
+
+def _hash32(x: int) -> int:
+    """An integer hash of 32 bits."""
+    x = (x ^ (x >> 15)) * 0x2C1B3C6D % 2**32
+    x = (x ^ (x >> 12)) * 0x297A2D39 % 2**32
+    return x ^ (x >> 15)
+
+
+def _differing_heads(expected: list[list[int]], kept: list[list[int]]) -> list[str]:
+    return [
+        f"head {h}: kept {sorted(set(own) ^ set(want))[:8]}, ... by one side only"
+        for h, (want, own) in enumerate(zip(expected, kept, strict=True))
+        if want != own
+    ]
 
 
 def explain_difference(
@@ -167,7 +300,9 @@ def explain_difference(
     """
 
     def near(a: float, b: float) -> bool:
-        return abs(a - b) <= tol * max(abs(a), abs(b), 1e-12)
+        scale = max(abs(a), abs(b), 1e-12)
+        # What must stay (inf) is near nothing.
+        return scale < float("inf") and abs(a - b) <= tol * scale
 
     problems = []
     for h, own in enumerate(kept):
@@ -176,10 +311,10 @@ def explain_difference(
         e_served = (len(result.competing[h]) - len(own)) // BLOCK
         lo, hi = sorted((e_served, result.evicted_blocks[h]))
         for k in range(lo, hi):
-            if not near(result.prices[h][k], result.threshold):
+            if not near(result.prices[h][k], result.thresholds[h]):
                 problems.append(
                     f"head {h}: block {k} costs {result.prices[h][k]:.3e}, "
-                    f"threshold {result.threshold:.3e}"
+                    f"threshold {result.thresholds[h]:.3e}"
                 )
         cut = BLOCK * e_served
         expected = set(ranked[h][cut:])

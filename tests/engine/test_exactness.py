@@ -6,7 +6,7 @@ import pytest
 
 from sglang_kvc.request_state import floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
-from tests.engine.oracle import Oracle, explain_difference
+from tests.engine.oracle import Oracle
 from tests.engine.texts import prompt
 from tests.engine.tracer import PassTracer
 
@@ -42,26 +42,13 @@ def test_kept_positions_equal_the_oracle(
         # Passes are due when the tail holds one interval of whole pages.
         new = floor_page(length) + PASSES_AFTER_PREFILL * interval - length + 4
         out = fresh.serve([Request("x", ids, max_new=new, kv={"budget": budget})])["x"]
-    (passes,) = tracer.kept.values()
-    assert len(passes) == PASSES_AFTER_PREFILL + 1
+    (passes,), (lengths,) = tracer.kept.values(), tracer.lengths.values()
     assert out.kv[-1]["passes"] == len(passes)
+    folds = [floor_page(length) + i * interval for i in range(PASSES_AFTER_PREFILL + 1)]
+    assert lengths == [length, *folds[1:]]
 
     oracle.start(ids)
-    folds = [floor_page(length)]
-    folds += [folds[0] + (i + 1) * interval for i in range(PASSES_AFTER_PREFILL)]
-    tokens, differing = iter(out.ids), 0
-    for fold, kept in zip(folds, passes, strict=True):
-        while oracle.length < max(fold, length):
-            oracle.extend([next(tokens)])
-        result = oracle.run_pass(budget)
-        assert sum(map(len, kept)) == budget * oracle.layers * oracle.heads
-        problems = explain_difference(result, oracle.ranked, kept, TIE)
-        assert not problems, problems[:5]
-        differing += sum(
-            len(set(a) ^ set(b)) for a, b in zip(kept, result.kept, strict=True)
-        )
-        # A near-tie that went the other way must not hide a later difference.
-        oracle.apply(kept)
+    differing = oracle.replay(out.ids, lengths, passes, budget, TIE)
     total = len(passes) * budget * oracle.layers * oracle.heads
     assert differing <= 0.002 * total, f"{differing} of {total} kept KVs differ"
     # The budget is really dealt out unevenly, else this test shows little.

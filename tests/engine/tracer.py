@@ -16,11 +16,13 @@ class PassTracer:
     Attributes
     ----------
     kept : for each slot, a list over passes of [heads] lists of positions.
+    lengths : for each slot, the logical length at each of these passes.
     """
 
     def __init__(self, runtime: Any) -> None:
         self.runtime = runtime
         self.kept: dict[int, list[list[list[int]]]] = {}
+        self.lengths: dict[int, list[int]] = {}
         self._original = eviction.select_entries
         self._pack = eviction.pack_entries
         self._row_position: dict[int, dict[int, int]] = {}
@@ -61,6 +63,7 @@ class PassTracer:
                 for h in range(heads)
             ]
             self.kept.setdefault(slot, []).append(kept)
+            self.lengths.setdefault(slot, []).append(int(plan.seq_lens[r]))
             entry = torch.arange(base, base + offsets[-1])
             page = dest_pages[entry // (PAGE_SIZE * heads)]
             block = page * heads + entry // PAGE_SIZE % heads

@@ -1,0 +1,109 @@
+"""Every metric, allocation and floor keeps what the slow oracle keeps.
+
+One short prompt each, other text for every case: a pass behind the prefill and a
+periodic one. ``KVC_PROMPTS`` serves more of them (20 take some 15 minutes on one core);
+``-rP`` shows how many near-ties went the other way::
+
+    KVC_PROMPTS=20 python -m pytest -rP tests/engine/test_policies.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from sglang_kvc.eviction import PassRunner
+from sglang_kvc.request_state import ceil_page, floor_page
+from tests.engine.inprocess import InProcessScheduler, Request
+from tests.engine.oracle import Oracle, Policy
+from tests.engine.texts import prompt
+from tests.engine.tracer import PassTracer
+
+PROMPTS = int(os.environ.get("KVC_PROMPTS", "1"))
+
+POLICIES = [
+    Policy("l2"),
+    Policy("l1"),
+    Policy("value_norm"),
+    Policy("key_similarity"),
+    Policy("recency"),
+    Policy("random"),
+    Policy("l2", "layer"),
+    Policy("l2", "head"),
+    # Four blocks; sinks and protected tokens alone keep three.
+    Policy("l2", head_floor=60),
+]
+# fp32 sums in another order; what needs no sum is exact.
+TIE = 1e-3
+EXACT = ("recency", "random")
+STRIDE = 512
+
+
+@pytest.fixture(scope="module")
+def oracle(model_path: str, scheduler: InProcessScheduler) -> Oracle:
+    options = scheduler.allocator.get_kvcache().runtime.options
+    return Oracle(
+        model_path, options.window, options.protected, options.sinks, options.pool
+    )
+
+
+@pytest.fixture(
+    params=POLICIES, ids=lambda p: f"{p.metric}-{p.allocation}-{p.head_floor}"
+)
+def policy(
+    fresh: InProcessScheduler, request: pytest.FixtureRequest
+) -> Iterator[Policy]:
+    """A policy that the live scheduler follows, as if started with it."""
+    runtime = fresh.allocator.get_kvcache().runtime
+    before = runtime.options, runtime.passes
+    runtime.options = dataclasses.replace(
+        runtime.options, **dataclasses.asdict(request.param)
+    )
+    runtime.passes = PassRunner(runtime, runtime.passes.sm_scale)
+    yield request.param
+    runtime.options, runtime.passes = before
+
+
+def test_kept_positions_equal_the_oracle(
+    fresh: InProcessScheduler, oracle: Oracle, model_path: str, policy: Policy
+) -> None:
+    """In both passes, in every layer and head."""
+    runtime = fresh.allocator.get_kvcache().runtime
+    differing = total = 0
+    for i in range(PROMPTS):
+        number = POLICIES.index(policy) * PROMPTS + i
+        length, budget = 300 + 61 * number % 200, 96 + 16 * (number % 3)
+        ids = prompt(model_path, STRIDE * number, length)
+        last = floor_page(length) + runtime.options.interval
+        with PassTracer(runtime) as tracer:
+            request = Request("x", ids, last - length + 3, kv={"budget": budget})
+            out = fresh.serve([request])["x"]
+        ((slot, passes),) = tracer.kept.items()
+        assert tracer.lengths[slot] == [length, last]
+        for kept in passes:
+            _check_shares(policy, kept, budget, oracle)
+
+        oracle.start(ids, policy, slot)
+        tie = 0 if policy.metric in EXACT else TIE
+        differing += oracle.replay(out.ids, [length, last], passes, budget, tie)
+        total += len(passes) * budget * oracle.layers * oracle.heads
+    print(f"{PROMPTS} prompts: {differing} of {total} kept KVs differ, all near-ties")
+    assert differing <= 0.002 * total, f"{differing} of {total} kept KVs differ"
+
+
+def _check_shares(
+    policy: Policy, kept: list[list[int]], budget: int, oracle: Oracle
+) -> None:
+    """The budget is dealt out as the policy says, and unevenly where it may be."""
+    sizes = [len(positions) for positions in kept]
+    heads = oracle.heads
+    layers = {sum(sizes[i : i + heads]) for i in range(0, len(sizes), heads)}
+    # Recency prices all heads alike.
+    level = policy.metric == "recency"
+    assert (set(sizes) == {budget}) == (level or policy.allocation == "head")
+    assert (layers == {budget * heads}) == (level or policy.allocation != "joint")
+    if policy.head_floor:
+        assert min(sizes) == ceil_page(policy.head_floor)
