@@ -16,7 +16,7 @@ from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.kernels.observe import pool_scores
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
-from sglang_kvc.kernels.select import select_entries
+from sglang_kvc.kernels.select import SelectedEntries, select_entries
 from sglang_kvc.memory import count_bytes, pass_head_bytes, pass_workspace_tokens
 from sglang_kvc.scorers import ScoreContext, Scorer, get_scorer
 
@@ -34,7 +34,7 @@ def run_pass(
     sinks: int,
     groups: int = 1,
     floor_blocks: int = 0,
-) -> None:
+) -> SelectedEntries:
     """Score, pool, select, pack and commit the requests of ``context.plan``.
 
     Parameters
@@ -44,6 +44,10 @@ def run_pass(
     dest_pages : [pages kept] int64, fresh pages for the survivors in plan order.
     pool, sinks : as in `KVCompressOptions`.
     groups, floor_blocks : as in `select_entries`.
+
+    Returns
+    -------
+    SelectedEntries : the survivors.
     """
     arena, tables, plan = context.arena, context.tables, context.plan
     heads = arena.heads_per_page
@@ -53,6 +57,7 @@ def run_pass(
     selected = select_entries(scores, heads, tables, plan, sinks, groups, floor_blocks)
     pack_entries(arena, selected, dest_pages, plan)
     commit_tables(tables, arena, selected, plan, dest_pages, scores)
+    return selected
 
 
 class PassRunner:
@@ -132,11 +137,18 @@ class PassRunner:
         protected = self.runtime.options.protected
         requests = [_plan_request(r, heads, protected) for r in records]
         pages = torch.cat([r.target[::PAGE_SIZE] // PAGE_SIZE for r in records])
-        self._launch(requests, pages, self.runtime.options.sinks)
+        selected = self._launch(requests, pages, self.runtime.options.sinks)
+        for record, blocks in zip(records, selected.block_offsets, strict=True):
+            if record.state.policy.request.report_heads:
+                # The step's result, which is waited for, comes behind this copy.
+                record.head_blocks = torch.empty(
+                    blocks.shape, dtype=blocks.dtype, pin_memory=self.runtime.on_gpu
+                )
+                record.head_blocks.copy_(blocks, non_blocking=True)
 
     def _launch(
         self, requests: list[PassRequest], dest_pages: torch.Tensor, sinks: int
-    ) -> None:
+    ) -> SelectedEntries:
         runtime, options = self.runtime, self.runtime.options
         context = ScoreContext(
             query_ring=runtime.query_ring,
@@ -147,7 +159,7 @@ class PassRunner:
             sm_scale=self.sm_scale,
             window=options.window,
         )
-        run_pass(
+        return run_pass(
             self.scorer,
             context,
             dest_pages,

@@ -5,6 +5,7 @@ They arrive in SGLang's ``sampling_params.custom_params`` (OpenAI: ``extra_body`
     {"kv_compress": {"rate": 8}}          keep 1/8 of this request
     {"kv_compress": {"budget": 1024}}     keep 1024 tokens per KV head on average
     {"kv_compress": {"enabled": false}}   keep everything
+    {"kv_compress": {"report_heads": true}}   tell what every head keeps
 
 A mistake costs this request an HTTP 400 and nothing else.
 """
@@ -19,7 +20,7 @@ from typing import Any
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.options import SWITCH, KVCompressOptions, check_rate
 
-_KEYS = ("enabled", "rate", "budget")
+_KEYS = ("enabled", "rate", "budget", "report_heads")
 _EXAMPLE = 'for example {"kv_compress": {"rate": 8}}'
 
 
@@ -35,11 +36,14 @@ class RequestOptions:
         Compression rate of this request; None takes the server's setting.
     budget : int, optional
         Tokens kept per KV head on average; None takes the server's setting.
+    report_heads : bool
+        Report how many tokens every KV head holds after a pass.
     """
 
     enabled: bool = True
     rate: float | None = None
     budget: int | None = None
+    report_heads: bool = False
 
 
 def parse_request_options(
@@ -127,10 +131,10 @@ def validate_sampling_params(sampling_params: Any, defaults: KVCompressOptions) 
 
 
 def _check(options: RequestOptions, defaults: KVCompressOptions) -> None:
-    if not isinstance(options.enabled, bool):
-        raise ConfigError(
-            f"{SWITCH}.enabled must be true or false, got {options.enabled!r}."
-        )
+    for name in ("enabled", "report_heads"):
+        value = getattr(options, name)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{SWITCH}.{name} must be true or false, got {value!r}.")
     if options.rate is not None:
         check_rate(f"{SWITCH}.rate", options.rate)
     if options.budget is not None:
@@ -140,7 +144,8 @@ def _check(options: RequestOptions, defaults: KVCompressOptions) -> None:
             f"{SWITCH}.rate={options.rate} and {SWITCH}.budget={options.budget} "
             "exclude each other; give one of them."
         )
-    if not options.enabled and options != RequestOptions(enabled=False):
+    asks = options.rate is not None or options.budget is not None
+    if not options.enabled and asks:
         raise ConfigError(
             f"{SWITCH}.enabled=false keeps the whole cache, but a rate or budget is "
             "given too; drop one of them."

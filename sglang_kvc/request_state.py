@@ -106,6 +106,8 @@ class PassRecord:
     pool_tail : scores of the tail are max-pooled (it is consecutive text, new to us).
     recorded : every observed query was decoded, so its log-sum-exp is known.
     target : token ids of the fresh pages, int64 [budget].
+    head_blocks : with ``report_heads``, int32 [L * H + 1] on the host: prefix sum of
+        the blocks that each head keeps; filled when the step is done.
     closed : settled, or its request is gone: nothing is left to free.
     """
 
@@ -121,6 +123,7 @@ class PassRecord:
     pool_tail: bool
     recorded: bool
     target: Any
+    head_blocks: Any = None
     closed: bool = False
 
     @property
@@ -152,6 +155,7 @@ class RequestState:
     # Result order.
     settled_fold: int = 0
     settled_packed: Any = None
+    settled_blocks: Any = None
     in_flight: list[PassRecord] = field(default_factory=list)
     # Reported in meta_info.
     passes: int = 0
@@ -232,6 +236,7 @@ class RequestState:
         self.in_flight.remove(record)
         self.settled_fold = record.fold_new
         self.settled_packed = record.target
+        self.settled_blocks = record.head_blocks
 
     def abandon(self) -> list[PassRecord]:
         """Close every pass in flight; the caller must free their targets."""
@@ -244,7 +249,7 @@ class RequestState:
         """What ``meta_info["kv_compress"]`` shows for logical `length`."""
         resident = self.resident(length)
         budget = self.policy.budget(length)
-        return {
+        report = {
             "enabled": budget != NEVER,
             "logical_tokens": length,
             "resident_tokens": resident,
@@ -256,3 +261,7 @@ class RequestState:
             "chunk_passes": self.chunk_passes,
             "deferred_passes": self.deferred_passes,
         }
+        if self.settled_blocks is not None:
+            blocks = self.settled_blocks.diff() * PAGE_SIZE
+            report["packed_tokens_per_head"] = blocks.tolist()
+        return report

@@ -10,6 +10,7 @@ from sglang_kvc.prefill_warmup import prefill_once
 from sglang_kvc.request_state import ceil_page, floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.texts import prompt
+from tests.engine.tracer import PassTracer
 
 
 class SettleProbe:
@@ -132,3 +133,24 @@ def test_the_warm_up_prefill_gives_everything_back(fresh: InProcessScheduler) ->
     assert (fresh.allocator.available_size(), slots.available_size()) == before
     assert scheduler.tree_cache.total_size() == 0
     assert scheduler.is_fully_idle()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_what_every_head_keeps_is_reported_on_request(
+    fresh: InProcessScheduler, model_path: str, overlap: bool
+) -> None:
+    fresh.set_overlap(overlap)
+    runtime = fresh.allocator.get_kvcache().runtime
+    ids = prompt(model_path, 0, 400)
+    kv = {"budget": 128}
+    requests = [
+        Request("told", ids, 40, kv={**kv, "report_heads": True}),
+        Request("not", ids[:300], 40, kv=kv),
+    ]
+    with PassTracer(runtime) as tracer:
+        out = fresh.serve(requests)
+    kept = [passes[-1] for passes in tracer.kept.values()]
+    told = out["told"].kv[-1]["packed_tokens_per_head"]
+    assert told in [[len(positions) for positions in heads] for heads in kept]
+    assert sum(told) == 128 * runtime.arena.heads_per_page
+    assert "packed_tokens_per_head" not in out["not"].kv[-1]

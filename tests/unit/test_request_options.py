@@ -34,6 +34,7 @@ def parse(asked: Any) -> RequestOptions:
         ({"budget": 33}, RequestOptions(budget=33)),
         ({"enabled": False}, RequestOptions(enabled=False)),
         ({"enabled": True, "rate": 2}, RequestOptions(rate=2)),
+        ({"report_heads": True}, RequestOptions(report_heads=True)),
         ({"rate": None}, RequestOptions()),
     ],
 )
@@ -71,6 +72,7 @@ def test_not_ours(params: Any) -> None:
         ({"enabled": 1}, "true or false"),
         ({"enabled": "no"}, "true or false"),
         ({"enabled": None}, "true or false"),
+        ({"report_heads": 1}, "report_heads must be true or false"),
         ({"enabled": False, "rate": 8}, "drop one of them"),
     ],
 )
