@@ -37,12 +37,14 @@ def serve_rows(records: list[Record], commit: str = "") -> list[Record]:
 def rate_lines(rows: list[Record], key: str) -> Lines:
     """(rate, value) of ours by load, ascending; loads of batches only, with a figure.
 
-    Rows that failed or were refused carry no figure.
+    Rows that failed or were refused carry no figure; prefill alone is left out.
     """
     lines: Lines = {}
     for row in rows:
         load = LOADS.get(row["load"])
-        if row["system"] != OURS or (load and load.mode != "run"):
+        if row["system"] != OURS:
+            continue
+        if load and (load.mode != "run" or load.output_len == 1):
             continue
         if row.get(key) is not None:
             lines.setdefault(row["load"], []).append((row["rate"], row[key]))
