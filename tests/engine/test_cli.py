@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sglang_kvc.errors import ConfigError, SeamDriftError, UnsupportedModeError
-from sglang_kvc.options import KVCompressOptions
+from sglang_kvc.options import METRICS, KVCompressOptions
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -305,7 +305,8 @@ def output_of(process: subprocess.Popen[str]) -> str:
 def test_help_then_engine(scripts: dict[str, subprocess.Popen[str]]) -> None:
     """`launch_server --help` lists the flags and stays light; Engine comes later."""
     text = output_of(scripts["plugin"])
-    for flag in ("", "-rate X", "-budget TOKENS", "-metric {l2,l1}"):
+    metrics = "-metric {" + ",".join(METRICS) + "}"
+    for flag in ("", "-rate X", "-budget TOKENS", metrics, "-head-floor TOKENS"):
         assert re.search(rf"^  --kv-compress{re.escape(flag)}\s", text, re.MULTILINE)
     assert "REFUSED rate must be" in text
 

@@ -11,7 +11,7 @@ import pytest
 
 from bench.quality import metrics
 from bench.quality.__main__ import main, parser
-from bench.quality.plot import draw, load_pyplot, plot_kept, retention_lines
+from bench.quality.plot import draw, retention_lines
 from bench.quality.records import Cell, Key, merge, pack
 from bench.quality.report import markdown
 from bench.quality.stats import (
@@ -172,9 +172,6 @@ def test_plots_are_written(cells: dict[Key, Cell], tmp_path: Path) -> None:
     (path,) = draw(cells, tmp_path)
     assert path.name == "quality_m_4096.png"
     assert path.read_bytes().startswith(b"\x89PNG")
-    kept = tmp_path / "kept.png"
-    plot_kept(load_pyplot(), np.arange(1, 61).reshape(30, 2), "kept", kept)
-    assert kept.stat().st_size > 1000
 
 
 def test_commands(
