@@ -1,12 +1,76 @@
 """Quality under compression, measured through the served engine.
 
-``python -m bench.quality run|report|plot|list``. In the order of a run:
+``python -m bench.quality run|heads|report|plot|list``. In the order of a run:
 
 * `tasks`: samples, deterministic from task, length, seed and index
 * `systems`: what is compared: engine keywords and the options of a request
+* `presets`: runs by name: the reported tables, and one option of the server at a time
 * `plan`: which cells are missing, most important first
 * `asking`: one batch through ``sglang.Engine``; `forced` dictates tokens to it
 * `metrics`: an answer's score in [0, 1]
 * `records`: JSONL files that can be resumed and merged
 * `stats`, `report`, `plot`: retention of the full cache's score, with intervals
+* `heads`, `heads_report`: what every layer and head keeps
+* `kvpress_systems`, `snapkv_check`: other methods; ours against one of them, exactly
+
+On a GPU machine
+----------------
+Below, M is the model's folder (``python -m sglang_kvc.fetch_model`` prints it), R a
+folder for results and D the folder of the evaluation data. Where the repository is all
+that travels, put D (6 MB) into ``build/``, which git ignores, and name that with
+``--data``; prompts are made from it and the seed. Commands go on where they stopped:
+repeat them until they exit with 0 (3: samples are left).
+
+1. Ours, 50 samples of everything at 4k tokens, three allocations and seven rates::
+
+       python -m bench.quality run --model $M --data $D --preset table \\
+           --deadline 560 --out $R/quality_ours.jsonl
+
+   A system gets its share of the time, so give fewer for whole curves:
+   ``--systems ours``, then ``--systems ours:allocation=layer`` and so on, each with the
+   files of the others in ``--also``.
+2. kvpress in its environment (`kvpress_systems.REQUIREMENTS` in the folder K, 4 MB
+   packed), a process a method, since Hugging Face's loop keeps a core busy and a GPU
+   idle. Only ``full`` needs rate 1::
+
+       export PYTHONPATH=$K
+       ask="python -m bench.quality run --model $M --data $D --preset table-kvpress"
+       ask="$ask --workers 1 --deadline 540"
+       $ask --systems kvpress:full --rates 1 --out $R/quality_full.jsonl &
+       for m in snapkv snapkv32 adakv expected adakv-expected keydiff tova pyramidkv \\
+               streaming random; do
+           $ask --systems kvpress:$m --rates 4 8 2 --out $R/quality_$m.jsonl &
+       done; wait
+
+3. Heat maps, and the defaults on prompts that no table uses::
+
+       python -m bench.quality heads --model $M --data $D --tasks ruler qa summary \\
+           --rates 4 8 16 --samples 20 --out $R/quality_heads.jsonl
+       python -m bench.quality run --model $M --data $D --preset tune-windows \\
+           --deadline 560 --out $R/tune.jsonl
+
+   All ``tune`` presets share one file: the defaults are measured once.
+4. Merge and report; lines of all files and visits are one table::
+
+       python -m bench.quality report $R/quality*.jsonl --out $R/quality.md
+       python -m bench.quality plot $R/quality*.jsonl --out docs/plots
+
+What it costs on the 0.5B, estimated from the samples and from 130,000 prompt tokens
+per second (seen with prompts of 60,000) on one H200. A prompt is prefilled once per
+engine: later rates find it in the prefix cache, but for its last window. That needs
+room for all prompts, 12 KiB a token here: 65 GB for everything. The 1.5B takes 28 KiB,
+so give it RULER-like tasks (76 GB) and the rest in runs of their own.
+
+========================  =============  ================  =========================
+run                       prompt tokens  answers, a rate   seconds
+========================  =============  ================  =========================
+``table``, one system     5.3 M          0.20 M            50 start, 40 prefill, and
+                                                           45 a rate: 400
+the same, ``ruler``       2.65 M         0.03 M            50 + 20 + 10 a rate: 140
+``tune-*``, one system    1.06 M         0.01 M            50 + 10 + 5 a rate: 75
+kvpress, a method, ruler  2.65 M a rate  0.03 M            250 a rate (nothing is
+                                                           shared; 10 processes
+                                                           together: 1,000 for three)
+``heads``, three rates    1.2 M          none              50 + 10 + 5 a rate: 75
+========================  =============  ================  =========================
 """

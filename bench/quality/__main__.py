@@ -3,6 +3,9 @@
     python -m bench.quality run --model DIR --tasks ruler qa --rates 1 4 8 \\
         --samples 50 --length 4096 --systems stock ours ours:allocation=head \\
         --deadline 540 --out bench/results/quality.jsonl
+    python -m bench.quality run --model DIR --preset tune-windows --out tune.jsonl
+    python -m bench.quality heads --model DIR --tasks ruler qa --rates 4 8 \\
+        --samples 20 --out bench/results/quality_heads.jsonl
     python -m bench.quality report bench/results/quality*.jsonl
     python -m bench.quality plot bench/results/quality*.jsonl --out docs/plots
     python -m bench.quality list
@@ -17,9 +20,10 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.quality.plan import Wish
+from bench.quality.presets import RUNS, Preset
 from bench.quality.run import Asker
 from bench.quality.systems import (
     KVPRESS,
@@ -32,11 +36,15 @@ from bench.quality.systems import (
 from bench.quality.tasks import GROUPS, RULER, TASKS, resolve
 from bench.quality.tasks.corpus import DEFAULT_DATA
 
+if TYPE_CHECKING:
+    from bench.quality.samples import SampleStore
+
 OUT = Path("bench/results/quality.jsonl")
+HEADS_OUT = Path("bench/results/quality_heads.jsonl")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def parser(preset: Preset | None = None) -> argparse.ArgumentParser:
+    """The command line; `preset` has the defaults of ``run``."""
     top = argparse.ArgumentParser(
         prog="python -m bench.quality",
         description=__doc__,
@@ -44,21 +52,16 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure what is missing")
+    _add_wish(run, PRESETS, RATES, 50, OUT)
     add = run.add_argument
-    add("--model", required=True, help="folder of a Hugging Face model")
-    add("--tasks", nargs="+", default=[RULER], help="names, groups, ruler or all")
-    add("--rates", "--settings", nargs="+", default=list(RATES), help="4 or b512")
-    add("--systems", nargs="+", default=list(PRESETS))
-    add("--length", "--lengths", type=int, nargs="+", default=[4096], dest="lengths")
-    add("--samples", type=int, default=50, help="of each cell")
-    add("--seed", type=int, default=0, help="odd and even seeds share no text")
+    add("--preset", choices=RUNS, help="values of the flags above, see list")
     add("--deadline", type=float, help="seconds after which to stop")
     add("--batch", type=int, default=256, help="most samples sent at once")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
-    add("--data", type=Path, default=default_data(), help="folder of evaluation data")
-    add("--out", type=Path, default=OUT)
     add("--also", type=Path, nargs="*", default=[], help="results that count as done")
-    add("--engine", nargs="*", default=[], metavar="KEY=VALUE", help="sglang.Engine's")
+    if preset:
+        run.set_defaults(**preset.arguments())
+    heads = commands.add_parser("heads", help="measure what every head keeps")
+    _add_wish(heads, PRESETS[:1], ("4", "8"), 20, HEADS_OUT)
     for name, text in (("report", "tables in Markdown"), ("plot", "PNG files")):
         one = commands.add_parser(name, help=text)
         one.add_argument("files", type=Path, nargs="*", default=[OUT])
@@ -66,8 +69,38 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--model", default="", help="default: each")
         target = Path("docs/plots") if name == "plot" else None
         one.add_argument("--out", type=Path, default=target)
-    commands.add_parser("list", help="tasks by group")
+    commands.add_parser("list", help="tasks by group, and presets")
     return top
+
+
+def _add_wish(
+    command: argparse.ArgumentParser,
+    systems: Sequence[str],
+    rates: Sequence[str],
+    samples: int,
+    out: Path,
+) -> None:
+    """Flags that say what to measure and where."""
+    add = command.add_argument
+    add("--model", required=True, help="folder of a Hugging Face model")
+    add("--tasks", nargs="+", default=[RULER], help="names, groups, ruler or all")
+    add("--rates", "--settings", nargs="+", default=list(rates), help="4 or b512")
+    add("--systems", nargs="+", default=list(systems))
+    add("--length", "--lengths", type=int, nargs="+", default=[4096], dest="lengths")
+    add("--samples", type=int, default=samples, help="of each cell")
+    add("--seed", type=int, default=0, help="odd and even seeds share no text")
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
+    add("--data", type=Path, default=default_data(), help="folder of evaluation data")
+    add("--out", type=Path, default=out)
+    add("--engine", nargs="*", default=[], metavar="KEY=VALUE", help="sglang.Engine's")
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments; a preset's where no flag is given."""
+    args = parser().parse_args(words)
+    if getattr(args, "preset", None):
+        args = parser(RUNS[args.preset]).parse_args(words)
+    return args
 
 
 def default_data() -> Path | None:
@@ -78,6 +111,55 @@ def default_data() -> Path | None:
 def run(args: argparse.Namespace) -> int:
     """Measure; the exit status is 3 if samples are left."""
     from bench.quality.run import Runner
+
+    wish, store = read_wish(args)
+    try:
+        runner = Runner(
+            wish,
+            store,
+            args.out,
+            args.also,
+            origin(),
+            args.deadline,
+            args.batch,
+        )
+        if not runner.cells:
+            print("nothing is missing")
+            return 0
+        left = runner.run(lambda system: open_system(system, args))
+    finally:
+        store.close()
+    print(f"{left} samples are left" if left else "all done")
+    return 3 if left else 0
+
+
+def run_heads(args: argparse.Namespace) -> int:
+    """Measure what every head keeps."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from bench.quality.engines import start
+    from bench.quality.heads import HeadAsker, measure
+
+    wish, store = read_wish(args)
+
+    def open_heads(system: System) -> HeadAsker:
+        config = AutoConfig.from_pretrained(args.model)
+        return HeadAsker(
+            start(system, args.model, engine_options(args)),
+            AutoTokenizer.from_pretrained(args.model),
+            config.get_text_config().num_hidden_layers,
+        )
+
+    try:
+        lines = measure(wish, store, args.out, origin(), open_heads)
+    finally:
+        store.close()
+    print(f"{lines} new lines" if lines else "nothing is missing")
+    return 0
+
+
+def read_wish(args: argparse.Namespace) -> tuple[Wish, SampleStore]:
+    """What to measure, and its samples."""
     from bench.quality.samples import SampleStore
 
     if args.data is None:
@@ -99,25 +181,7 @@ def run(args: argparse.Namespace) -> int:
         args.seed,
         args.samples,
     )
-    store = SampleStore(args.model, args.data, args.workers)
-    try:
-        runner = Runner(
-            wish,
-            store,
-            args.out,
-            args.also,
-            origin(),
-            args.deadline,
-            args.batch,
-        )
-        if not runner.cells:
-            print("nothing is missing")
-            return 0
-        left = runner.run(lambda system: open_system(system, args))
-    finally:
-        store.close()
-    print(f"{left} samples are left" if left else "all done")
-    return 3 if left else 0
+    return wish, SampleStore(args.model, args.data, args.workers)
 
 
 def origin() -> dict[str, Any]:
@@ -140,46 +204,79 @@ def open_system(system: System, args: argparse.Namespace) -> Asker:
 
         return PressAsker(system, args.model, tokenizer)
     from bench.quality.asking import EngineAsker
+
+    return EngineAsker(system, args.model, tokenizer, extra=engine_options(args))
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of ``sglang.Engine`` from the command line."""
     from bench.quality.systems import parse_system
 
-    extra = dict(parse_system("ours:" + ",".join(args.engine)).options)
-    return EngineAsker(system, args.model, tokenizer, extra=extra)
+    return dict(parse_system("ours:" + ",".join(args.engine)).options)
 
 
-def list_tasks() -> None:
-    """Print the tasks by group."""
+def show_list() -> None:
+    """Print the tasks by group, and the presets."""
     for group in GROUPS:
         print(group)
         for task in TASKS.values():
             if task.group == group:
                 mark = " (ruler)" if task.ruler else ""
                 print(f"  {task.name}{mark}")
+    print("\npresets")
+    for name, preset in RUNS.items():
+        print(
+            f"  {name}: {' '.join(preset.systems)}; tasks {' '.join(preset.tasks)}; "
+            f"rates {' '.join(preset.rates)}; {preset.samples} samples, "
+            f"seed {preset.seed}"
+        )
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print, or write and print, all tables."""
+    from bench.quality import heads_report
+    from bench.quality.records import read
+    from bench.quality.report import markdown
+
+    cells = read(args.files)
+    kept = heads_report.markdown(
+        heads_report.read_maps(args.files, args.model, args.seed)
+    )
+    parts = [markdown(cells, args.model, args.seed)] if cells or not kept else []
+    text = "\n".join([*parts, *([kept + "\n"] if kept else [])])
+    if args.out:
+        args.out.write_text(text)
+    print(text)
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Write all figures; prints their paths and the table of the heat maps."""
+    from bench.quality import heads_report
+    from bench.quality.plot import draw
+    from bench.quality.records import read
+
+    kept = heads_report.read_maps(args.files, args.model, args.seed)
+    drawn = draw(read(args.files), args.out, args.model, args.seed)
+    for path in [*drawn, *heads_report.draw(kept, args.out)]:
+        print(path)
+    if kept:
+        print(f"\n{heads_report.markdown(kept)}")
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    args = parser().parse_args(words)
-    if args.command == "list":
-        list_tasks()
-    elif args.command == "run":
+    args = parse(words)
+    if args.command in ("run", "heads"):
         try:
-            return run(args)
+            return run(args) if args.command == "run" else run_heads(args)
         except ValueError as error:
             raise SystemExit(f"bench.quality: {error}") from None
+    if args.command == "list":
+        show_list()
     elif args.command == "report":
-        from bench.quality.records import read
-        from bench.quality.report import markdown
-
-        text = markdown(read(args.files), args.model, args.seed)
-        if args.out:
-            args.out.write_text(text)
-        print(text)
+        report(args)
     else:
-        from bench.quality.plot import draw
-        from bench.quality.records import read
-
-        for path in draw(read(args.files), args.out, args.model, args.seed):
-            print(path)
+        plot(args)
     return 0
 
 

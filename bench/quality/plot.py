@@ -1,4 +1,4 @@
-"""Plots of retention and of what is kept, as PNG files. Needs matplotlib."""
+"""Plots of retention as PNG files. Needs matplotlib; `heads_report` has heat maps."""
 
 from __future__ import annotations
 
@@ -137,29 +137,3 @@ def _panel(axes: Any, group: str, lines: Lines) -> None:
     axes.set_xlabel("compression rate")
     axes.set_ylabel("% of the full cache")
     axes.grid(alpha=0.3)
-
-
-def plot_kept(plt: Any, kept: Any, title: str, path: Path) -> None:
-    """Heat map of the KVs kept by each layer and head.
-
-    Parameters
-    ----------
-    plt : matplotlib.pyplot
-    kept : array, ``[layers, heads]``
-        KVs kept, mean over prompts; shown relative to the mean over all heads.
-    title : str
-    path : Path
-    """
-    relative = kept / kept.mean()
-    layers, heads = relative.shape
-    figure, axes = plt.subplots(figsize=(1.8 + 0.35 * layers, 1.6 + 0.35 * heads))
-    image = axes.imshow(relative.T, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("KV head")
-    axes.set_xticks(range(0, layers, max(1, layers // 8)))
-    axes.set_yticks(range(0, heads, max(1, heads // 8)))
-    axes.set_title(title)
-    figure.colorbar(image, ax=axes, label="kept, 1 = mean of all heads")
-    figure.tight_layout()
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)

@@ -15,7 +15,7 @@ STOCK, OURS, KVPRESS = "stock", "ours", "kvpress"
 FULL_PRESS = "full"
 KINDS = (STOCK, OURS, KVPRESS)
 MIN_BUDGET = 64
-"""Low enough for 64x at 4k tokens."""
+"""Low enough for 64x at 4k tokens; more if what no head may lose is more."""
 PRESETS = ("ours", "ours:allocation=layer", "ours:allocation=head")
 RATES = ("1", "4", "8", "2", "16", "32", "64")
 """In the order of their importance."""
@@ -118,7 +118,12 @@ class System:
         """Keywords of ``sglang.Engine`` that belong to the system."""
         if self.kind == STOCK:
             return {}
-        options = {"min_budget": MIN_BUDGET} | dict(self.options)
+        from sglang_kvc.options import KVCompressOptions
+
+        given = dict(self.options)
+        known = {k: v for k, v in given.items() if hasattr(KVCompressOptions, k)}
+        least = max(MIN_BUDGET, KVCompressOptions(**known).floor)
+        options = {"min_budget": least} | given
         return {
             "kv_compress": True,
             **{f"kv_compress_{key}": value for key, value in options.items()},

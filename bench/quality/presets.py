@@ -1,0 +1,108 @@
+"""Runs by name: what a study needs, in the place of ``--systems`` and the like.
+
+The ``tune`` presets change one option at a time around the defaults of the server, on
+an odd seed: no text of theirs occurs in the runs that are reported, whose seed is even.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bench.quality.systems import OURS, PRESETS, RATES
+from bench.quality.tasks import RULER
+from sglang_kvc.options import KVCompressOptions
+
+TUNING_SEED, REPORTED_SEED = 1, 0
+TUNE = "tune"
+FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "windows": ("window", (16, 32, 64, 128, 256)),
+    "pool": ("pool", (1, 7, 15, 31, 63)),
+    "protected": ("protected", (32, 64)),
+    "sinks": ("sinks", (0, 4, 16)),
+    "metric": ("metric", ("l2", "l1", "value_norm")),
+    "floor": ("head_floor", (0, 64, 128)),
+    "allocation": ("allocation", ("joint", "layer", "head")),
+}
+"""Name of a preset: the option that it varies, and its values."""
+TABLE = (
+    RULER,
+    "kv",
+    "fewshot",
+    "needles",
+    "summary",
+    "summary_rouge",
+    "lm",
+    "reuse",
+    "reasoning",
+)
+"""All tasks, most important first. The last has answers of up to 1,024 tokens, which
+take Hugging Face's loop too long for `table-kvpress`."""
+KVPRESS_METHODS = (
+    "full",
+    "snapkv",
+    "snapkv32",
+    "adakv",
+    "expected",
+    "adakv-expected",
+    "keydiff",
+    "tova",
+    "pyramidkv",
+    "streaming",
+    "random",
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values that take the place of the defaults of ``run``; flags still win."""
+
+    systems: tuple[str, ...]
+    tasks: tuple[str, ...]
+    rates: tuple[str, ...]
+    samples: int
+    seed: int
+    lengths: tuple[int, ...] = (4096,)
+
+    def arguments(self) -> dict[str, Any]:
+        """By the names that argparse gives them."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def variants(option: str, values: tuple[Any, ...]) -> list[str]:
+    """Systems for the values of an option that are not the server's default."""
+    default = getattr(KVCompressOptions(), option)
+    return [f"{OURS}:{option}={value}" for value in values if value != default]
+
+
+def _tuning(systems: list[str]) -> Preset:
+    # The QA tasks count among the RULER-like ones; so that they stay if that changes.
+    return Preset(
+        (OURS, *systems),
+        tasks=(RULER, "qa"),
+        rates=("1", "4", "8"),
+        samples=20,
+        seed=TUNING_SEED,
+    )
+
+
+def _presets() -> dict[str, Preset]:
+    methods = tuple(f"kvpress:{name}" for name in KVPRESS_METHODS)
+    found = {
+        "table": Preset(PRESETS, TABLE, RATES, 50, REPORTED_SEED),
+        "table-kvpress": Preset(
+            methods, TABLE[:-1], ("1", "4", "8", "2"), 50, REPORTED_SEED
+        ),
+    }
+    everything = []
+    for name, (option, values) in FACTORS.items():
+        systems = variants(option, values)
+        everything += systems
+        found[f"{TUNE}-{name}"] = _tuning(systems)
+    return found | {TUNE: _tuning(everything)}
+
+
+RUNS = _presets()
