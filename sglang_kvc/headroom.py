@@ -32,8 +32,9 @@ def growth_bound(req: Any, stock: float) -> float:
     """Tokens that a running request can still add to the pool.
 
     SGLang's charge, `stock`, is a guess: it takes a part of the tokens that are still
-    allowed. That part is right for requests that end early, not for those here that
-    grow by an interval at most, and mostly together.
+    allowed, because most requests end early. That guess serves for what a budget grows
+    by with the request, not for its tail: requests that started together fill an
+    interval together.
     """
     policy, state = policy_of(req), state_of(req)
     if policy is None or state is None:
@@ -42,7 +43,7 @@ def growth_bound(req: Any, stock: float) -> float:
     left = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
     if state.fold:
         bound = policy.growth + SLACK - (length - state.fold)
-        bound += _budget_growth(policy, length, left)
+        bound += _budget_growth(policy, length, int(stock))
     else:
         due = policy.first_due(length)
         if due == NEVER:

@@ -186,3 +186,15 @@ def test_what_sglang_charges_itself_counts_in_both_sums() -> None:
     adder.rem_total_token_offset += 1_000
     after = Headroom.of(adder)
     assert (after.now, after.steady) == (now + 1_000, steady + 1_000)
+
+
+def test_a_request_without_a_limit_is_not_charged_for_the_whole_context() -> None:
+    req = running(1, tail=10)
+    tail = OPTIONS.interval + 32 - 10
+    assert growth_bound(req, 80.0) <= tail + 16
+    req.sampling_params.max_new_tokens = 100_000
+    assert growth_bound(req, 400.0) <= tail + 64
+    # However small the guess, the interval is charged, unless the request ends sooner.
+    assert growth_bound(req, 1.0) >= tail
+    req.sampling_params.max_new_tokens = len(req.output_ids) + 20
+    assert growth_bound(req, 1.0) == 32
