@@ -11,6 +11,7 @@
 * `records`: JSONL files that can be resumed and merged
 * `stats`, `report`, `plot`: retention of the full cache's score, with intervals
 * `heads`, `heads_report`: what every layer and head keeps
+* `simulate`: a scout, many ways to choose at once in Hugging Face, never a result
 * `kvpress_systems`, `snapkv_check`: other methods; ours against one of them, exactly
 
 On a GPU machine

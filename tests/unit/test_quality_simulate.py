@@ -1,0 +1,64 @@
+"""The scout chooses as the server does, and pools in the direction that it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.quality.simulate import (
+    CANDIDATES,
+    PAGE,
+    PROTECTED,
+    SINKS,
+    Candidate,
+    Observer,
+    keep,
+    table,
+)
+
+LAYERS, HEADS, N, BUDGET = 2, 3, 200, 64
+
+
+def scores() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.rand(LAYERS * HEADS, N) * torch.arange(1, 7)[:, None]
+
+
+@pytest.mark.parametrize("allocation", ["joint", "layer", "head"])
+def test_every_group_keeps_its_budget_and_what_is_forced(allocation: str) -> None:
+    stays = keep(scores(), LAYERS, BUDGET, Candidate(allocation=allocation))
+    fold = N // PAGE * PAGE
+    kept = stays[:, :fold].sum(1)
+    shape = {"joint": (1, -1), "layer": (LAYERS, -1), "head": (LAYERS * HEADS, 1)}
+    groups = kept.view(shape[allocation])
+    assert (groups.float().mean(1) == BUDGET).all()
+    assert stays[:, :SINKS].all() and stays[:, N - PROTECTED :].all()
+    # Rows are worth more the later they come.
+    assert allocation == "head" or kept[-1] > kept[0]
+
+
+def test_a_floor_is_kept_by_every_head() -> None:
+    lean = keep(scores(), LAYERS, 96, Candidate())[:, : N // PAGE * PAGE].sum(1)
+    fed = keep(scores(), LAYERS, 96, Candidate(floor=0.9))[:, : N // PAGE * PAGE].sum(1)
+    assert lean.min() < 80 <= fed.min()
+    assert lean.sum() == fed.sum() == 96 * LAYERS * HEADS
+
+
+def test_back_keeps_what_follows_a_match() -> None:
+    observer = Observer()
+    probs = torch.zeros(1, 1, 4, 20)
+    probs[0, 0, :, 10] = 0.5
+    observer.seen = [(probs, torch.ones(1, 20))]
+    found = observer.scores(Candidate(back=4, ahead=1))[0]
+    assert found.nonzero().flatten().tolist() == [9, 10, 11, 12, 13, 14]
+    assert found.max() == 4 * 0.25
+
+
+def test_names_differ_and_tables_show_means() -> None:
+    names = [candidate.name for candidate in CANDIDATES]
+    assert len(set(names)) == len(names)
+    lines = [
+        {"task": "a", "scores": {"full": 1.0, "plain": 0.0}},
+        {"task": "a", "scores": {"full": 1.0, "plain": 1.0}},
+    ]
+    assert table(lines).splitlines()[-1].split()[-2:] == ["50", "50.0"]
