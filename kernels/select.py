@@ -96,7 +96,7 @@ def select_entries_ref(
         exists = block < (counts[:, None] // PAGE_SIZE - floor_blocks)
         evicted = torch.cat(
             [
-                _cheapest(prices[heads], exists[heads], evict // groups)
+                cheapest_by_row(prices[heads], exists[heads], evict // groups)
                 for heads in torch.arange(arena_heads, device=device).chunk(groups)
             ]
         )
@@ -110,7 +110,9 @@ def select_entries_ref(
     return selected
 
 
-def _cheapest(prices: torch.Tensor, exists: torch.Tensor, count: int) -> torch.Tensor:
+def cheapest_by_row(
+    prices: torch.Tensor, exists: torch.Tensor, count: int
+) -> torch.Tensor:
     """How many of the `count` cheapest existing prices are in each row."""
     row_of_price = exists.nonzero()[:, 0]
     cheapest = prices[exists].sort(stable=True).indices[:count]

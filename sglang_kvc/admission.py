@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers import schedule_policy
@@ -154,29 +155,32 @@ def add_one(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
             # What is left of this step is no chunk worth a pass; wait for the next.
             return schedule_policy.AddReqResult.OTHER
         if chunk:
-            clip = new_request_clip(req, schedule_policy.CLIP_MAX_NEW_TOKENS)
-            return _admit(
-                headroom, req, clip, lambda: _with_chunk(adder, req, chunk, call, clip)
-            )
+            peak = new_request_clip(req, schedule_policy.CLIP_MAX_NEW_TOKENS)
+            admit = partial(_with_chunk, adder, req, chunk, call, peak)
+            return _admit(headroom, policy, req, peak, admit)
         fits = left is None or ceil_page(_missing(req)) <= left
         if fits and floor_page(length) > policy.budget(length):
             # The pass behind this step; the page is for the first decoded token.
-            clip = policy.budget(length) + PAGE_SIZE
-            return _admit(headroom, req, clip, lambda: _with_clip(clip, call))
+            copy = policy.budget(length) + PAGE_SIZE
+            return _admit(headroom, policy, req, copy, partial(_with_clip, copy, call))
         clip = new_request_clip(req, schedule_policy.CLIP_MAX_NEW_TOKENS)
         return _with_clip(clip, call)
     finally:
         params.ignore_eos = ignore_eos
 
 
-def _admit(headroom: Headroom, req: Any, clip: int, call: Callable[[], Any]) -> Any:
+def _admit(
+    headroom: Headroom,
+    policy: RequestPolicy,
+    req: Any,
+    clip: int,
+    call: Callable[[], Any],
+) -> Any:
     """Run `call` if the pool can hold `req` both in this step and afterwards.
 
     If it could in this step but for the tails of running requests, their passes are
     made due.
     """
-    policy = policy_of(req)
-    assert policy is not None
     length = len(req.full_untruncated_fill_ids)
     left = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
     max_new = min(left, schedule_policy.CLIP_MAX_NEW_TOKENS)

@@ -17,7 +17,12 @@ from sglang_kvc.kernels.observe import pool_scores
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 from sglang_kvc.kernels.select import SelectedEntries, select_entries
-from sglang_kvc.memory import count_bytes, pass_head_bytes, pass_workspace_tokens
+from sglang_kvc.memory import (
+    count_bytes,
+    pass_head_bytes,
+    pass_workspace_tokens,
+    workspace_head_bytes,
+)
 from sglang_kvc.scorers import ScoreContext, Scorer, get_scorer
 
 if TYPE_CHECKING:
@@ -76,11 +81,10 @@ class PassRunner:
         context = runtime.tables.req_to_token.shape[1]
         pool_tokens = runtime.arena.k.shape[0] * PAGE_SIZE
         self.max_tokens = pass_workspace_tokens(context, pool_tokens)
-        kept = self.max_tokens // (1 if runtime.options.rate < 2 else 2)
-        self.counts = count_bytes(runtime.shape, runtime.options.allocation)
-        self.max_bytes = pass_head_bytes(
-            self.max_tokens, kept, self.counts, pooled=True
+        self.max_bytes = workspace_head_bytes(
+            runtime.shape, runtime.options, context, pool_tokens
         )
+        self.counts = count_bytes(runtime.shape, runtime.options.allocation)
 
     def run(self, records: list[PassRecord]) -> None:
         """Run every pass of a step; passes that fit the workspace share a launch."""

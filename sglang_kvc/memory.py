@@ -140,6 +140,20 @@ def pass_head_bytes(entries: int, kept: int, counts: int, *, pooled: bool) -> in
     return scores + max(scores if pooled else 0, 2 * SCORE_BYTES * kept + counts)
 
 
+def workspace_head_bytes(
+    shape: ModelShape, options: KVCompressOptions, context_len: int, pool_tokens: int
+) -> int:
+    """Workspace set aside for the passes of one launch, bytes per head.
+
+    Enough for the longest request. The survivors are counted for a rate of 2 or the
+    server's own, if that is less.
+    """
+    entries = pass_workspace_tokens(context_len, pool_tokens)
+    kept = entries if options.rate < 2 else entries // 2
+    counts = count_bytes(shape, options.allocation)
+    return pass_head_bytes(entries, kept, counts, pooled=True)
+
+
 def metadata_bytes(
     shape: ModelShape,
     options: KVCompressOptions,
@@ -161,11 +175,9 @@ def metadata_bytes(
     Returns
     -------
     MetadataBytes
-        The pass workspace is the most that `PassRunner` holds at once for the longest
-        request (`pass_head_bytes`). The survivors are counted for a rate of 2 or the
-        server's own, if that is less. A chunk of a compressed prompt takes, at another
-        time, page lists of all heads and copies of the queries and outputs of one
-        layer.
+        The pass workspace is the most that `PassRunner` holds at once
+        (`workspace_head_bytes`). A chunk of a compressed prompt takes, at another time,
+        page lists of all heads and copies of the queries and outputs of one layer.
     """
     slots = max_running_requests + 1
     ring = (
@@ -185,12 +197,8 @@ def metadata_bytes(
     )
     decode_workspace = sum(part.nbytes for part in partials)
     table_ints = 1 + (shape.heads_per_page + 1) + -(-context_len // PAGE_SIZE)
-    entries = pass_workspace_tokens(context_len, pool_tokens)
-    kept = entries if options.rate < 2 else entries // 2
-    counts = count_bytes(shape, options.allocation)
-    head_bytes = pass_head_bytes(entries, kept, counts, pooled=True)
-    workspace = shape.heads_per_page * head_bytes
-    workspace += OBSERVE_PARTIAL_BYTES
+    head_bytes = workspace_head_bytes(shape, options, context_len, pool_tokens)
+    workspace = shape.heads_per_page * head_bytes + OBSERVE_PARTIAL_BYTES
     lists = -(-context_len // PAGE_SIZE) * shape.heads_per_page * 4
     copies = 2 * chunk_size * shape.num_qo_heads * shape.head_dim * shape.itemsize
     workspace = max(workspace, (lists + copies) if chunk_size else 0)

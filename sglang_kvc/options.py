@@ -159,9 +159,7 @@ class KVCompressOptions:
     @property
     def floor(self) -> int:
         """Smallest legal budget in tokens: what no head may lose, whole pages."""
-        return max(
-            ceil_to_page(self.sinks + self.protected), ceil_to_page(self.head_floor)
-        )
+        return ceil_to_page(max(self.sinks + self.protected, self.head_floor))
 
     def check_budget(self, name: str, tokens: Any) -> None:
         """Raise unless `tokens` is a budget that holds all forced survivors.

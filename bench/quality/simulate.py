@@ -28,8 +28,10 @@ from bench.quality.tasks import TASKS, make_sample
 from bench.quality.tasks.corpus import DEFAULT_DATA, Corpus
 from bench.quality.tasks.sample import Sample, encode
 from bench.record import environment, read_lines, write_record
+from sglang_kvc.kernels.select import cheapest_by_row
+from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
 
-PAGE, PROTECTED, SINKS = 16, 32, 4
+PROTECTED, SINKS = KVCompressOptions.protected, KVCompressOptions.sinks
 MAX_WINDOW, MAX_NEW = 256, 128
 FULL = "full"
 
@@ -145,21 +147,22 @@ class Observer:
 def keep(scores: torch.Tensor, layers: int, budget: int, c: Candidate) -> torch.Tensor:
     """[L * H, n] bool: what stays at `budget` tokens a head on average."""
     heads, n = scores.shape
-    fold = n // PAGE * PAGE
+    fold = n // PAGE_SIZE * PAGE_SIZE
     own = scores[:, :fold].clone()
     own[:, :SINKS] = own[:, n - PROTECTED :] = float("inf")
     order = own.argsort(dim=1, stable=True)
-    price = own.gather(1, order)[:, PAGE - 1 :: PAGE]
-    price = price[:, : fold // PAGE - int(budget * c.floor) // PAGE]
-    evict = (fold // PAGE - budget // PAGE) * heads
+    price = own.gather(1, order)[:, PAGE_SIZE - 1 :: PAGE_SIZE]
+    price = price[:, : fold // PAGE_SIZE - int(budget * c.floor) // PAGE_SIZE]
+    evict = (fold // PAGE_SIZE - budget // PAGE_SIZE) * heads
     groups = {"joint": 1, "layer": layers, "head": heads}[c.allocation]
-    lost = []
-    for own_prices in price.chunk(groups):
-        cheapest = own_prices.flatten().sort(stable=True).indices[: evict // groups]
-        row = cheapest // own_prices.shape[1]
-        lost.append(torch.bincount(row, minlength=len(own_prices)))
+    lost = [
+        cheapest_by_row(own_prices, torch.ones_like(own_prices) > 0, evict // groups)
+        for own_prices in price.chunk(groups)
+    ]
     stays = torch.ones(heads, n, dtype=torch.bool, device=scores.device)
-    rank = torch.arange(fold, device=scores.device) >= PAGE * torch.cat(lost)[:, None]
+    rank = (
+        torch.arange(fold, device=scores.device) >= PAGE_SIZE * torch.cat(lost)[:, None]
+    )
     stays[:, :fold].scatter_(1, order, rank)
     return stays
 
@@ -190,7 +193,7 @@ class Simulator:
         out = self.model(prompt, use_cache=True, logits_to_keep=1)
         masks = {FULL: torch.ones_like(observer.scores(Candidate()), dtype=torch.bool)}
         for rate in self.rates:
-            budget = math.ceil(n / rate / PAGE) * PAGE
+            budget = math.ceil(n / rate / PAGE_SIZE) * PAGE_SIZE
             for candidate in CANDIDATES:
                 chosen = keep(
                     observer.scores(candidate), self.layers, budget, candidate

@@ -7,7 +7,6 @@ import torch
 
 from bench.quality.simulate import (
     CANDIDATES,
-    PAGE,
     PROTECTED,
     SINKS,
     Candidate,
@@ -15,6 +14,7 @@ from bench.quality.simulate import (
     keep,
     table,
 )
+from sglang_kvc.options import PAGE_SIZE
 
 LAYERS, HEADS, N, BUDGET = 2, 3, 200, 64
 
@@ -27,7 +27,7 @@ def scores() -> torch.Tensor:
 @pytest.mark.parametrize("allocation", ["joint", "layer", "head"])
 def test_every_group_keeps_its_budget_and_what_is_forced(allocation: str) -> None:
     stays = keep(scores(), LAYERS, BUDGET, Candidate(allocation=allocation))
-    fold = N // PAGE * PAGE
+    fold = N // PAGE_SIZE * PAGE_SIZE
     kept = stays[:, :fold].sum(1)
     shape = {"joint": (1, -1), "layer": (LAYERS, -1), "head": (LAYERS * HEADS, 1)}
     groups = kept.view(shape[allocation])
@@ -38,8 +38,12 @@ def test_every_group_keeps_its_budget_and_what_is_forced(allocation: str) -> Non
 
 
 def test_a_floor_is_kept_by_every_head() -> None:
-    lean = keep(scores(), LAYERS, 96, Candidate())[:, : N // PAGE * PAGE].sum(1)
-    fed = keep(scores(), LAYERS, 96, Candidate(floor=0.9))[:, : N // PAGE * PAGE].sum(1)
+    lean = keep(scores(), LAYERS, 96, Candidate())[:, : N // PAGE_SIZE * PAGE_SIZE].sum(
+        1
+    )
+    fed = keep(scores(), LAYERS, 96, Candidate(floor=0.9))[
+        :, : N // PAGE_SIZE * PAGE_SIZE
+    ].sum(1)
     assert lean.min() < 80 <= fed.min()
     assert lean.sum() == fed.sum() == 96 * LAYERS * HEADS
 
