@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one run: kernels, memcheck, serving against stock.
 
-    python -m bench.gpu_check --model PATH_OF_AN_8B_SHAPE [--out DIR]
+    python -m bench.gpu_check --model PATH_OF_AN_8B_SHAPE [--out DIR] [--no-serving]
 
 1. every kernel against its reference (``pytest tests/kernels``);
 2. the small cases again under ``compute-sanitizer --tool memcheck``;
@@ -61,11 +61,14 @@ def run(name: str, command: list[str], out: Path, **environ: str) -> None:
 def main() -> None:
     """Run the three steps."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="folder with an 8B config.json")
+    parser.add_argument("--model", help="folder with an 8B config.json")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--pool", type=int, default=131072)
     parser.add_argument("--workers", type=int, default=6, help="pytest-xdist, if there")
+    parser.add_argument("--no-serving", action="store_true", help="kernels only")
     args = parser.parse_args()
+    if not (args.model or args.no_serving):
+        parser.error("--model is needed to serve; or give --no-serving")
     python = sys.executable
     try:
         import xdist  # noqa: F401
@@ -82,6 +85,8 @@ def main() -> None:
         # Every tensor in an allocation of its own: an overrun leaves it.
         PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )
+    if args.no_serving:
+        return
     serve = [python, "-m", "bench.serve", "--model", args.model]
     serve += ["--load-format", "dummy", "--pool", str(args.pool)]
     serve += ["--out", str(args.out / "serve.jsonl")]

@@ -150,7 +150,7 @@ class Stages:
 
     def pool(self) -> torch.Tensor:
         """Scores, smoothed in a first pass."""
-        return pool_scores(self.raw, self.plan, self.tables, POOL, self.heads)
+        return pool_scores(self.raw, self.plan, self.tables, *POOL, self.heads)
 
     def select(self) -> Any:
         """The survivors."""

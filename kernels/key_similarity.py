@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_kvc.kernels.addressing import entry_rows
+from sglang_kvc.kernels.addressing import tile_rows
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.plan_heads import (
@@ -86,35 +86,17 @@ def anchor_kernel(
     r = first_request + x // LH
     lh = x % LH
     slot, fold_len, first_block, packed_len, n, _, _ = plan_head(
-        block_offsets,
-        slots,
-        seq_lens,
-        folds,
-        tail_blocks,
-        entry_base,
-        r,
-        lh,
-        LH,
-        S,
+        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
     )
-    tokens = req_to_token + slot * token_table_stride
+    tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
     pages = packed_pages + slot * page_table_stride
     total = tl.zeros([DP], tl.float32)
 
     for i in range(tl.program_id(1) * TILE, n, tl.num_programs(1) * TILE):
         entry = i + tl.arange(0, TILE)
         valid = entry < n
-        arena_row = entry_rows(
-            entry,
-            valid,
-            lh,
-            packed_len,
-            fold_len,
-            first_block,
-            tokens,
-            pages,
-            LH,
-            S,
+        arena_row = tile_rows(
+            i, n, lh, packed_len, first_block, pages, tail_tokens, LH, S, TILE
         )
         key = load_rows(arena_k, arena_row, valid, D, DP)
         total += tl.sum(key * _inverse_length(tl.sum(key * key, 1))[:, None], 0)
@@ -155,18 +137,9 @@ def similarity_kernel(
     r = first_request + x // LH
     lh = x % LH
     slot, fold_len, first_block, packed_len, n, size, first_cell = plan_head(
-        block_offsets,
-        slots,
-        seq_lens,
-        folds,
-        tail_blocks,
-        entry_base,
-        r,
-        lh,
-        LH,
-        S,
+        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
     )
-    tokens = req_to_token + slot * token_table_stride
+    tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
     pages = packed_pages + slot * page_table_stride
     d = tl.arange(0, DP)
     part = partial + x.to(tl.int64) * tl.num_programs(1) * D
@@ -178,17 +151,8 @@ def similarity_kernel(
     for i in range(tl.program_id(1) * TILE, size, tl.num_programs(1) * TILE):
         entry = i + tl.arange(0, TILE)
         valid = entry < n
-        arena_row = entry_rows(
-            entry,
-            valid,
-            lh,
-            packed_len,
-            fold_len,
-            first_block,
-            tokens,
-            pages,
-            LH,
-            S,
+        arena_row = tile_rows(
+            i, n, lh, packed_len, first_block, pages, tail_tokens, LH, S, TILE
         )
         key = load_rows(arena_k, arena_row, valid, D, DP)
         cosine = tl.sum(key * anchor[None, :], 1)

@@ -231,6 +231,8 @@ def _fill_lse(
             plan.seq_lens,
             plan.fold_old,
             plan.query_start,
+            plan.tail_blocks,
+            plan.entry_base,
             plan.recorded,
             partial,
             tables.req_to_token.stride(0),

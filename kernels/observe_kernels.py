@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
+from sglang_kvc.kernels.plan_heads import plan_head
 
 # Position of a row or an entry that sees, or shows, nothing.
 HIDDEN = tl.constexpr(-2)
@@ -83,6 +84,8 @@ def lse_kernel(
     seq_lens,
     folds,
     query_starts,
+    tail_blocks,
+    entry_base,
     recorded,
     partial_lse,
     token_table_stride,
@@ -113,14 +116,11 @@ def lse_kernel(
     r = first_request + x // LH
     lh = x % LH
     if tl.load(recorded + r) == 0:
-        slot = tl.load(slots + r)
-        seq_len = tl.load(seq_lens + r).to(tl.int32)
-        fold_len = tl.load(folds + r).to(tl.int32)
+        slot, fold_len, first_block, packed_len, n, _, _ = plan_head(
+            block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
+        )
+        seq_len = fold_len + n - packed_len
         query_start = tl.load(query_starts + r).to(tl.int32)
-        first_block = tl.load(block_offsets + slot * (LH + 1) + lh)
-        last_block = tl.load(block_offsets + slot * (LH + 1) + lh + 1)
-        packed_len = (last_block - first_block) * S
-        n = packed_len + seq_len - fold_len
         share = tl.cdiv(tl.cdiv(n, num_splits), TILE) * TILE
         start = split * share
         end = tl.minimum(start + share, n)
@@ -249,20 +249,15 @@ def score_kernel(
     x = tl.program_id(0)
     r = x // LH
     lh = x % LH
-    slot = tl.load(slots + r)
-    seq_len = tl.load(seq_lens + r).to(tl.int32)
-    fold_len = tl.load(folds + r).to(tl.int32)
+    slot, fold_len, first_block, packed_len, n, size, first_cell = plan_head(
+        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
+    )
+    seq_len = fold_len + n - packed_len
     query_start = tl.load(query_starts + r).to(tl.int32)
-    tail = tl.load(tail_blocks + r)
     annotated = tl.load(is_first + r) == 0
-    first_block = tl.load(block_offsets + slot * (LH + 1) + lh)
-    last_block = tl.load(block_offsets + slot * (LH + 1) + lh + 1)
-    packed_len = (last_block - first_block) * S
-    n = packed_len + seq_len - fold_len
-    size = packed_len + tail.to(tl.int32) * S
     tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
     pages = packed_pages + slot * page_table_stride
-    out = scores + tl.load(entry_base + r) + (first_block + lh * tail) * S
+    out = scores + first_cell
     t = tl.arange(0, TILE)
 
     row = tl.arange(0, ROWS)

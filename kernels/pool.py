@@ -1,9 +1,13 @@
-"""Max-pool new scores along key positions: out[i] = max of s[i - r .. i + r].
+"""Max-pool new scores along key positions: out[i] = max of s[i - back .. i + ahead].
 
-r is half the width, rounded down. Only the tail of a request is pooled, and only where
-the plan says so: its entries are consecutive text. Neighbours belong to the same head,
-to the tail and to positions < seq_len. Packed entries, whose neighbours in memory are
-not neighbours in the text, and padding are copied; their scores were pooled before.
+A query that looks for something attends to where the text says what follows; the rest
+of it gets its turn only while it is read. Pooling lets what lies up to `back` behind a
+match, and a little ahead of it, stay with it.
+
+Only the tail of a request is pooled, and only where the plan says so: its entries are
+consecutive text. Neighbours belong to the same head, to the tail and to positions <
+seq_len. Packed entries, whose neighbours in memory are not neighbours in the text, and
+padding are copied; their scores were pooled before.
 
 ======================  =====================  =========================================
 tensor                  shape                  meaning
@@ -13,23 +17,25 @@ tensor                  shape                  meaning
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
+from sglang_kvc.kernels.plan_heads import plan_head
 
 
 def pool_scores_ref(
     scores: torch.Tensor,
     plan: PassPlan,
     tables: BlockTables,
-    width: int,
+    back: int,
+    ahead: int,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Plain torch form of `pool_scores`."""
     pooled = scores.clone()
-    radius = width // 2
     columns = (
         plan.slots,
         plan.seq_lens,
@@ -47,9 +53,8 @@ def pool_scores_ref(
         offsets = tables.block_offsets[slot, 1 : num_heads_per_page + 1].long()
         start = base + PAGE_SIZE * (offsets + head * tail_blocks)
         index = start[:, None] + torch.arange(seq_len - fold, device=scores.device)
-        pooled[index] = torch.nn.functional.max_pool1d(
-            scores[index], 2 * radius + 1, 1, radius
-        )
+        own = F.pad(scores[index], (back, ahead), value=float("-inf"))
+        pooled[index] = F.max_pool1d(own, back + 1 + ahead, stride=1)
     return pooled
 
 
@@ -66,7 +71,8 @@ def pool_kernel(
     entry_base,
     LH: tl.constexpr,
     S: tl.constexpr,
-    RADIUS: tl.constexpr,
+    BACK: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (R * LH, P): program (x, y) writes blocks y, y + P, ... of head x % LH of
@@ -78,20 +84,15 @@ def pool_kernel(
     x = tl.program_id(0)
     r = x // LH
     lh = x % LH
-    slot = tl.load(slots + r)
-    tail = tl.load(tail_blocks + r)
-    first_block = tl.load(block_offsets + slot * (LH + 1) + lh)
-    last_block = tl.load(block_offsets + slot * (LH + 1) + lh + 1)
-    packed_len = (last_block - first_block) * S
-    n = packed_len + (tl.load(seq_lens + r) - tl.load(folds + r)).to(tl.int32)
-    size = packed_len + tail.to(tl.int32) * S
+    _, _, _, packed_len, n, size, base = plan_head(
+        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
+    )
     reach = tl.where(tl.load(pool_tail + r) != 0, n, 0)
-    base = tl.load(entry_base + r) + (first_block + lh * tail) * S
 
     for i in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
         entry = i + tl.arange(0, BLOCK)
         best = tl.load(scores + base + entry, mask=entry < size, other=0.0)
-        for shift in tl.static_range(-RADIUS, RADIUS + 1):
+        for shift in range(-BACK, AHEAD + 1):
             near = entry + shift
             inside = (near >= packed_len) & (near < reach)
             inside = inside & (entry >= packed_len) & (entry < reach)
@@ -105,7 +106,8 @@ def pool_scores_triton(
     scores: torch.Tensor,
     plan: PassPlan,
     tables: BlockTables,
-    width: int,
+    back: int,
+    ahead: int,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Triton form of `pool_scores`."""
@@ -124,7 +126,8 @@ def pool_scores_triton(
         plan.entry_base,
         LH=num_heads_per_page,
         S=PAGE_SIZE,
-        RADIUS=width // 2,
+        BACK=back,
+        AHEAD=ahead,
         BLOCK=block,
         num_warps=4,
     )
@@ -135,7 +138,8 @@ def pool_scores(
     scores: torch.Tensor,
     plan: PassPlan,
     tables: BlockTables,
-    width: int,
+    back: int,
+    ahead: int,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Smooth the scores of new text: a new tensor, or `scores` if there is none.
@@ -144,10 +148,10 @@ def pool_scores(
     ----------
     scores : [plan.num_entries] fp32 from `observe_scores`.
     plan, tables : the tables as they were when the scores were made.
-    width : entries the window spans, odd; 1 is none.
+    back, ahead : how far before and behind an entry its window reaches.
     num_heads_per_page : L * H.
     """
-    if width <= 1 or not plan.any_pooled:
+    if not (back or ahead) or not plan.any_pooled:
         return scores
     op = pool_scores_triton if use_triton(scores) else pool_scores_ref
-    return op(scores, plan, tables, width, num_heads_per_page)
+    return op(scores, plan, tables, back, ahead, num_heads_per_page)

@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_kvc.kernels.addressing import entry_rows
+from sglang_kvc.kernels.addressing import tile_rows
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.plan_heads import (
@@ -107,17 +107,10 @@ def recency_kernel(
     [num_entries] fp32: each program writes its own tiles, padding entries as 0.
     """
     x = tl.program_id(0)
+    r = x // LH
+    lh = x % LH
     _, _, _, _, n, size, first_cell = plan_head(
-        block_offsets,
-        slots,
-        seq_lens,
-        folds,
-        tail_blocks,
-        entry_base,
-        x // LH,
-        x % LH,
-        LH,
-        S,
+        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
     )
     for i in range(tl.program_id(1) * TILE, size, tl.num_programs(1) * TILE):
         entry = i + tl.arange(0, TILE)
@@ -155,20 +148,11 @@ def random_kernel(
     r = x // LH
     lh = x % LH
     slot, fold_len, first_block, packed_len, n, size, first_cell = plan_head(
-        block_offsets,
-        slots,
-        seq_lens,
-        folds,
-        tail_blocks,
-        entry_base,
-        r,
-        lh,
-        LH,
-        S,
+        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
     )
     annotated = tl.load(is_first + r) == 0
     seq_len = tl.load(seq_lens + r)
-    tokens = req_to_token + slot * token_table_stride
+    tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
     pages = packed_pages + slot * page_table_stride
     key = _mix_kernel(_mix_kernel(_mix_kernel(seed.to(tl.int64)) ^ slot) ^ seq_len)
     key = _mix_kernel(key ^ lh)
@@ -176,17 +160,8 @@ def random_kernel(
     for i in range(tl.program_id(1) * TILE, size, tl.num_programs(1) * TILE):
         entry = i + tl.arange(0, TILE)
         valid = entry < n
-        arena_row = entry_rows(
-            entry,
-            valid,
-            lh,
-            packed_len,
-            fold_len,
-            first_block,
-            tokens,
-            pages,
-            LH,
-            S,
+        arena_row = tile_rows(
+            i, n, lh, packed_len, first_block, pages, tail_tokens, LH, S, TILE
         )
         kept = tl.load(arena_score + arena_row, mask=valid & annotated, other=0.0)
         hashed = _mix_kernel((seq_len - n + entry) ^ key)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_kvc.kernels.addressing import entry_rows
+from sglang_kvc.kernels.addressing import tile_rows
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.plan_heads import (
@@ -79,35 +79,17 @@ def value_norm_kernel(
     r = x // LH
     lh = x % LH
     slot, fold_len, first_block, packed_len, n, size, first_cell = plan_head(
-        block_offsets,
-        slots,
-        seq_lens,
-        folds,
-        tail_blocks,
-        entry_base,
-        r,
-        lh,
-        LH,
-        S,
+        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
     )
     annotated = tl.load(is_first + r) == 0
-    tokens = req_to_token + slot * token_table_stride
+    tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
     pages = packed_pages + slot * page_table_stride
 
     for i in range(tl.program_id(1) * TILE, size, tl.num_programs(1) * TILE):
         entry = i + tl.arange(0, TILE)
         valid = entry < n
-        arena_row = entry_rows(
-            entry,
-            valid,
-            lh,
-            packed_len,
-            fold_len,
-            first_block,
-            tokens,
-            pages,
-            LH,
-            S,
+        arena_row = tile_rows(
+            i, n, lh, packed_len, first_block, pages, tail_tokens, LH, S, TILE
         )
         value = load_rows(arena_v, arena_row, valid, D, DP)
         score = tl.sqrt_rn(tl.sum(value * value, 1))

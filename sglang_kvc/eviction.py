@@ -35,7 +35,7 @@ def run_pass(
     context: ScoreContext,
     dest_pages: torch.Tensor,
     *,
-    pool: int,
+    pool: tuple[int, int],
     sinks: int,
     groups: int = 1,
     floor_blocks: int = 0,
@@ -47,7 +47,8 @@ def run_pass(
     scorer : which KVs are worth keeping.
     context : what it looks at; arena and tables are written.
     dest_pages : [pages kept] int64, fresh pages for the survivors in plan order.
-    pool, sinks : as in `KVCompressOptions`.
+    pool : how far a window of `pool_scores` reaches back and ahead.
+    sinks : as in `KVCompressOptions`.
     groups, floor_blocks : as in `select_entries`.
 
     Returns
@@ -58,7 +59,7 @@ def run_pass(
     heads = arena.heads_per_page
     scores = scorer.score(context)
     if scorer.pooled:
-        scores = pool_scores(scores, plan, tables, pool, heads)
+        scores = pool_scores(scores, plan, tables, *pool, heads)
     selected = select_entries(scores, heads, tables, plan, sinks, groups, floor_blocks)
     pack_entries(arena, selected, dest_pages, plan)
     commit_tables(tables, arena, selected, plan, dest_pages, scores)
@@ -167,7 +168,7 @@ class PassRunner:
             self.scorer,
             context,
             dest_pages,
-            pool=options.pool,
+            pool=(options.pool_back, options.pool_ahead),
             sinks=sinks,
             groups=self.groups,
             floor_blocks=-(-options.head_floor // PAGE_SIZE),

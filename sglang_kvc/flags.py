@@ -40,11 +40,13 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "protected": (int, "TOKENS", "Most recent tokens that are never evicted."),
     "interval": (int, "TOKENS", "Decoded tokens between two passes of a request."),
     "sinks": (int, "TOKENS", "First tokens that are never evicted."),
-    "pool": (
+    "pool_back": (
         int,
-        "WIDTH",
-        f"Max-pooling width over key positions, odd, 1 to {MAX_POOL}; 1 is off.",
+        "TOKENS",
+        "A token of a prompt is worth as much as the best of this many before it, 0 to "
+        f"{MAX_POOL}: what follows a match is kept with it.",
     ),
+    "pool_ahead": (int, "TOKENS", f"The same for those behind it, 0 to {MAX_POOL}."),
     "metric": (
         str,
         "{" + ",".join(METRICS) + "}",

@@ -20,7 +20,7 @@ METRICS = ("l2", "l1", "value_norm", "key_similarity", "recency", "random")
 ALLOCATIONS = ("joint", "layer", "head")
 CHUNK_MODES = ("auto", "always", "never")
 MAX_WINDOW = 256
-MAX_POOL = 63
+MAX_POOL = 128
 
 CHOICES = {"metric": METRICS, "allocation": ALLOCATIONS, "chunks": CHUNK_MODES}
 
@@ -99,8 +99,9 @@ class KVCompressOptions:
         Decoded tokens between two eviction passes of a request.
     sinks : int
         First tokens of the prompt that are never evicted.
-    pool : int
-        Width of the max-pooling over key positions, odd; 1 switches it off.
+    pool_back, pool_ahead : int
+        A KV of a prompt takes the highest score of those up to `pool_back` positions
+        before it and `pool_ahead` behind it, see `kernels.pool`; 0 and 0: its own.
     metric : str
         What a KV is worth, one of `METRICS`: the sum of squared (l2) or of plain (l1)
         attention probabilities; squared ones times the norm of the value; how far the
@@ -125,7 +126,8 @@ class KVCompressOptions:
     protected: int = 32
     interval: int = 64
     sinks: int = 4
-    pool: int = 7
+    pool_back: int = 32
+    pool_ahead: int = 3
     metric: str = "l2"
     allocation: str = "joint"
     head_floor: int = 0
@@ -137,9 +139,8 @@ class KVCompressOptions:
         check_int("protected", self.protected, 1)
         check_int("interval", self.interval, 1)
         check_int("sinks", self.sinks, 0)
-        check_int("pool", self.pool, 1, MAX_POOL)
-        if self.pool % 2 == 0:
-            raise ConfigError(f"pool must be odd, got {self.pool}.")
+        check_int("pool_back", self.pool_back, 0, MAX_POOL)
+        check_int("pool_ahead", self.pool_ahead, 0, MAX_POOL)
         for name, valid in CHOICES.items():
             if getattr(self, name) not in valid:
                 raise ConfigError(

@@ -17,7 +17,8 @@ TUNING_SEED, REPORTED_SEED = 1, 0
 TUNE = "tune"
 FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "windows": ("window", (16, 32, 64, 128, 256)),
-    "pool": ("pool", (1, 7, 15, 31, 63)),
+    "pool-back": ("pool_back", (0, 3, 16, 32, 64)),
+    "pool-ahead": ("pool_ahead", (0, 3, 16, 32)),
     "protected": ("protected", (32, 64)),
     "sinks": ("sinks", (0, 4, 16)),
     "metric": ("metric", ("l2", "l1", "value_norm")),

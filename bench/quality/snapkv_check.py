@@ -174,7 +174,8 @@ def ask_engine(
         "sinks": 0,
         "window": args.window,
         "protected": args.window,
-        "pool": args.pool,
+        "pool_back": args.pool // 2,
+        "pool_ahead": args.pool // 2,
         "min_budget": args.budget,
         "chunks": "never",
     }

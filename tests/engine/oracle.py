@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from sglang_kvc.options import KVCompressOptions
+
 BLOCK = 16
 ATTENTION = ("l2", "l1", "value_norm")
 SEED = 0
@@ -57,12 +59,10 @@ class Oracle:
     Parameters
     ----------
     model_path : Hugging Face folder.
-    window, protected, sinks, pool : as the server's options.
+    options : the server's; window, protected, sinks and pooling are read.
     """
 
-    def __init__(
-        self, model_path: str, window: int, protected: int, sinks: int, pool: int
-    ) -> None:
+    def __init__(self, model_path: str, options: KVCompressOptions) -> None:
         AttentionInterface.register("kv_oracle", self._attend)
         self.model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=torch.float32, attn_implementation="kv_oracle"
@@ -70,8 +70,9 @@ class Oracle:
         config = self.model.config
         self.layers, self.heads = config.num_hidden_layers, config.num_key_value_heads
         self.group = config.num_attention_heads // self.heads
-        self.window, self.protected = window, protected
-        self.sinks, self.pool = sinks, pool
+        self.window, self.protected = options.window, options.protected
+        self.sinks = options.sinks
+        self.back, self.ahead = options.pool_back, options.pool_ahead
 
     def start(
         self, ids: list[int], policy: Policy | None = None, slot: int = 0
@@ -225,14 +226,12 @@ class Oracle:
         if self.policy.metric == "value_norm":
             added *= self._per_head(self.values).square().sum(2).sqrt()
         self.scores += added
-        if pooled and self.pool > 1:
+        if pooled:
             # Pooled together with what a short rest of the last chunk has scored.
-            self.scores[:, self.fold :] = torch.nn.functional.max_pool1d(
-                self.scores[None, :, self.fold :],
-                self.pool,
-                stride=1,
-                padding=self.pool // 2,
-            )[0]
+            own = self.scores[:, self.fold :].clone()
+            for p in range(own.shape[1]):
+                near = own[:, max(p - self.back, 0) : p + self.ahead + 1]
+                self.scores[:, self.fold + p] = near.max(dim=1).values
 
     def _score_entries(self) -> None:
         """Score what is visible by keys, places or draws; no query is looked at."""

@@ -35,9 +35,7 @@ def test_every_chunk_keeps_what_the_oracle_keeps(
     """Four chunks, the last one short, then one periodic pass."""
     runtime = chunked.allocator.get_kvcache().runtime
     options = runtime.options
-    oracle = Oracle(
-        model_path, options.window, options.protected, options.sinks, options.pool
-    )
+    oracle = Oracle(model_path, options)
     length = 3 * CHUNK + 90
     ids = prompt(model_path, 500, length)
     ends = [*range(CHUNK, length, CHUNK), length]

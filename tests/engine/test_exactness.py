@@ -18,9 +18,7 @@ PASSES_AFTER_PREFILL = 2
 @pytest.fixture(scope="module")
 def oracle(model_path: str, scheduler: InProcessScheduler) -> Oracle:
     options = scheduler.allocator.get_kvcache().runtime.options
-    return Oracle(
-        model_path, options.window, options.protected, options.sinks, options.pool
-    )
+    return Oracle(model_path, options)
 
 
 @pytest.mark.parametrize(

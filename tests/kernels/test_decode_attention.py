@@ -144,16 +144,18 @@ def test_reference_against_plain_python() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("dim", "group", "dtype"),
+    ("dim", "group", "dtype", "switches"),
     [
-        (64, 1, torch.bfloat16),
-        (64, 3, torch.float16),
-        (64, 8, torch.bfloat16),
-        (96, 4, torch.bfloat16),
-        (128, 1, torch.float16),
-        (128, 4, torch.bfloat16),
-        (128, 7, torch.bfloat16),
-        (128, 8, torch.float16),
+        (64, 1, torch.bfloat16, {}),
+        (64, 3, torch.float16, {}),
+        (64, 3, torch.float16, {"max_parts": None}),
+        (64, 8, torch.bfloat16, {}),
+        (96, 4, torch.bfloat16, {}),
+        (128, 1, torch.float16, {}),
+        (128, 4, torch.bfloat16, {}),
+        (128, 4, torch.bfloat16, {"row_slack": None, "max_parts": None}),
+        (128, 7, torch.bfloat16, {}),
+        (128, 8, torch.float16, {}),
     ],
 )
 @pytest.mark.parametrize(
@@ -165,11 +167,6 @@ def test_reference_against_plain_python() -> None:
         ([129 + 37 * i for i in range(130)], [128] * 130, 6),
     ],
     ids=["short", "middle", "long", "batch136"],
-)
-@pytest.mark.parametrize(
-    "switches",
-    [{}, {"row_slack": None, "max_parts": None}, {"max_parts": None}],
-    ids=["default", "unaligned-many-parts", "many-parts"],
 )
 def test_gpu_sweep(
     seq_lens: list[int],

@@ -46,7 +46,8 @@ def test_ceil_to_page(tokens: int, pages: int) -> None:
         *[("protected", value) for value in (0, -1)],
         *[("interval", value) for value in (0, False)],
         *[("sinks", value) for value in (-1, 4.0)],
-        *[("pool", value) for value in (0, 2, 64, 65)],
+        *[("pool_back", value) for value in (-1, 129, 3.5)],
+        *[("pool_ahead", value) for value in (-1, 129, True)],
         *[("metric", value) for value in ("l3", None, "L2")],
         *[("allocation", value) for value in ("heads", None)],
         *[("head_floor", value) for value in (-1, 16.0)],
@@ -63,8 +64,8 @@ def test_bad_value_is_named(field: str, bad: Any) -> None:
         {"rate": 1},
         {"rate": 10**400},
         {"window": 256},
-        {"pool": 1},
-        {"pool": 63},
+        {"pool_back": 0, "pool_ahead": 0},
+        {"pool_back": 128, "pool_ahead": 128},
         {"sinks": 0, "protected": 1, "min_budget": 1},
         {"metric": "l1"},
         {"metric": "key_similarity", "allocation": "head"},
@@ -136,7 +137,8 @@ def test_command_line() -> None:
     assert parse("--kv-compress") == KVCompressOptions()
     argv = "--kv-compress --kv-compress-budget 2048 --kv-compress-min-budget 64"
     argv += " --kv-compress-window 8 --kv-compress-protected 16"
-    argv += " --kv-compress-interval 128 --kv-compress-sinks 0 --kv-compress-pool 1"
+    argv += " --kv-compress-interval 128 --kv-compress-sinks 0"
+    argv += " --kv-compress-pool-back 48 --kv-compress-pool-ahead 1"
     argv += " --kv-compress-metric l1 --kv-compress-allocation layer"
     argv += " --kv-compress-head-floor 32"
     assert parse(*argv.split()) == KVCompressOptions(
@@ -146,7 +148,8 @@ def test_command_line() -> None:
         protected=16,
         interval=128,
         sinks=0,
-        pool=1,
+        pool_back=48,
+        pool_ahead=1,
         metric="l1",
         allocation="layer",
         head_floor=32,
