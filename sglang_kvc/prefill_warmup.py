@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,11 +36,24 @@ def warm_up_prefill(scheduler: Any) -> None:
     chunk = scheduler.chunked_prefill_size or DEFAULT_CHUNK
     room = scheduler.token_to_kv_pool_allocator.available_size() - 2 * PAGE_SIZE
     longest = min(chunk, room, scheduler.max_req_input_len)
-    for halving in range(HALVINGS):
-        if longest >> halving >= PAGE_SIZE:
-            prefill_once(scheduler, longest >> halving)
+    # PyTorch reuses memory per stream: what was freed on this one serves nobody, and
+    # the first request would wait for memory of its own.
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    with stream_of_steps(scheduler):
+        for halving in range(HALVINGS):
+            if longest >> halving >= PAGE_SIZE:
+                prefill_once(scheduler, longest >> halving)
+        runtime.passes.warm_up()
     torch.cuda.synchronize()
     logger.info("Prefill warm-up took %.2f s", time.perf_counter() - begin)
+
+
+def stream_of_steps(scheduler: Any) -> AbstractContextManager[Any]:
+    """Where SGLang will run its batches."""
+    if scheduler.enable_overlap:
+        return torch.cuda.stream(scheduler.forward_stream)
+    return nullcontext()
 
 
 @torch.no_grad()
