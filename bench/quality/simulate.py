@@ -46,22 +46,26 @@ class Candidate:
     back, ahead : a KV takes the highest score of those up to `back` before it and
         `ahead` behind it: what follows a match is kept with it.
     power : on the probabilities.
+    reduce : sum or max over the queries.
+    share : divide by the sum of the head's scores.
     value_norm : weigh by the norm of the value.
     allocation : joint, layer or head.
     floor : part of the budget that every head keeps.
     """
 
-    window: int = 64
-    back: int = 3
-    ahead: int = 3
+    window: int = KVCompressOptions.window
+    back: int = KVCompressOptions.pool_back
+    ahead: int = KVCompressOptions.pool_ahead
     power: int = 2
+    reduce: str = "sum"
+    share: bool = False
     value_norm: bool = False
     allocation: str = "joint"
     floor: float = 0.0
 
     @property
     def name(self) -> str:
-        """What differs from the defaults of this class."""
+        """What differs from the server's defaults."""
         plain = Candidate()
         words = [
             f"{field}={value}"
@@ -73,17 +77,17 @@ class Candidate:
 
 CANDIDATES = (
     *(Candidate(window=window) for window in (16, 32, 64, 128, 256)),
-    *(Candidate(back=width, ahead=width) for width in (0, 7, 15, 31)),
-    *(Candidate(back=back) for back in (16, 32, 64)),
-    *(Candidate(window=window, back=32) for window in (32, 128)),
-    Candidate(back=32, ahead=0),
+    *(Candidate(back=back) for back in (0, 3, 16, 48, 64, 96)),
+    *(Candidate(ahead=ahead) for ahead in (0, 8, 32)),
+    *(Candidate(window=64, back=back) for back in (3, 64)),
     Candidate(power=1),
-    Candidate(power=1, back=32),
+    Candidate(reduce="max"),
+    Candidate(share=True),
     Candidate(value_norm=True),
-    Candidate(value_norm=True, back=32),
-    Candidate(allocation="layer", back=32),
-    Candidate(allocation="head", back=32),
-    Candidate(floor=0.25, back=32),
+    Candidate(window=64, value_norm=True),
+    Candidate(allocation="layer"),
+    Candidate(allocation="head"),
+    Candidate(floor=0.25),
 )
 
 
@@ -136,7 +140,10 @@ class Observer:
         """[L * H, n] pooled scores of a prompt."""
         rows = []
         for probs, norms in self.seen:
-            mass = probs[:, :, -candidate.window :].pow(candidate.power).sum((1, 2))
+            paid = probs[:, :, -candidate.window :].pow(candidate.power).flatten(1, 2)
+            mass = paid.amax(1) if candidate.reduce == "max" else paid.sum(1)
+            if candidate.share:
+                mass = mass / mass.sum(1, keepdim=True)
             rows.append(mass * norms if candidate.value_norm else mass)
         score = torch.cat(rows)[None]
         back, ahead = candidate.back, candidate.ahead
