@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.batches import Batch, Shape, fold_by_head, head_blocks, make_batch
+from bench.decode_steps import bench_steps
 from bench.timing import CheckError, Clock, Report, Timing, require_close
 from sglang_kvc.kernels import decode_attention as decode
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
@@ -167,6 +168,15 @@ def bench_decode(
                 if fa3 is not None and packed:
                     with report.guard(f"fa3_folded {row.name}"):
                         _bench_folded(case, row.name, clock, report, fa3)
+                # Last: it changes the newest token of every request.
+                with report.guard(f"decode_step {row.name} {layout}"):
+                    workspace = make_workspace(shape, case.q.device)
+                    folded = _folded(case, fa3) if fa3 is not None and packed else None
+                    about = {"layout": layout, "layers_timed": len(case.layers)}
+                    for kernel, timing in bench_steps(case, workspace, folded, clock):
+                        report.add(
+                            SECTION, kernel, row.name, timing, case.bytes, **about
+                        )
                 if fa3 is not None and not packed:
                     for size in (1, 64):
                         with report.guard(f"fa3_stock_page{size} {row.name}"):
@@ -210,9 +220,7 @@ def _bench_ours(
     )
 
 
-def _bench_folded(
-    case: Decode, name: str, clock: Clock, report: Report, fa3: Any
-) -> None:
+def _folded(case: Decode, fa3: Any) -> Callable[[int], torch.Tensor]:
     """FA3 on the same packed arena, with (request, KV head) as its batch."""
     shape, dim = case.shape, case.shape.head_dim
     k, v = (cells.view(-1, PAGE_SIZE, 1, dim) for cells in case.arena[:2])
@@ -220,7 +228,7 @@ def _bench_folded(
     blocks, lens = fold_by_head(case.batch, shape)
 
     def run(layer: int) -> torch.Tensor:
-        return fa3(
+        out: torch.Tensor = fa3(
             query,
             k,
             v,
@@ -230,7 +238,16 @@ def _bench_folded(
             causal=True,
             ver=3,
         )
+        return out
 
+    return run
+
+
+def _bench_folded(
+    case: Decode, name: str, clock: Clock, report: Report, fa3: Any
+) -> None:
+    """Attention alone, beside `_bench_ours`."""
+    run = _folded(case, fa3)
     error = case.check(run)
     timing = case.time(clock, run)
     about = {"layout": "packed", "layers_timed": len(case.layers)}

@@ -99,6 +99,7 @@ def pass_batch(
             evict_blocks=(packed + (new - fold) // PAGE_SIZE - case.keep_pages) * heads,
             protected=max(new - (seq_len - PROTECTED), 0),
             is_first=not case.packed,
+            repeated=False,
             # Decoded tokens are not pooled, prompts are.
             pool_tail=not case.packed,
             # Queries since a first pass were decoded, those before it prefilled.

@@ -95,6 +95,8 @@ class PassPlan(NamedTuple):
     evict_blocks : blocks to free, over all heads.
     protected : last entries a head below fold_new that must stay, tokens.
     is_first : 1 for a first pass (stored scores are ignored).
+    repeated : 1 if earlier passes have observed the same queries: of the stored and
+        the new score the larger one counts, not their sum.
     pool_tail : 1 if the scores of the tail are max-pooled: its entries are consecutive
         text that no pass has pooled before.
     recorded : 1 if ``query_lse`` holds the log2-sum-exp2 of every observed query: all
@@ -113,6 +115,7 @@ class PassPlan(NamedTuple):
     evict_blocks: torch.Tensor
     protected: torch.Tensor
     is_first: torch.Tensor
+    repeated: torch.Tensor
     pool_tail: torch.Tensor
     recorded: torch.Tensor
     entry_base: torch.Tensor

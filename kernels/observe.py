@@ -72,11 +72,13 @@ def observe_scores_ref(
         plan.query_start,
         plan.tail_blocks,
         plan.is_first,
+        plan.repeated,
         plan.recorded,
         plan.entry_base,
     )
     requests = zip(*(column.tolist() for column in columns), strict=True)
-    for slot, seq_len, fold, start, tail_blocks, is_first, recorded, base in requests:
+    for slot, seq_len, fold, start, tail_blocks, *flags, base in requests:
+        is_first, repeated, recorded = flags
         positions = range(max(start, seq_len - window, 0), seq_len)
         query_pos = torch.tensor(positions, device=arena.k.device)
         queries = query_ring[slot, :, query_pos % window]
@@ -104,7 +106,8 @@ def observe_scores_ref(
             prob = prob.nan_to_num_(0.0)
             total = prob.pow_(power).sum((1, 2))
             if not is_first:
-                total += stored[rows]
+                old = stored[rows]
+                total = torch.maximum(total, old) if repeated else total + old
 
             offsets = tables.block_offsets[slot, first : first + heads].long()
             lh = torch.arange(first, first + heads, device=offsets.device)
@@ -181,6 +184,7 @@ def observe_scores_triton(
         plan.query_start,
         plan.tail_blocks,
         plan.is_first,
+        plan.repeated,
         plan.entry_base,
         scores,
         tables.req_to_token.stride(0),

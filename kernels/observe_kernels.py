@@ -221,6 +221,7 @@ def score_kernel(
     query_starts,
     tail_blocks,
     is_first,
+    repeated,
     entry_base,
     scores,
     token_table_stride,
@@ -255,6 +256,7 @@ def score_kernel(
     seq_len = fold_len + n - packed_len
     query_start = tl.load(query_starts + r).to(tl.int32)
     annotated = tl.load(is_first + r) == 0
+    again = tl.load(repeated + r) != 0
     tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
     pages = packed_pages + slot * page_table_stride
     out = scores + first_cell
@@ -278,9 +280,9 @@ def score_kernel(
             i, n, lh, packed_len, first_block, pages, tail_tokens, LH, S, TILE
         )
         key = _load_keys(arena_k, arena_row, None, D, DP)
-        total = tl.load(arena_score + arena_row, mask=annotated, other=0.0)
-        total += tl.sum(_attention_mass(key, query, row_lse, qk_scale, POWER), 1)
-        tl.store(out + i + t, total)
+        old = tl.load(arena_score + arena_row, mask=annotated, other=0.0)
+        new = tl.sum(_attention_mass(key, query, row_lse, qk_scale, POWER), 1)
+        tl.store(out + i + t, tl.where(again, tl.maximum(old, new), old + new))
 
     done = tl.maximum(tl.cdiv(clear_tiles - first, step), 0) * step
     for i in range(first + done, size, step):
@@ -291,11 +293,12 @@ def score_kernel(
         )
         key = _load_keys(arena_k, arena_row, valid, D, DP)
         at = tl.where(entry < packed_len, -1, fold_len + entry - packed_len)
-        total = tl.load(arena_score + arena_row, mask=valid & annotated, other=0.0)
+        old = tl.load(arena_score + arena_row, mask=valid & annotated, other=0.0)
+        new = tl.zeros([TILE], tl.float32)
         if ROWS >= W * G:
             p = _attention_mass(key, query, row_lse, qk_scale, POWER)
             visible = valid[:, None] & (at[:, None] <= position[None, :])
-            total += tl.sum(tl.where(visible, p, 0.0), 1)
+            new += tl.sum(tl.where(visible, p, 0.0), 1)
         else:
             for first_row in range(0, W * G, ROWS):
                 row = first_row + tl.arange(0, ROWS)
@@ -309,5 +312,6 @@ def score_kernel(
                 )
                 p = _attention_mass(key, query, row_lse, qk_scale, POWER)
                 visible = valid[:, None] & (at[:, None] <= position[None, :])
-                total += tl.sum(tl.where(visible, p, 0.0), 1)
+                new += tl.sum(tl.where(visible, p, 0.0), 1)
+        total = tl.where(again, tl.maximum(old, new), old + new)
         tl.store(out + entry, total, mask=entry < size)

@@ -25,6 +25,7 @@ class PassRequest(TypedDict):
     evict_blocks: int
     protected: int
     is_first: bool
+    repeated: bool
     pool_tail: bool
     recorded: bool
 
@@ -67,7 +68,7 @@ def build_plan(
     ----------
     requests : at least one; plain Python integers.
     heads_per_page : L * H.
-    device : where the plan's vectors go. One copy of [14, R] int64 (R rounded up to
+    device : where the plan's vectors go. One copy of [15, R] int64 (R rounded up to
         even), asynchronous on CUDA: from pinned memory, which the caching host
         allocator keeps until the copy has run.
 
@@ -95,6 +96,7 @@ def build_plan(
                 request["evict_blocks"],
                 request["protected"],
                 int(request["is_first"]),
+                int(request["repeated"]),
                 int(request["pool_tail"]),
                 int(request["recorded"]),
                 entry_base,

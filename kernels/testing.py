@@ -156,6 +156,7 @@ def make_plan(
     protected: int = 8,
     query_start: Sequence[int] | None = None,
     recorded: Sequence[bool] | None = None,
+    repeated: Sequence[bool] | None = None,
 ) -> PassPlan:
     """Plan one eviction pass over all requests of `case`.
 
@@ -165,6 +166,7 @@ def make_plan(
     fold_new : [R] fold lengths after the pass; all whole pages by default.
     query_start : [R]; 0 by default, so that the ring's w last queries count.
     recorded : [R]; False by default: no log2-sum-exp2 was recorded.
+    repeated : [R]; False by default: new and stored scores are added.
     """
     heads = case.arena.heads_per_page
     requests: list[PassRequest] = []
@@ -184,6 +186,7 @@ def make_plan(
                 "evict_blocks": (held - keep) * heads,
                 "protected": protected,
                 "is_first": case.folds[r] == 0,
+                "repeated": bool(repeated[r]) if repeated else False,
                 "pool_tail": case.folds[r] == 0 or r % 2 == 0,
                 "recorded": bool(recorded[r]) if recorded else False,
             }

@@ -40,7 +40,8 @@ def value_norms_ref(
     for head in plan_heads_ref(tables, plan, arena.heads_per_page):
         score = values[head.rows].float().norm(dim=-1) * mass[head.cells]
         if head.annotated:
-            score += stored[head.rows]
+            old = stored[head.rows]
+            score = torch.maximum(score, old) if head.repeated else score + old
         scores[head.cells] = score
     return scores
 
@@ -58,6 +59,7 @@ def value_norm_kernel(
     folds,
     tail_blocks,
     is_first,
+    repeated,
     entry_base,
     scores,
     token_table_stride,
@@ -82,6 +84,7 @@ def value_norm_kernel(
         block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
     )
     annotated = tl.load(is_first + r) == 0
+    again = tl.load(repeated + r) != 0
     tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
     pages = packed_pages + slot * page_table_stride
 
@@ -94,7 +97,8 @@ def value_norm_kernel(
         value = load_rows(arena_v, arena_row, valid, D, DP)
         score = tl.sqrt_rn(tl.sum(value * value, 1))
         score *= tl.load(mass + first_cell + entry, mask=valid, other=0.0)
-        score += tl.load(arena_score + arena_row, mask=valid & annotated, other=0.0)
+        old = tl.load(arena_score + arena_row, mask=valid & annotated, other=0.0)
+        score = tl.where(again, tl.maximum(old, score), old + score)
         tl.store(scores + first_cell + entry, score, mask=entry < size)
 
 
@@ -121,6 +125,7 @@ def value_norms_triton(
         plan.fold_old,
         plan.tail_blocks,
         plan.is_first,
+        plan.repeated,
         plan.entry_base,
         scores,
         tables.req_to_token.stride(0),

@@ -109,7 +109,7 @@ class KVCompressAttentionBackend(AttentionBackend):
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """How the decode kernel splits its work; in extend, where queries go.
 
-        The ring row is slot * w + p % w, or -1 if position p is too old to be kept.
+        The ring row is slot * w + p % w, or -1 if place p is too old to be kept.
         """
         if forward_batch.forward_mode.is_idle():
             return
@@ -124,14 +124,17 @@ class KVCompressAttentionBackend(AttentionBackend):
                     self._workspace,
                 )
             return
-        positions = forward_batch.positions
         slots = forward_batch.req_pool_indices.long()
         new_lens = forward_batch.extend_seq_lens
-        total = positions.shape[0]
+        total = forward_batch.positions.shape[0]
         slots = slots.repeat_interleave(new_lens, output_size=total)
         ends = forward_batch.seq_lens.repeat_interleave(new_lens, output_size=total)
-        index = slots * self.window + positions % self.window
-        recorded = positions >= ends - self.window
+        # Not the rotary positions, which run ahead in a probe.
+        shift = forward_batch.extend_prefix_lens - forward_batch.extend_start_loc
+        places = torch.arange(total, device=slots.device)
+        places += shift.repeat_interleave(new_lens, output_size=total)
+        index = slots * self.window + places % self.window
+        recorded = places >= ends - self.window
         self._ring_index = torch.where(recorded, index, -1)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:

@@ -129,6 +129,7 @@ class PassRunner:
                 evict_blocks=(length // PAGE_SIZE - 1) * heads,
                 protected=0,
                 is_first=True,
+                repeated=False,
                 pool_tail=True,
                 recorded=False,
             )
@@ -189,6 +190,7 @@ def _plan_request(record: PassRecord, heads: int, protected: int) -> PassRequest
         evict_blocks=freed_pages * heads,
         protected=max(record.fold_new - (record.seq_len - protected), 0),
         is_first=record.is_first,
+        repeated=record.repeated,
         pool_tail=record.pool_tail,
         recorded=record.recorded,
     )

@@ -16,6 +16,7 @@ from sglang_kvc.options import (
     ALLOCATIONS,
     CHOICES,
     CHUNK_MODES,
+    CHUNK_QUERIES,
     MAX_POOL,
     MAX_WINDOW,
     METRICS,
@@ -66,6 +67,12 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "{" + ",".join(CHUNK_MODES) + "}",
         "Compress a prompt between its chunks, so that it never has to fit in the "
         "pool: for prompts of half the pool or more (auto), always or never.",
+    ),
+    "chunk_queries": (
+        str,
+        "{" + ",".join(CHUNK_QUERIES) + "}",
+        "Whose last queries score a chunk when it is compressed: the whole prompt's, "
+        "which run once more behind each chunk, or the chunk's own.",
     ),
 }
 assert list(_FLAGS) == [field.name for field in dataclasses.fields(KVCompressOptions)]

@@ -19,10 +19,16 @@ PAGE_SIZE = 16
 METRICS = ("l2", "l1", "value_norm", "key_similarity", "recency", "random")
 ALLOCATIONS = ("joint", "layer", "head")
 CHUNK_MODES = ("auto", "always", "never")
+CHUNK_QUERIES = ("prompt", "chunk")
 MAX_WINDOW = 256
 MAX_POOL = 128
 
-CHOICES = {"metric": METRICS, "allocation": ALLOCATIONS, "chunks": CHUNK_MODES}
+CHOICES = {
+    "metric": METRICS,
+    "allocation": ALLOCATIONS,
+    "chunks": CHUNK_MODES,
+    "chunk_queries": CHUNK_QUERIES,
+}
 
 BACKEND = "kvcompress"
 """Name under which the attention backend and the radix cache are registered."""
@@ -112,6 +118,9 @@ class KVCompressOptions:
         Tokens that every head keeps whatever the others are worth.
     chunks : {"auto", "always", "never"}
         Whether a long prompt is compressed between its chunks, see `chunking`.
+    chunk_queries : {"prompt", "chunk"}
+        Whose last queries score what a chunk has brought: those of the whole prompt,
+        see `probe`, or of the chunk.
 
     Raises
     ------
@@ -132,6 +141,7 @@ class KVCompressOptions:
     allocation: str = "joint"
     head_floor: int = 0
     chunks: str = "auto"
+    chunk_queries: str = "prompt"
 
     def __post_init__(self) -> None:
         check_rate("rate", self.rate)

@@ -105,6 +105,9 @@ class PassRecord:
     query_start : first position whose query is observed.
     pool_tail : scores of the tail are max-pooled (it is consecutive text, new to us).
     recorded : every observed query was decoded, so its log-sum-exp is known.
+    prompt_len : tokens of the prompt while it is prefilled, else 0.
+    probe : last tokens of the prompt, to be run before the pass, see `probe`.
+    repeated : earlier passes were scored by the same queries.
     target : token ids of the fresh pages, int64 [budget].
     head_blocks : with ``report_heads``, int32 [L * H + 1] on the host: prefix sum of
         the blocks that each head keeps; filled when the step is done.
@@ -123,6 +126,9 @@ class PassRecord:
     pool_tail: bool
     recorded: bool
     target: Any
+    prompt_len: int = 0
+    probe: tuple[int, ...] = ()
+    repeated: bool = False
     head_blocks: Any = None
     closed: bool = False
 
@@ -152,6 +158,7 @@ class RequestState:
     budget: int = 0
     observed: int = 0
     prefilled: int = 0
+    probed: bool = False
     # Result order.
     settled_fold: int = 0
     settled_packed: Any = None
@@ -216,6 +223,8 @@ class RequestState:
             pool_tail=self.budget == 0 or prompt_len is not None,
             recorded=query_start >= self.prefilled,
             target=None,
+            prompt_len=prompt_len or 0,
+            repeated=self.probed and prompt_len is not None,
         )
 
     def launch(self, record: PassRecord, *, decoding: bool) -> None:
@@ -227,6 +236,7 @@ class RequestState:
             self.peak_resident = max(self.peak_resident, self.resident(record.seq_len))
         self.fold, self.budget = record.fold_new, record.budget
         self.observed = record.seq_len
+        self.probed = self.probed or bool(record.probe)
         self.passes += 1
         self.in_flight.append(record)
 

@@ -25,9 +25,11 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.probe import probe_tokens, run_probe
 from sglang_kvc.reporting import Report
 from sglang_kvc.request_options import RequestOptions
 from sglang_kvc.request_state import NEVER, PassRecord, RequestPolicy, RequestState
+from sglang_kvc.scorers import get_scorer
 
 if TYPE_CHECKING:
     from sglang_kvc.options import KVCompressOptions
@@ -88,12 +90,15 @@ class PassScheduler:
 
     Attributes
     ----------
+    probes : whether the end of a prompt scores its chunks, see `probe`.
     due_lens : logical length at which each slot is looked at, int64 [num_slots]; a
         decode step compares it with the batch's lengths in one vector operation.
     """
 
     def __init__(self, options: KVCompressOptions, num_slots: int) -> None:
         self.options = options
+        observes = get_scorer(options.metric).observes
+        self.probes = options.chunk_queries == "prompt" and observes
         self.due_lens = np.full(num_slots, NEVER, dtype=np.int64)
         # Tokens that started prompts still need: a pass must not take their pages.
         self.pending_prompt_tokens = 0
@@ -190,8 +195,13 @@ class PassScheduler:
                 state.deferred_passes += 1
                 self.due_lens[state.slot] = length + 1
                 return
+            between = prompt_len is not None and length < prompt_len
+            if between and self.probes:
+                room = min(self.options.window, record.budget)
+                prompt = req.full_untruncated_fill_ids
+                record.probe = probe_tokens(prompt, length, room)
             state.launch(record, decoding=batch.forward_mode.is_decode())
-            state.chunk_passes += prompt_len is not None and length < prompt_len
+            state.chunk_passes += between
             plan.passes.append(record)
         self.due_lens[state.slot] = state.next_due(length)
 
@@ -299,6 +309,9 @@ def run_step(runtime: KVCompressRuntime, worker: Any, batch: Any, forward: Any) 
         runtime.reset_slots(plan.reset_slots)
     result = forward()
     if plan.passes:
+        for record in plan.passes:
+            if record.probe:
+                run_probe(runtime, worker.model_runner, record)
         runtime.passes.run(plan.passes)
         result.kv_compress_passes = plan.passes
         runtime.scheduler.launched = plan.passes

@@ -12,6 +12,7 @@ from sglang_kvc.scorers.base import ScoreContext, Scorer
 class AttentionScorer(Scorer):
     """Sum of probability ** power over the window's queries and the group's heads."""
 
+    observes: ClassVar[bool] = True
     accumulates: ClassVar[bool] = True
     pooled: ClassVar[bool] = True
     power: int = 2

@@ -73,12 +73,14 @@ class Scorer(ABC):
     Attributes
     ----------
     name : what the server's options call it.
+    observes : whether scores depend on queries; else no `probe` is run for them.
     accumulates : whether a pass adds to the scores of earlier passes.
     pooled : whether scores of consecutive text are max-pooled. Pooling is for scores
         that mark the head of what is worth keeping, as attention does.
     """
 
     name: str
+    observes: ClassVar[bool]
     accumulates: ClassVar[bool]
     pooled: ClassVar[bool]
 

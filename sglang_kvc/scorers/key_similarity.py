@@ -16,6 +16,7 @@ class KeySimilarityScorer(Scorer):
     Not pooled: a neighbour of an unusual key is not unusual for it.
     """
 
+    observes: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
 

@@ -16,6 +16,7 @@ class RandomScorer(Scorer):
     It accumulates in that a stored score is kept and not drawn again.
     """
 
+    observes: ClassVar[bool] = False
     accumulates: ClassVar[bool] = True
     pooled: ClassVar[bool] = False
     seed: int = 0

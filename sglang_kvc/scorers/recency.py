@@ -13,6 +13,7 @@ from sglang_kvc.scorers.base import ScoreContext, Scorer
 class RecencyScorer(Scorer):
     """Later is higher; all heads keep the same positions under any allocation."""
 
+    observes: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
 

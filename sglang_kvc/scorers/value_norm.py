@@ -13,6 +13,7 @@ from sglang_kvc.scorers.base import ScoreContext, Scorer
 class ValueNormScorer(Scorer):
     """Like `AttentionScorer`, but new mass counts |v| times."""
 
+    observes: ClassVar[bool] = True
     accumulates: ClassVar[bool] = True
     pooled: ClassVar[bool] = True
     power: int = 2

@@ -89,12 +89,29 @@ class Oracle:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self.fold, self.observed, self.cache = 0, 0, None
+        self.probing = 0
         self._forward(ids)
 
     def extend(self, ids: list[int]) -> None:
         """Run more tokens, causally, over everything that is visible."""
         self.length += len(ids)
         self._forward(ids)
+
+    def probe(self, ids: list[int], first: int) -> None:
+        """Let `ids`, at positions `first` and on, observe in the place of the oldest
+        of the last w tokens: each sees what that token sees. They leave nothing else.
+        """
+        self.probing = len(ids)
+        places = torch.arange(first, first + len(ids))[None]
+        with torch.no_grad():
+            self.model(
+                torch.tensor([ids]),
+                position_ids=places,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        self.probing = 0
+        self.cache.crop(self.length)
 
     def _forward(self, ids: list[int]) -> None:
         grow = self.length - self.visible.shape[2]
@@ -110,29 +127,44 @@ class Oracle:
         del attention_mask, kwargs
         layer, new = module.layer_idx, query.shape[2]
         n = key.shape[2]
-        self.keys[layer], self.values[layer] = key[0], value[0]
+        kept = n - self.probing
+        self.keys[layer], self.values[layer] = key[0, :, :kept], value[0, :, :kept]
         key = key.repeat_interleave(self.group, 1)
         value = value.repeat_interleave(self.group, 1)
         logits = (query @ key.transpose(2, 3))[0] * scaling
         q_pos = torch.arange(n - new, n)
-        causal = torch.arange(n)[None] <= q_pos[:, None]
-        mask = self.visible[layer].repeat_interleave(self.group, 0)[:, None] & causal
-        probs = logits.masked_fill(~mask, float("-inf")).softmax(-1)
+        visible = self.visible[layer].repeat_interleave(self.group, 0)
+        visible = torch.nn.functional.pad(visible, (0, self.probing), value=True)
+
+        def attention(last_seen: torch.Tensor) -> torch.Tensor:
+            mask = visible[:, None] & (torch.arange(n) <= last_seen[:, None])
+            return logits.masked_fill(~mask, float("-inf")).softmax(-1)
+
+        probs = attention(q_pos)
+        # A probe observes as the tokens before it would.
+        back = self.window if self.probing else 0
+        seen = attention(q_pos - back) if back else probs
         power = 1 if self.policy.metric == "l1" else 2
         for row in range(max(new - self.window, 0), new):
-            mass = probs[:, row].view(self.heads, self.group, n).pow(power).sum(1)
-            self.seen.setdefault(n - new + row, []).append(mass)
+            mass = seen[:, row].view(self.heads, self.group, n).pow(power).sum(1)
+            place = self.seen.setdefault(n - new + row - back, [])
+            if len(place) == self.layers:
+                place.clear()
+            place.append(mass[:, :kept])
         out = (probs @ value[0])[None].transpose(1, 2)
         return out, None
 
-    def run_pass(self, budget: int, pool_tail: bool = False) -> OraclePass:
+    def run_pass(
+        self, budget: int, pool_tail: bool = False, repeated: bool = False
+    ) -> OraclePass:
         """Evict down to `budget` tokens per head on average.
 
         `pool_tail`: the tokens since the last pass are prompt, so their new scores
-        are pooled among themselves.
+        are pooled among themselves. `repeated`: the queries are those of earlier
+        passes, so the larger score counts.
         """
         if self.policy.metric in ATTENTION:
-            self._add_attention(pooled=pool_tail or self.fold == 0)
+            self._add_attention(pool_tail or self.fold == 0, repeated)
         else:
             self._score_entries()
         total = self.layers * self.heads
@@ -215,7 +247,7 @@ class Oracle:
             self.apply(kept)
         return differing
 
-    def _add_attention(self, pooled: bool) -> None:
+    def _add_attention(self, pooled: bool, repeated: bool) -> None:
         """Add what the observed queries paid, the paper's eq. 6-8."""
         total = self.layers * self.heads
         start = max(self.observed, self.length - self.window, 0)
@@ -225,7 +257,10 @@ class Oracle:
             added[:, : rows.shape[1]] += rows
         if self.policy.metric == "value_norm":
             added *= self._per_head(self.values).square().sum(2).sqrt()
-        self.scores += added
+        if repeated:
+            self.scores = torch.maximum(self.scores, added)
+        else:
+            self.scores += added
         if pooled:
             # Pooled together with what a short rest of the last chunk has scored.
             own = self.scores[:, self.fold :].clone()

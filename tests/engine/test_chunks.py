@@ -29,14 +29,25 @@ def chunked(fresh: InProcessScheduler) -> Iterator[InProcessScheduler]:
     runtime.chunk_rule = rule
 
 
+@pytest.mark.parametrize(
+    ("queries", "rest"), [("prompt", 90), ("prompt", 20), ("chunk", 90)]
+)
 def test_every_chunk_keeps_what_the_oracle_keeps(
-    chunked: InProcessScheduler, model_path: str
+    queries: str,
+    rest: int,
+    chunked: InProcessScheduler,
+    model_path: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Four chunks, the last one short, then one periodic pass."""
+    """Four chunks, the last one short, then one periodic pass.
+
+    With a rest shorter than the window the last probe is short, too.
+    """
     runtime = chunked.allocator.get_kvcache().runtime
     options = runtime.options
+    monkeypatch.setattr(runtime.scheduler, "probes", queries == "prompt")
     oracle = Oracle(model_path, options)
-    length = 3 * CHUNK + 90
+    length = 3 * CHUNK + rest
     ids = prompt(model_path, 500, length)
     ends = [*range(CHUNK, length, CHUNK), length]
     last_fold = floor_page(length) + options.interval
@@ -57,7 +68,11 @@ def test_every_chunk_keeps_what_the_oracle_keeps(
             oracle.extend(ids[oracle.length : end])
         while oracle.length < end:
             oracle.extend([next(tokens)])
-        result = oracle.run_pass(BUDGET, pool_tail=end <= length)
+        if end < length and queries == "prompt":
+            first = max(end, length - options.window)
+            oracle.probe(ids[first:], first)
+        repeated = queries == "prompt" and CHUNK < end <= length
+        result = oracle.run_pass(BUDGET, end <= length, repeated)
         problems = explain_difference(result, oracle.ranked, kept, TIE)
         assert not problems, (end, problems[:5])
         differing += sum(

@@ -261,8 +261,8 @@ def test_gpu_skewed_lengths_have_no_race(tile: int, device: str) -> None:
     q, slots, lengths = make_batch(case)
     workspace = make_workspace(case, 64, config)
     plan_decode_triton(case.tables, slots, lengths, 1, 8, workspace, config)
-    args = (q, case.arena, 0, case.tables, slots, lengths, 0.1, None, workspace, config)
-    first = decode_attention_triton(*args)
+    args = (q, case.arena, 0, case.tables, slots, lengths, 0.1, None, workspace)
+    first = decode_attention_triton(*args, config=config)
     for _ in range(100):
-        assert torch.equal(decode_attention_triton(*args), first)
+        assert torch.equal(decode_attention_triton(*args, config=config), first)
     assert not workspace.arrivals.any()

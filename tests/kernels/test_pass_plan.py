@@ -19,6 +19,7 @@ def request(**changes: int) -> PassRequest:
         "evict_blocks": 3 * 6,
         "protected": 27,
         "is_first": False,
+        "repeated": True,
         "pool_tail": False,
         "recorded": False,
     }

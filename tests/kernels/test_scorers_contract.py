@@ -109,6 +109,10 @@ def test_stored_scores_count_as_declared(scorer: Scorer, device: str) -> None:
     else:
         expected = fresh.double() + known
         torch.testing.assert_close(scores[later].double(), expected[later])
+        repeated = make_plan(case, repeated=[True] * len(case.slots))
+        expected = torch.maximum(fresh.double(), known)
+        scores = scorer.score(context(case, repeated))
+        torch.testing.assert_close(scores[later].double(), expected[later])
 
 
 @pytest.mark.parametrize("name", ["l1", "l2", "value_norm"])

@@ -190,6 +190,8 @@ def test_every_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert kernels.count(("decode", "decode_attention")) == 3
     assert kernels.count(("decode", "plan_decode")) == 3
     assert kernels.count(("decode", "fa3_folded")) == 2
+    assert kernels.count(("decode", "decode_step")) == 3
+    assert kernels.count(("decode", "fa3_folded_step")) == 2
     assert kernels.count(("decode", "fa3_stock_page64")) == 1
     assert kernels.count(("append", "append_kv")) == 3
     for stage in ("observe", "pool", "select", "pack", "commit", "whole pass"):

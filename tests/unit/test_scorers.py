@@ -39,6 +39,8 @@ def test_every_metric_of_the_options_has_a_scorer() -> None:
 def test_what_accumulates_and_what_is_pooled() -> None:
     accumulating = {name for name, s in SCORERS.items() if s.accumulates}
     assert accumulating == {"l1", "l2", "value_norm", "random"}
+    observing = {name for name, s in SCORERS.items() if s.observes}
+    assert observing == {"l1", "l2", "value_norm"}
     pooled = {name for name, s in SCORERS.items() if s.pooled}
     assert pooled == {"l1", "l2", "value_norm"}
 
@@ -46,6 +48,7 @@ def test_what_accumulates_and_what_is_pooled() -> None:
 def test_a_scorer_is_a_class_with_one_method() -> None:
     @dataclasses.dataclass(frozen=True)
     class Flat(Scorer):
+        observes: ClassVar[bool] = False
         accumulates: ClassVar[bool] = False
         pooled: ClassVar[bool] = False
 
