@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.record import environment, write_record
 from sglang_kvc import serve
-from sglang_kvc.options import CHUNK_MODES, KVCompressOptions
+from sglang_kvc.options import CHUNK_MODES, CHUNK_QUERIES, KVCompressOptions
 
 SENTENCES = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and "
@@ -127,6 +127,7 @@ def engine_keywords(
         "model_path": args.model,
         "kv_compress": True,
         "kv_compress_chunks": args.chunks,
+        "kv_compress_chunk_queries": args.chunk_queries,
         "kv_compress_min_budget": args.min_budget,
         "skip_server_warmup": True,
         "cuda_graph_backend_prefill": "disabled",
@@ -261,6 +262,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--keys", "--samples", type=int, default=5, help="per cell")
     add("--pool", type=int, help="tokens of the KV pool")
     add("--chunks", choices=CHUNK_MODES, default="auto")
+    add("--chunk-queries", choices=CHUNK_QUERIES, default=CHUNK_QUERIES[0])
     add("--min-budget", type=int, default=KVCompressOptions.min_budget)
     add("--yarn", type=float, metavar="FACTOR", help="longer context")
     add("--full", action="store_true", help="ask the full cache, too")

@@ -23,7 +23,7 @@ from sglang_kvc.runtime import runtime_of
 logger = logging.getLogger(__name__)
 
 HALVINGS = 5
-"""Lengths to run: a full chunk and its halves."""
+"""Lengths to run: a full chunk and its halves; and one window, as in a `probe`."""
 DEFAULT_CHUNK = 8192
 
 
@@ -41,9 +41,10 @@ def warm_up_prefill(scheduler: Any) -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     with stream_of_steps(scheduler):
-        for halving in range(HALVINGS):
-            if longest >> halving >= PAGE_SIZE:
-                prefill_once(scheduler, longest >> halving)
+        lengths = [longest >> halving for halving in range(HALVINGS)]
+        for length in [*lengths, min(longest, runtime.options.window)]:
+            if length >= PAGE_SIZE:
+                prefill_once(scheduler, length)
         runtime.passes.warm_up()
     torch.cuda.synchronize()
     logger.info("Prefill warm-up took %.2f s", time.perf_counter() - begin)
