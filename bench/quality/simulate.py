@@ -16,7 +16,6 @@ import argparse
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,154 +23,15 @@ import torch
 from torch.nn import functional
 
 from bench.quality import metrics
+from bench.quality.simulate_choice import CANDIDATES, Candidate, Observer, keep
 from bench.quality.tasks import TASKS, make_sample
 from bench.quality.tasks.corpus import DEFAULT_DATA, Corpus
-from bench.quality.tasks.sample import Sample, encode
+from bench.quality.tasks.sample import DICTATED, Sample, encode, encode_parts
 from bench.record import environment, read_lines, write_record
-from sglang_kvc.kernels.select import cheapest_by_row
-from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
+from sglang_kvc.options import PAGE_SIZE
 
-PROTECTED, SINKS = KVCompressOptions.protected, KVCompressOptions.sinks
-MAX_WINDOW, MAX_NEW = 256, 128
+MAX_NEW = 128
 FULL = "full"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to choose.
-
-    Attributes
-    ----------
-    window : queries observed, at most `MAX_WINDOW`.
-    back, ahead : a KV takes the highest score of those up to `back` before it and
-        `ahead` behind it: what follows a match is kept with it.
-    power : on the probabilities.
-    reduce : sum or max over the queries.
-    share : divide by the sum of the head's scores.
-    value_norm : weigh by the norm of the value.
-    allocation : joint, layer or head.
-    floor : part of the budget that every head keeps.
-    """
-
-    window: int = KVCompressOptions.window
-    back: int = KVCompressOptions.pool_back
-    ahead: int = KVCompressOptions.pool_ahead
-    power: int = 2
-    reduce: str = "sum"
-    share: bool = False
-    value_norm: bool = False
-    allocation: str = "joint"
-    floor: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """What differs from the server's defaults."""
-        plain = Candidate()
-        words = [
-            f"{field}={value}"
-            for field, value in vars(self).items()
-            if value != getattr(plain, field)
-        ]
-        return ",".join(words) or "plain"
-
-
-CANDIDATES = (
-    *(Candidate(window=window) for window in (16, 32, 64, 128, 256)),
-    *(Candidate(back=back) for back in (0, 3, 16, 48, 64, 96)),
-    *(Candidate(ahead=ahead) for ahead in (0, 8, 32)),
-    *(Candidate(window=64, back=back) for back in (3, 64)),
-    Candidate(power=1),
-    Candidate(reduce="max"),
-    Candidate(share=True),
-    Candidate(value_norm=True),
-    Candidate(window=64, value_norm=True),
-    Candidate(allocation="layer"),
-    Candidate(allocation="head"),
-    Candidate(floor=0.25),
-)
-
-
-class Observer:
-    """Attention of the model: exact in prefill, masked per candidate in decoding.
-
-    Attributes
-    ----------
-    seen : for each layer, probabilities of the last queries [H, G, w, n] and the norms
-        of the values [H, n].
-    visible : [candidates, L, H, tokens] bool, while decoding.
-    """
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.visible = torch.empty(0)
-
-    def __call__(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        scaling: float,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """[batch, new, Hq, D], as Hugging Face wants it."""
-        del attention_mask, kwargs
-        batch, heads, new, dim = query.shape
-        kv_heads, n = key.shape[1:3]
-        grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
-        if new == 1:
-            logits = (grouped @ key[:, :, None].transpose(3, 4)) * scaling
-            hidden = ~self.visible[:, module.layer_idx, :, None, None, :n]
-            probs = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
-            out = (probs @ value[:, :, None]).flatten(1, 2)
-            return out.transpose(1, 2), None
-        window = min(MAX_WINDOW, new)
-        logits = (grouped[0, :, :, -window:] @ key[0, :, None].transpose(2, 3)).float()
-        later = torch.arange(n) > torch.arange(n - window, n)[:, None]
-        logits = (logits * scaling).masked_fill_(later.to(key.device), float("-inf"))
-        self.seen.append((logits.softmax(-1), value[0].float().norm(dim=-1)))
-        out = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
-        return out.transpose(1, 2), None
-
-    def scores(self, candidate: Candidate) -> torch.Tensor:
-        """[L * H, n] pooled scores of a prompt."""
-        rows = []
-        for probs, norms in self.seen:
-            paid = probs[:, :, -candidate.window :].pow(candidate.power).flatten(1, 2)
-            mass = paid.amax(1) if candidate.reduce == "max" else paid.sum(1)
-            if candidate.share:
-                mass = mass / mass.sum(1, keepdim=True)
-            rows.append(mass * norms if candidate.value_norm else mass)
-        score = torch.cat(rows)[None]
-        back, ahead = candidate.back, candidate.ahead
-        padded = functional.pad(score, (back, ahead))
-        return functional.max_pool1d(padded, back + ahead + 1, stride=1)[0]
-
-
-def keep(scores: torch.Tensor, layers: int, budget: int, c: Candidate) -> torch.Tensor:
-    """[L * H, n] bool: what stays at `budget` tokens a head on average."""
-    heads, n = scores.shape
-    fold = n // PAGE_SIZE * PAGE_SIZE
-    own = scores[:, :fold].clone()
-    own[:, :SINKS] = own[:, n - PROTECTED :] = float("inf")
-    order = own.argsort(dim=1, stable=True)
-    price = own.gather(1, order)[:, PAGE_SIZE - 1 :: PAGE_SIZE]
-    price = price[:, : fold // PAGE_SIZE - int(budget * c.floor) // PAGE_SIZE]
-    evict = (fold // PAGE_SIZE - budget // PAGE_SIZE) * heads
-    groups = {"joint": 1, "layer": layers, "head": heads}[c.allocation]
-    lost = [
-        cheapest_by_row(own_prices, torch.ones_like(own_prices) > 0, evict // groups)
-        for own_prices in price.chunk(groups)
-    ]
-    stays = torch.ones(heads, n, dtype=torch.bool, device=scores.device)
-    rank = (
-        torch.arange(fold, device=scores.device) >= PAGE_SIZE * torch.cat(lost)[:, None]
-    )
-    stays[:, :fold].scatter_(1, order, rank)
-    return stays
 
 
 class Simulator:
@@ -193,23 +53,29 @@ class Simulator:
     @torch.no_grad()
     def scores(self, sample: Sample) -> dict[str, float]:
         """Score of the answer, by rate and candidate."""
-        ids = encode(self.tokenizer, sample)
+        ids, question = encode(self.tokenizer, sample), []
+        if sample.mode == DICTATED:
+            ids, question = encode_parts(self.tokenizer, sample)
         observer, n = self.observer, len(ids)
-        observer.seen = []
+        observer.seen, observer.visible = [], None
         prompt = torch.tensor([ids], device=self.device)
         out = self.model(prompt, use_cache=True, logits_to_keep=1)
         masks = {FULL: torch.ones_like(observer.scores(Candidate()), dtype=torch.bool)}
-        for rate in self.rates:
-            budget = math.ceil(n / rate / PAGE_SIZE) * PAGE_SIZE
-            for candidate in CANDIDATES:
-                chosen = keep(
-                    observer.scores(candidate), self.layers, budget, candidate
-                )
+        for candidate in CANDIDATES:
+            scores = observer.scores(candidate)
+            for rate in self.rates:
+                budget = math.ceil(n / rate / PAGE_SIZE) * PAGE_SIZE
+                chosen = keep(scores, self.layers, budget, candidate)
                 masks[f"{rate:g}|{candidate.name}"] = chosen
         stacked = torch.stack(list(masks.values())).unflatten(1, (self.layers, -1))
-        observer.visible = functional.pad(stacked, (0, MAX_NEW), value=True)
+        more = len(question) + MAX_NEW
+        observer.visible = functional.pad(stacked, (0, more), value=True)
         out.past_key_values.batch_repeat_interleave(len(masks))
         token = out.logits[0, -1].argmax().expand(len(masks))
+        if question:
+            asked = torch.tensor(question, device=self.device).expand(len(masks), -1)
+            out = self.model(asked, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1].argmax(-1)
         tokens, ended = [token], token == self.tokenizer.eos_token_id
         while len(tokens) < min(sample.max_new_tokens, MAX_NEW) and not ended.all():
             out = self.model(

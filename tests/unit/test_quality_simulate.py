@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.quality.simulate import (
+from bench.quality.simulate import table
+from bench.quality.simulate_choice import (
     CANDIDATES,
     PROTECTED,
     SINKS,
     Candidate,
     Observer,
     keep,
-    table,
 )
 from sglang_kvc.options import PAGE_SIZE
 
@@ -52,10 +52,28 @@ def test_back_keeps_what_follows_a_match() -> None:
     observer = Observer()
     probs = torch.zeros(1, 1, 4, 20)
     probs[0, 0, :, 10] = 0.5
-    observer.seen = [(probs, torch.ones(1, 20))]
+    observer.seen = [(probs, torch.ones(1, 20), torch.ones(1, 20))]
     found = observer.scores(Candidate(back=4, ahead=1))[0]
     assert found.nonzero().flatten().tolist() == [9, 10, 11, 12, 13, 14]
     assert found.max() == 4 * 0.25
+
+
+def test_what_is_unusual_may_stay_unasked() -> None:
+    """With `distinct`, after what queries looked at comes what differs most."""
+    observer = Observer()
+    probs = torch.full((1, 1, 4, 20), 1e-6)
+    probs[0, 0, :, 10] = 0.5
+    distance = torch.full((1, 20), 0.1)
+    distance[0, 3] = 1.0
+    observer.seen = [(probs, torch.ones(1, 20), distance)]
+    best = [
+        observer.scores(Candidate(back=0, ahead=0, distinct=distinct))[0]
+        .topk(2)
+        .indices.tolist()
+        for distinct in (0.1, 1000)
+    ]
+    assert best[0] == [10, 3]
+    assert best[1][0] == 3
 
 
 def test_names_differ_and_tables_show_means() -> None:

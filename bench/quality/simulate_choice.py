@@ -1,0 +1,170 @@
+"""What `simulate` tries: ways to score the KVs of a prompt, and what each keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from sglang_kvc.kernels.select import cheapest_by_row
+from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
+
+PROTECTED, SINKS = KVCompressOptions.protected, KVCompressOptions.sinks
+MAX_WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to choose.
+
+    Attributes
+    ----------
+    window : queries observed, at most `MAX_WINDOW`.
+    back, ahead : a KV takes the highest score of those up to `back` before it and
+        `ahead` behind it: what follows a match is kept with it.
+    power : on the probabilities.
+    reduce : sum or max over the queries.
+    share : divide by the mean of the head's scores.
+    value_norm : weigh by the norm of the value.
+    distinct : add this many times the key's distance from the head's mean key, in
+        units of the mean distance; implies `share`. What no query has looked at is
+        then kept for being unusual, whoever asks for it later.
+    allocation : joint, layer or head.
+    floor : part of the budget that every head keeps.
+    """
+
+    window: int = KVCompressOptions.window
+    back: int = KVCompressOptions.pool_back
+    ahead: int = KVCompressOptions.pool_ahead
+    power: int = 2
+    reduce: str = "sum"
+    share: bool = False
+    value_norm: bool = False
+    distinct: float = 0.0
+    allocation: str = "joint"
+    floor: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What differs from the server's defaults."""
+        plain = Candidate()
+        words = [
+            f"{field}={value}"
+            for field, value in vars(self).items()
+            if value != getattr(plain, field)
+        ]
+        return ",".join(words) or "plain"
+
+
+CANDIDATES = (
+    *(Candidate(window=window) for window in (16, 32, 64, 128, 256)),
+    *(Candidate(back=back) for back in (0, 3, 16, 48, 64, 96)),
+    *(Candidate(ahead=ahead) for ahead in (0, 8, 32)),
+    *(Candidate(window=64, back=back) for back in (3, 64)),
+    Candidate(power=1),
+    Candidate(reduce="max"),
+    Candidate(share=True),
+    *(Candidate(distinct=distinct) for distinct in (0.1, 0.3, 1, 3, 1000)),
+    Candidate(value_norm=True),
+    Candidate(window=64, value_norm=True),
+    Candidate(allocation="layer"),
+    Candidate(allocation="head"),
+    Candidate(floor=0.25),
+)
+
+
+class Observer:
+    """Attention of the model: exact in prefill, masked per candidate after it.
+
+    Attributes
+    ----------
+    seen : for each layer, probabilities of the last queries [H, G, w, n], norms of the
+        values and distances of the keys from their mean, [H, n] both.
+    visible : [candidates, L, H, tokens] bool while decoding; None in prefill.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.visible: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        scaling: float,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """[batch, new, Hq, D], as Hugging Face wants it."""
+        del attention_mask, kwargs
+        batch, heads, new, dim = query.shape
+        kv_heads, n = key.shape[1:3]
+        grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
+        window = new if self.visible is not None else min(MAX_WINDOW, new)
+        last = torch.arange(n - window, n)[:, None]
+        later = (torch.arange(n) > last).to(key.device)
+        if self.visible is not None:
+            logits = (grouped @ key[:, :, None].transpose(3, 4)) * scaling
+            hidden = ~self.visible[:, module.layer_idx, :, None, None, :n] | later
+            probs = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+            out = (probs @ value[:, :, None]).flatten(1, 2)
+            return out.transpose(1, 2), None
+        logits = (grouped[0, :, :, -window:] @ key[0, :, None].transpose(2, 3)).float()
+        logits = (logits * scaling).masked_fill_(later, float("-inf"))
+        unit = functional.normalize(key[0].float(), dim=-1)
+        mean = functional.normalize(unit.mean(1, keepdim=True), dim=-1)
+        distance = 1 - (unit * mean).sum(-1)
+        norms = value[0].float().norm(dim=-1)
+        self.seen.append((logits.softmax(-1), norms, distance))
+        out = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+
+    def scores(self, candidate: Candidate) -> torch.Tensor:
+        """[L * H, n] scores of a prompt; attention is pooled, distances are not."""
+        masses, distances = [], []
+        for probs, norms, distance in self.seen:
+            paid = probs[:, :, -candidate.window :].pow(candidate.power).flatten(1, 2)
+            mass = paid.amax(1) if candidate.reduce == "max" else paid.sum(1)
+            masses.append(mass * norms if candidate.value_norm else mass)
+            distances.append(distance)
+        score = torch.cat(masses)
+        if candidate.share or candidate.distinct:
+            score = score / score.mean(1, keepdim=True)
+        back, ahead = candidate.back, candidate.ahead
+        padded = functional.pad(score[None], (back, ahead))
+        score = functional.max_pool1d(padded, back + ahead + 1, stride=1)[0]
+        if candidate.distinct:
+            distance = torch.cat(distances)
+            score = score + candidate.distinct * distance / distance.mean(
+                1, keepdim=True
+            )
+        return score
+
+
+def keep(scores: torch.Tensor, layers: int, budget: int, c: Candidate) -> torch.Tensor:
+    """[L * H, n] bool: what stays at `budget` tokens a head on average."""
+    heads, n = scores.shape
+    fold = n // PAGE_SIZE * PAGE_SIZE
+    own = scores[:, :fold].clone()
+    own[:, :SINKS] = own[:, n - PROTECTED :] = float("inf")
+    order = own.argsort(dim=1, stable=True)
+    price = own.gather(1, order)[:, PAGE_SIZE - 1 :: PAGE_SIZE]
+    price = price[:, : fold // PAGE_SIZE - int(budget * c.floor) // PAGE_SIZE]
+    evict = (fold // PAGE_SIZE - budget // PAGE_SIZE) * heads
+    groups = {"joint": 1, "layer": layers, "head": heads}[c.allocation]
+    lost = [
+        cheapest_by_row(own_prices, torch.ones_like(own_prices) > 0, evict // groups)
+        for own_prices in price.chunk(groups)
+    ]
+    stays = torch.ones(heads, n, dtype=torch.bool, device=scores.device)
+    rank = (
+        torch.arange(fold, device=scores.device) >= PAGE_SIZE * torch.cat(lost)[:, None]
+    )
+    stays[:, :fold].scatter_(1, order, rank)
+    return stays
