@@ -11,7 +11,8 @@ from typing import Any
 
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
-from sglang_kvc.scheduling import settle_record, state_of
+from sglang_kvc.scheduling import state_of
+from sglang_kvc.settling import settle_record
 
 
 def build(context: Any) -> KVCompressRadixCache:

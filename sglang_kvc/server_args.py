@@ -24,9 +24,9 @@ from sglang_kvc.options import (
 from sglang_kvc.refusals import (
     raise_if_any,
     refuse_unsupported,
-    refuse_unsupported_model,
     unsupported_values,
 )
+from sglang_kvc.refusals_model import refuse_unsupported_model
 
 OPTIONS_ATTRIBUTE = "_kv_compress_options"
 """Underscore attribute of ServerArgs: it rides along when the object is pickled."""

@@ -22,7 +22,7 @@ os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
 
 import torch
 
-from sglang_kvc import scheduling
+from sglang_kvc import scheduling, settling
 from tests.engine.inprocess import InProcessScheduler, Request, make_server_args
 from tests.engine.tiny_model import VOCAB, write_tiny_model
 
@@ -217,7 +217,7 @@ def run_leak(scheduler: InProcessScheduler) -> str:
     """Plant a leak (a periodic pass frees nothing); SGLang's idle check must see it."""
     scheduler.set_radix(True)
     scheduler.on_poll = None
-    original, scheduling._settle_periodic = scheduling._settle_periodic, lambda *a: None
+    original, settling._settle_periodic = settling._settle_periodic, lambda *a: None
     os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "0"
     try:
         ids = [random.Random(1).randrange(2, VOCAB) for _ in range(300)]
@@ -225,7 +225,7 @@ def run_leak(scheduler: InProcessScheduler) -> str:
     except ValueError as error:
         return str(error)
     finally:
-        scheduling._settle_periodic = original
+        settling._settle_periodic = original
     return ""
 
 

@@ -12,13 +12,8 @@ from typing import Any
 import pytest
 
 from sglang_kvc.errors import SeamDriftError, UnsupportedModeError
-from sglang_kvc.refusals import (
-    MODEL_RULES,
-    RULES,
-    refuse_unsupported,
-    refuse_unsupported_model,
-    unsupported_values,
-)
+from sglang_kvc.refusals import RULES, refuse_unsupported, unsupported_values
+from sglang_kvc.refusals_model import MODEL_RULES, refuse_unsupported_model
 
 REFUSED: list[tuple[str, Any]] = [
     ("device", "xpu"),
