@@ -32,7 +32,6 @@ TABLE = (
     "fewshot",
     "needles",
     "summary",
-    "summary_rouge",
     "lm",
     "reuse",
     "reasoning",

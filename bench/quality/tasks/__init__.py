@@ -72,7 +72,7 @@ _ALL = (
     Task("math500", "reasoning", reasoning.math500, fits=False),
     Task("topics", "fewshot", fewshot.Classification()),
     Task("labels", "fewshot", fewshot.Classification(synthetic=True)),
-    Task("summary", "summary", language.summary_likelihood),
+    Task("summary_likelihood", "summary", language.summary_likelihood),
     Task("summary_rouge", "summary", language.summary_rouge),
     Task("essays", "lm", language.essays),
     Task("wikitext", "lm", language.wikitext),
