@@ -111,7 +111,8 @@ def table(lines: list[dict[str, Any]]) -> str:
             found[name][line["task"]].append(score)
     tasks = sorted({line["task"] for line in lines})
     rows = [f"{'':34} " + " ".join(f"{task[:12]:>12}" for task in tasks) + "   mean"]
-    for name, by_task in found.items():
+    # Stable: candidates stay in their order, below their rate.
+    for name, by_task in sorted(found.items(), key=lambda row: row[0].split("|")[0]):
         means = [100 * sum(s) / len(s) for s in (by_task[task] for task in tasks) if s]
         cells = " ".join(f"{mean:12.0f}" for mean in means)
         rows.append(f"{name:34} {cells} {sum(means) / len(means):6.1f}")
