@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from bench.quality.records import Cell, Key
 from bench.quality.systems import Setting, System
@@ -15,6 +16,9 @@ class Wish:
     """What a run was asked for.
 
     Systems, settings, tasks and lengths stand in the order of their importance.
+
+    `block`: so many tasks are asked at every setting before the next ones; an engine
+    finds their prompts in its prefix cache if it has room for them. 0: all tasks.
     """
 
     model: str
@@ -24,6 +28,7 @@ class Wish:
     lengths: Sequence[int]
     seed: int
     samples: int
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Todo:
 
 
 def todo(wish: Wish, done: Mapping[Key, Cell]) -> Iterator[Todo]:
-    """Missing cells of all systems: by system, length, setting, task.
+    """Missing cells of all systems: by system, length, block of tasks, setting, task.
 
     An engine serves one system, so systems come first; the caller gives each of them
     its share of the time. Where nothing is evicted the systems of a kind are one: the
@@ -47,7 +52,7 @@ def todo(wish: Wish, done: Mapping[Key, Cell]) -> Iterator[Todo]:
     firsts = {system.kind: system for system in reversed(wish.systems)}
     for system in wish.systems:
         seen: set[Key] = set()
-        for length in wish.lengths:
+        for length, tasks in product(wish.lengths, _blocks(wish)):
             for setting in wish.settings:
                 if setting.is_full:
                     asked = system.never_evicts or firsts[system.kind] == system
@@ -55,13 +60,19 @@ def todo(wish: Wish, done: Mapping[Key, Cell]) -> Iterator[Todo]:
                     asked = not system.never_evicts
                 if not asked:
                     continue
-                for task in wish.tasks:
+                for task in tasks:
                     key = key_for(wish, system, setting, task, length)
                     cell = done.get(key, Cell(key, task.group))
                     missing = tuple(cell.missing(wish.samples))
                     if missing and key not in seen:
                         seen.add(key)
                         yield Todo(key, system, setting, task, missing)
+
+
+def _blocks(wish: Wish) -> Iterator[Sequence[Task]]:
+    size = wish.block or len(wish.tasks)
+    for start in range(0, len(wish.tasks), size):
+        yield wish.tasks[start : start + size]
 
 
 def key_for(

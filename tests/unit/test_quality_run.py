@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,22 @@ def test_a_full_baseline_answers_for_every_press() -> None:
 
 def test_a_task_of_its_own_length_is_asked_once() -> None:
     assert len(names(wish(tasks=["gsm8k"], lengths=[4096, 8192]))) == len(RATES)
+
+
+def test_a_block_of_tasks_is_asked_at_every_setting_first() -> None:
+    """So that an engine still has its prompts."""
+    wished = wish(tasks=["multivalue", "multiquery", "gsm8k"], lengths=[4096, 8192])
+    whole = names(wished)
+    blocks = names(replace(wished, block=2))
+    assert sorted(blocks) == sorted(whole)
+    assert [cell[1:3] for cell in blocks[:7]] == [
+        *(
+            (rate, task)
+            for rate in ("1", "8", "2")
+            for task in ("multivalue", "multiquery")
+        ),
+        ("1", "gsm8k"),
+    ]
 
 
 def test_batches_join_neighbours_of_one_setting() -> None:

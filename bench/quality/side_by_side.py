@@ -1,0 +1,90 @@
+"""Several systems of one run at a time, each in a process of its own.
+
+    python -m bench.quality.side_by_side --systems ours ours:allocation=layer \\
+        ours:allocation=head --out FOLDER --deadline 500 --model DIR --preset table \\
+        --engine max_total_tokens=2500000
+
+What is not named here goes to ``bench.quality run``. An engine for a small model leaves
+a GPU idle most of the time, and Hugging Face's loop does so even more. Give engines a
+pool each: they share the memory. Rate 1 is asked of the first system of a kind only.
+Results are ``FOLDER/quality_NAME.jsonl``, what was printed ``FOLDER/NAME.log``. The
+exit status is the worst one; 3: samples are left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.quality.systems import PRESETS, RATES, parse_setting, parse_systems
+
+PATIENCE = 60.0
+"""Seconds after the deadline until a process that does not end is killed."""
+
+
+def commands(
+    systems: Sequence[str], rates: Sequence[str], folder: Path, rest: Sequence[str]
+) -> dict[str, list[str]]:
+    """What to run, by a name that files can have."""
+    found: dict[str, list[str]] = {}
+    kinds: set[str] = set()
+    for word, system in zip(systems, parse_systems(systems), strict=True):
+        own = list(rates)
+        if system.kind in kinds and not system.never_evicts:
+            own = [rate for rate in rates if not parse_setting(rate).is_full]
+        kinds.add(system.kind)
+        name = re.sub(r"[^a-z0-9]+", "_", word)
+        found[name] = [
+            *(sys.executable, "-m", "bench.quality", "run", *rest),
+            *("--systems", word, "--rates", *own),
+            *("--out", str(folder / f"quality_{name}.jsonl")),
+        ]
+    return found
+
+
+def run_all(found: dict[str, list[str]], folder: Path, seconds: float | None) -> int:
+    """Run them together; the worst exit status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    running = {}
+    for name, command in found.items():
+        if seconds is not None:
+            command = [*command, "--deadline", f"{seconds:g}"]
+        with (folder / f"{name}.log").open("w") as log:
+            running[name] = subprocess.Popen(command, stdout=log, stderr=log)
+    end = None if seconds is None else begin + seconds + PATIENCE
+    worst = 0
+    for name, process in running.items():
+        try:
+            left = None if end is None else max(end - time.monotonic(), 0.1)
+            status = process.wait(left)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = 124
+        said = (folder / f"{name}.log").read_text(errors="replace").split("\n")
+        last = [line.rsplit("\r", 1)[-1] for line in said if line.strip()][-1:]
+        took = time.monotonic() - begin
+        print(f"{name}: exit {status}, {took:.0f} s. {''.join(last)[:120]}", flush=True)
+        worst = max(worst, abs(status))
+    return worst
+
+
+def main() -> int:
+    """Parse what is ours, pass the rest on."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--systems", nargs="+", default=list(PRESETS))
+    parser.add_argument("--rates", nargs="+", default=list(RATES))
+    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    parser.add_argument("--deadline", type=float, help="seconds")
+    args, rest = parser.parse_known_args()
+    found = commands(args.systems, args.rates, args.out, rest)
+    return run_all(found, args.out, args.deadline)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

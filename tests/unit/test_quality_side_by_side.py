@@ -1,0 +1,53 @@
+"""Systems beside each other: who is asked what, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.quality.__main__ import parse
+from bench.quality.side_by_side import commands, run_all
+
+SYSTEMS = ["stock", "ours", "ours:allocation=layer", "kvpress:full", "kvpress:snapkv"]
+
+
+def test_every_system_gets_a_run_that_the_harness_understands(tmp_path: Path) -> None:
+    found = commands(SYSTEMS, ["1", "4", "b512"], tmp_path, ["--model", "m"])
+    asked = {name: parse(words[3:]) for name, words in found.items()}
+    assert [args.systems for args in asked.values()] == [[word] for word in SYSTEMS]
+    assert {name: args.rates for name, args in asked.items()} == {
+        "stock": ["1", "4", "b512"],
+        "ours": ["1", "4", "b512"],
+        # Nothing is evicted at rate 1: the first of a kind answers for all.
+        "ours_allocation_layer": ["4", "b512"],
+        "kvpress_full": ["1", "4", "b512"],
+        "kvpress_snapkv": ["4", "b512"],
+    }
+    assert len({args.out for args in asked.values()}) == len(SYSTEMS)
+    assert all(args.model == "m" for args in asked.values())
+
+
+def test_the_worst_status_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def script(text: str) -> list[str]:
+        return [sys.executable, "-c", text]
+
+    found = {
+        "good": script("print('all done')"),
+        "left": script("print('2 samples are left'); raise SystemExit(3)"),
+    }
+    assert run_all(found, tmp_path / "new", None) == 3
+    said = capsys.readouterr().out
+    assert "good: exit 0" in said and "all done" in said
+    assert "left: exit 3" in said and "2 samples are left" in said
+
+
+def test_who_does_not_end_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.quality.side_by_side.PATIENCE", 0.2)
+    found = {"late": [sys.executable, "-c", "import time; time.sleep(60)"]}
+    assert run_all(found, tmp_path, 0.1) == 124
