@@ -11,6 +11,7 @@
 * `records`: JSONL files that can be resumed and merged
 * `stats`, `report`, `plot`: retention of the full cache's score, with intervals
 * `heads`, `heads_report`: what every layer and head keeps
+* `side_by_side`: several of these runs on one GPU
 * `simulate`: a scout, many ways to choose at once in Hugging Face, never a result
 * `kvpress_systems`, `snapkv_check`: other methods; ours against one of them, exactly
 
@@ -22,26 +23,22 @@ that travels, put D (6 MB) into ``build/``, which git ignores, and name that wit
 ``--data``; prompts are made from it and the seed. Commands go on where they stopped:
 repeat them until they exit with 0 (3: samples are left).
 
-1. Ours, 50 samples of everything at 4k tokens, three allocations and seven rates::
+1. Ours, 50 samples of everything at 4k tokens, three allocations and seven rates, side
+   by side on one GPU; eight tasks at a time, so that their prompts stay in the cache::
 
-       python -m bench.quality run --model $M --data $D --preset table \\
-           --deadline 560 --out $R/quality_ours.jsonl
+       python -m bench.quality.side_by_side --systems ours ours:allocation=layer \\
+           ours:allocation=head --model $M --data $D --preset table --block 8 \\
+           --engine max_total_tokens=2500000 --deadline 500 --out $R
 
-   A system gets its share of the time, so give fewer for whole curves:
-   ``--systems ours``, then ``--systems ours:allocation=layer`` and so on, each with the
-   files of the others in ``--also``.
 2. kvpress in its environment (`kvpress_systems.REQUIREMENTS` in the folder K, 4 MB
    packed), a process a method, since Hugging Face's loop keeps a core busy and a GPU
-   idle. Only ``full`` needs rate 1::
+   idle::
 
-       export PYTHONPATH=$K
-       ask="python -m bench.quality run --model $M --data $D --preset table-kvpress"
-       ask="$ask --workers 1 --deadline 540"
-       $ask --systems kvpress:full --rates 1 --out $R/quality_full.jsonl &
-       for m in snapkv snapkv32 adakv expected adakv-expected keydiff tova pyramidkv \\
-               streaming random; do
-           $ask --systems kvpress:$m --rates 4 8 2 --out $R/quality_$m.jsonl &
-       done; wait
+       PYTHONPATH=$K python -m bench.quality.side_by_side --systems kvpress:full \\
+           kvpress:{snapkv,snapkv32,adakv,expected,adakv-expected} \\
+           kvpress:{keydiff,tova,pyramidkv,streaming,random} --rates 1 4 8 2 \\
+           --model $M --data $D --preset table-kvpress --workers 1 --deadline 500 \\
+           --out $R
 
 3. Heat maps, and the defaults on prompts that no table uses::
 
@@ -69,9 +66,8 @@ run                       prompt tokens  answers, a rate   seconds
                                                            45 a rate: 400
 the same, ``ruler``       2.65 M         0.03 M            50 + 20 + 10 a rate: 140
 ``tune-*``, one system    1.06 M         0.01 M            50 + 10 + 5 a rate: 75
-kvpress, a method, ruler  2.65 M a rate  0.03 M            250 a rate (nothing is
-                                                           shared; 10 processes
-                                                           together: 1,000 for three)
+kvpress, a method, ruler  2.65 M         0.03 M            200 for three rates; not
+                                                           yet timed on a GPU
 ``heads``, three rates    1.2 M          none              50 + 10 + 5 a rate: 75
 ========================  =============  ================  =========================
 """

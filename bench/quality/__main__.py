@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from bench.quality.systems import (
     KVPRESS,
     PRESETS,
     RATES,
+    Setting,
     System,
     parse_setting,
     parse_systems,
@@ -37,7 +38,7 @@ from bench.quality.tasks import GROUPS, RULER, TASKS, resolve
 from bench.quality.tasks.corpus import DEFAULT_DATA
 
 if TYPE_CHECKING:
-    from bench.quality.samples import SampleStore
+    from bench.quality.samples import SampleKey, SampleStore
 
 OUT = Path("bench/results/quality.jsonl")
 HEADS_OUT = Path("bench/results/quality_heads.jsonl")
@@ -92,6 +93,7 @@ def _add_wish(
     add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
     add("--data", type=Path, default=default_data(), help="folder of evaluation data")
     add("--out", type=Path, default=out)
+    add("--block", type=int, default=0, help="tasks asked at all rates at a time")
     add("--engine", nargs="*", default=[], metavar="KEY=VALUE", help="sglang.Engine's")
 
 
@@ -126,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         if not runner.cells:
             print("nothing is missing")
             return 0
-        left = runner.run(lambda system: open_system(system, args))
+        left = runner.run(lambda s: open_system(s, args, runner.settings(s)))
     finally:
         store.close()
     print(f"{left} samples are left" if left else "all done")
@@ -180,6 +182,7 @@ def read_wish(args: argparse.Namespace) -> tuple[Wish, SampleStore]:
         args.lengths,
         args.seed,
         args.samples,
+        args.block,
     )
     return wish, SampleStore(args.model, args.data, args.workers)
 
@@ -194,15 +197,19 @@ def origin() -> dict[str, Any]:
     return found
 
 
-def open_system(system: System, args: argparse.Namespace) -> Asker:
-    """What answers for a system."""
+def open_system(
+    system: System,
+    args: argparse.Namespace,
+    settings: Mapping[SampleKey, Sequence[Setting]],
+) -> Asker:
+    """What answers for a system; `settings` are those that samples will be asked at."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if system.kind == KVPRESS:
         from bench.quality.kvpress_systems import PressAsker
 
-        return PressAsker(system, args.model, tokenizer)
+        return PressAsker(system, args.model, tokenizer, settings)
     from bench.quality.asking import EngineAsker
 
     return EngineAsker(system, args.model, tokenizer, extra=engine_options(args))

@@ -91,7 +91,8 @@ class Decoding:
         from transformers import DynamicCache
 
         self._model, self._attention = model, attention_layers(model)
-        self._cache, self._hooks = DynamicCache(), []
+        self._cache = DynamicCache()
+        self._hooks: list[Any] = []
         tokens = [[prompt.tokens] for prompt in prompts]
         self._positions = torch.tensor(tokens, device=model.device)
         self.logits = torch.stack([prompt.logits for prompt in prompts])
@@ -212,29 +213,26 @@ def equal_shapes(
 
 
 def joined(
-    groups: Sequence[list[int]],
-    tokens: Sequence[int],
+    groups: Sequence[tuple[int, int]],
     prompts: int = DECODE_PROMPTS,
     most: int = DECODE_TOKENS,
-) -> list[list[list[int]]]:
-    """Neighbouring groups that are decoded together; a group is never split.
+) -> list[list[int]]:
+    """Places of neighbouring groups that are decoded together; none is split.
 
     Parameters
     ----------
-    groups : sequence of list of int
-        Places of prompts.
-    tokens : sequence of int
-        Of each prompt.
+    groups : sequence of (number of prompts, tokens of each)
     prompts, most : int
-        Most prompts, and most tokens with their padding.
+        Most prompts, and most tokens with the padding to the longest, where a batch
+        has more than one group.
     """
-    batches: list[list[list[int]]] = []
-    for group in groups:
-        if batches:
-            places = sum(batches[-1], group)
-            longest = max(tokens[place] for place in places)
-            if len(places) <= prompts and len(places) * longest <= most:
-                batches[-1].append(group)
-                continue
-        batches.append([group])
+    batches: list[list[int]] = []
+    count = longest = 0
+    for place, (size, tokens) in enumerate(groups):
+        count, longest = count + size, max(longest, tokens)
+        if place and count <= prompts and count * longest <= most:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+            count, longest = size, tokens
     return batches

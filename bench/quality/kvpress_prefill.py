@@ -98,11 +98,11 @@ def prefill(
     ) -> None:
         del args
         layer = cache.layers[module.layer_idx]
-        # Every ratio draws the numbers that it would draw alone.
-        state = random.get_state()
-        for one in kept.values():
-            random.set_state(state)
+        for label, one in kept.items():
+            # Every ratio draws the numbers that it would draw alone.
+            random.set_state(states[label])
             one.compress(module, kwargs, layer.keys, layer.values, output[1])
+            states[label] = random.get_state()
 
     modules = attention_layers(model)
     for one in kept.values():
@@ -115,6 +115,7 @@ def prefill(
             module.rotary_emb = model.get_decoder().rotary_emb
             hooks.append(module.register_forward_hook(compress, with_kwargs=True))
         torch.manual_seed(SEED)
+        states = dict.fromkeys(kept, random.get_state())
         with torch.inference_mode():
             logits = model(
                 input_ids=ids, past_key_values=cache, logits_to_keep=1

@@ -1,6 +1,6 @@
 """The same samples answered by Hugging Face transformers with a kvpress method.
 
-A system ``kvpress:NAME`` of `PRESSES`; ``kvpress:full`` is the uncompressed baseline.
+A system ``kvpress:NAME`` of `presses`; ``kvpress:full`` is the uncompressed baseline.
 Needs an environment with kvpress, whose transformers is older than SGLang's
 (`REQUIREMENTS`); neither SGLang nor our backend is imported here.
 
@@ -10,18 +10,23 @@ cache is compressed once after its attention over all of the prompt, with the pr
 last tokens as the observed window, and the answer is decoded over what is left, at the
 positions it would have had. Decoded tokens are kept. A method keeps
 ``prompt / rate`` tokens per head on average, window and sinks among them.
+
+A prompt is prefilled once for all rates, and prompts are decoded together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.quality import forced
 from bench.quality.asking import TURN_REPLY, Answer, with_full_text, with_gold
-from bench.quality.hf_decoding import Decoding, equal_shapes, load
+from bench.quality.hf_decoding import Prefilled, equal_shapes, joined, load
+from bench.quality.kvpress_decoding import generate, think
+from bench.quality.kvpress_prefill import prefill
+from bench.quality.kvpress_presses import presses
+from bench.quality.samples import SampleKey
 from bench.quality.systems import FULL, FULL_PRESS, Setting, System
 from bench.quality.tasks.sample import (
     ASK,
@@ -46,36 +51,46 @@ REQUIREMENTS = (
 )
 """Install with ``pip install --no-deps --target DIR`` and put DIR first in PYTHONPATH.
 Torch, datasets and numpy come from the environment of SGLang."""
-Part = tuple[list[int], list[int]]
-
-
-def presses() -> dict[str, Callable[[float], Any]]:
-    """Methods by name; each is made with the fraction of KVs to discard."""
-    import kvpress as kp  # type: ignore[import-not-found]
-
-    return {
-        "snapkv": lambda r: kp.SnapKVPress(compression_ratio=r),
-        # Our window and pooling.
-        "snapkv32": lambda r: kp.SnapKVPress(
-            compression_ratio=r, window_size=32, kernel_size=7
-        ),
-        "adakv": lambda r: kp.AdaKVPress(kp.SnapKVPress(compression_ratio=r)),
-        "expected": lambda r: kp.ExpectedAttentionPress(compression_ratio=r),
-        "adakv-expected": lambda r: kp.AdaKVPress(
-            kp.ExpectedAttentionPress(compression_ratio=r)
-        ),
-        "keydiff": lambda r: kp.KeyDiffPress(compression_ratio=r),
-        "tova": lambda r: kp.TOVAPress(compression_ratio=r),
-        "pyramidkv": lambda r: kp.PyramidKVPress(compression_ratio=r),
-        "streaming": lambda r: kp.StreamingLLMPress(compression_ratio=r, n_sink=4),
-        "random": lambda r: kp.RandomPress(compression_ratio=r),
-    }
 
 
 # Texts and distributions of the full cache, by model and sample: every method needs
 # the same ones.
 _full_texts: dict[Any, Sample] = {}
 _full_references: dict[Any, forced.Reference] = {}
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A sample, the tokens to compress, and the tokens to feed after that."""
+
+    sample: Sample
+    context: list[int]
+    question: list[int]
+    settings: tuple[Setting, ...]
+
+    @property
+    def likely(self) -> bool:
+        """Whether a given text is decoded."""
+        return self.sample.mode == LIKELIHOOD
+
+    @property
+    def steps(self) -> int:
+        """Most tokens to be decoded."""
+        if self.likely:
+            return len(self.sample.targets)
+        return len(self.question) + self.sample.max_new_tokens
+
+    @property
+    def shape(self) -> tuple[Any, int]:
+        """Equal for prompts that share a prefill."""
+        # What follows makes no difference to a prefill, but numbers that are drawn at
+        # random depend on which prompts share it.
+        follows = len(self.sample.targets) or len(self.question)
+        return (self.likely, follows, self.settings), len(self.context)
+
+
+_Answers = dict[tuple[SampleKey, Setting], Answer]
+_Cached = tuple[_Prompt, Prefilled]
 
 
 class PressAsker:
@@ -89,9 +104,19 @@ class PressAsker:
         Folder of the model.
     tokenizer
         The model's.
+    settings : mapping of sample key to sequence of Setting, optional
+        At which settings samples will be asked. The first question about a sample is
+        answered at all of them, with one prefill; the other answers are remembered
+        until they are asked for.
     """
 
-    def __init__(self, system: System, model: str, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        system: System,
+        model: str,
+        tokenizer: Any,
+        settings: Mapping[SampleKey, Sequence[Setting]] | None = None,
+    ) -> None:
         self.name, self.tokenizer, self.folder = system.press, tokenizer, model
         self.model = load(model)
         if self.name != FULL_PRESS and self.name not in presses():
@@ -102,42 +127,49 @@ class PressAsker:
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self.ends.add(tokenizer.eos_token_id)
+        self._coming = dict(settings or {})
+        self._known: _Answers = {}
 
     def close(self) -> None:
         """Nothing is held but the model, which other systems share."""
 
+    def remembers(self, keys: Iterable[SampleKey], setting: Setting) -> bool:
+        """Whether answering these samples costs nothing."""
+        return all((key, setting) in self._known for key in keys)
+
     def answer(self, samples: Sequence[Sample], setting: Setting) -> list[Answer]:
         """Answers to samples, in their order."""
-        samples = [self._completed(sample) for sample in samples]
-        parts = [self._parts(sample) for sample in samples]
-        shapes = [
-            (
-                sample.mode == LIKELIHOOD,
-                len(context),
-                len(sample.targets) or len(question),
-            )
-            for sample, (context, question) in zip(samples, parts, strict=True)
+        new = [s for s in samples if (s.key, setting) not in self._known]
+        prompts = [
+            self._prompt(sample, setting, *self._coming.pop(sample.key, ()))
+            for sample in self._completed(new)
         ]
-        answers: dict[int, Answer] = {}
-        for places in equal_shapes(shapes):
-            some = [samples[i] for i in places]
-            chosen = [parts[i] for i in places]
-            ask = self._decode if shapes[places[0]][0] else self._generate
-            answers |= dict(zip(places, ask(some, chosen, setting), strict=True))
-        return [with_gold(samples[i], answers[i]) for i in range(len(samples))]
+        self._known |= self._answers(prompts)
+        answers = [self._known[sample.key, setting] for sample in samples]
+        for sample in samples:
+            self._known.pop((sample.key, setting), None)
+        return answers
 
-    def _completed(self, sample: Sample) -> Sample:
-        """The sample with the full cache's text, if it is made from that."""
-        key = (self.folder, *sample.key)
-        if not sample.from_full:
-            return sample
-        if key not in _full_texts:
-            asked = replace(sample, mode=ASK)
-            text = self._generate([asked], [self._parts(asked)], FULL)[0].text
-            _full_texts[key] = with_full_text(sample, text, self.tokenizer)
-        return _full_texts[key]
+    def _completed(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Samples whose text comes from the full cache, with that text filled in."""
+        new = [s for s in samples if s.from_full and self._full(s) not in _full_texts]
+        asked = [self._prompt(replace(sample, mode=ASK), FULL) for sample in new]
+        answers = self._answers(asked)
+        for sample in new:
+            text = answers[sample.key, FULL].text
+            filled = with_full_text(sample, text, self.tokenizer)
+            _full_texts[self._full(sample)] = filled
+        return [_full_texts[self._full(s)] if s.from_full else s for s in samples]
 
-    def _parts(self, sample: Sample) -> Part:
+    def _full(self, sample: Sample) -> Any:
+        """Where the full cache's text and distribution are."""
+        return self.folder, *sample.key
+
+    def _prompt(self, sample: Sample, *settings: Setting) -> _Prompt:
+        context, question = self._parts(sample)
+        return _Prompt(sample, context, question, tuple(dict.fromkeys(settings)))
+
+    def _parts(self, sample: Sample) -> tuple[list[int], list[int]]:
         """Tokens to compress, and tokens to feed after that."""
         if sample.mode == DICTATED:
             return encode_parts(self.tokenizer, sample)
@@ -146,129 +178,103 @@ class PressAsker:
             return encode_turns(self.tokenizer, sample, TURN_REPLY)[1], []
         return encode(self.tokenizer, sample), []
 
-    def _prefill(self, contexts: list[list[int]], setting: Setting) -> Decoding:
-        """Prompts of equal length, compressed after the whole of them."""
-        import torch
-        from transformers import DynamicCache
+    def _answers(self, prompts: Sequence[_Prompt]) -> _Answers:
+        """Answers at all settings of the prompts."""
+        groups = [
+            [prompts[place] for place in places]
+            for places in equal_shapes([prompt.shape for prompt in prompts])
+        ]
+        answers: _Answers = {}
+        for likely in (False, True):
+            some = [group for group in groups if group[0].likely == likely]
+            # Neighbours end at about the same step and need little padding.
+            some.sort(key=lambda g: (max(p.steps for p in g), len(g[0].context)))
+            for batch in joined([(len(g), len(g[0].context)) for g in some]):
+                answers |= self._batch([some[place] for place in batch])
+        return answers
 
-        tokens = len(contexts[0])
-        discard = 1 - setting.kept(tokens) / tokens
-        press: Any = nullcontext()
-        if self.name != FULL_PRESS and discard > 0:
-            press = presses()[self.name](discard)(self.model)
-        torch.manual_seed(0)  # for the random method
-        cache = DynamicCache()
-        ids = torch.tensor(contexts, device=self.model.device)
-        with press:
-            logits = self.model(
-                input_ids=ids, past_key_values=cache, logits_to_keep=1
-            ).logits
-        return Decoding(self.model, cache, tokens, logits[:, -1].float())
+    def _batch(self, groups: Sequence[Sequence[_Prompt]]) -> _Answers:
+        """Answers to groups of equal shapes, which are decoded together."""
+        caches = self._caches(groups)
+        decode = self._generate
+        if groups[0][0].likely:
+            decode = self._think
+            self._refer(caches.get(FULL, []))
+        answers: _Answers = {}
+        for setting in list(caches):
+            # Out of the dictionary, so that one is given back before the next is made.
+            cached = [one for one in caches.pop(setting) if setting in one[0].settings]
+            for (prompt, _), answer in zip(
+                cached, decode(cached, setting) if cached else [], strict=True
+            ):
+                key = prompt.sample.key, setting
+                answers[key] = with_gold(prompt.sample, answer)
+        return answers
 
-    def _generate(
-        self, samples: Sequence[Sample], parts: list[Part], setting: Setting
-    ) -> list[Answer]:
-        import torch
+    def _caches(
+        self, groups: Sequence[Sequence[_Prompt]]
+    ) -> dict[Setting, list[_Cached]]:
+        """What is left of the prompts at each of their settings."""
+        caches: dict[Setting, list[_Cached]] = {}
+        for group in groups:
+            contexts = [prompt.context for prompt in group]
+            kept = prefill(self.model, contexts, self._presses(group))
+            for setting, rows in kept.items():
+                caches.setdefault(setting, []).extend(zip(group, rows, strict=True))
+        return caches
 
-        with torch.inference_mode():
-            state = self._prefill([context for context, _ in parts], setting)
-            for column in zip(*(question for _, question in parts), strict=True):
-                state.step(torch.tensor(column, device=self.model.device))
-            said: list[list[int]] = [[] for _ in samples]
-            texts = [""] * len(samples)
-            running = set(range(len(samples)))
-            for _ in range(max(sample.max_new_tokens for sample in samples)):
-                tokens = state.logits.argmax(-1)
-                for i, token in enumerate(tokens.tolist()):
-                    if i in running and self._ended(samples[i], said[i], token):
-                        running.discard(i)
-                if not running:
-                    break
-                state.step(tokens)
-        for i, sample in enumerate(samples):
-            text = self.tokenizer.decode(said[i], skip_special_tokens=True)
-            for stop in sample.stop:
-                text = text.partition(stop)[0]
-            texts[i] = text
-        resident = setting.kept(len(parts[0][0])) if self.name != FULL_PRESS else None
+    def _presses(self, group: Sequence[_Prompt]) -> dict[Setting, Any]:
+        """What compresses prompts of equal shapes; None keeps everything."""
+        found: dict[Setting, Any] = {}
+        tokens = len(group[0].context)
+        for setting in group[0].settings:
+            discard = 1 - setting.kept(tokens) / tokens
+            whole = self.name == FULL_PRESS or discard <= 0
+            found[setting] = None if whole else presses()[self.name](discard)
+        likely = [p.sample for p in group if p.likely]
+        if any(self._full(sample) not in _full_references for sample in likely):
+            found[FULL] = None
+        return found
+
+    def _generate(self, cached: Sequence[_Cached], setting: Setting) -> list[Answer]:
+        prompts = [prompt for prompt, _ in cached]
+        texts = generate(
+            self.model,
+            self.tokenizer,
+            self.ends,
+            [rows for _, rows in cached],
+            [prompt.question for prompt in prompts],
+            [prompt.sample for prompt in prompts],
+        )
         return [
-            Answer(text, sum(map(len, part)), len(ids), resident)
-            for text, part, ids in zip(texts, parts, said, strict=True)
+            Answer(
+                text,
+                len(prompt.context) + len(prompt.question),
+                count,
+                None if self.name == FULL_PRESS else setting.kept(len(prompt.context)),
+            )
+            for prompt, (text, count) in zip(prompts, texts, strict=True)
         ]
 
-    def _ended(self, sample: Sample, said: list[int], token: int) -> bool:
-        """Take the token, unless the answer is over before it."""
-        if token in self.ends:
-            return True
-        said.append(token)
-        if len(said) >= sample.max_new_tokens:
-            return True
-        if not sample.stop:
-            return False
-        # A stop is a few tokens long.
-        tail = self.tokenizer.decode(said[-16:])
-        return any(stop in tail for stop in sample.stop)
-
-    def _decode(
-        self, samples: Sequence[Sample], parts: list[Part], setting: Setting
-    ) -> list[Answer]:
-        """Likelihoods of targets of equal length."""
-        contexts = [context for context, _ in parts]
-        keys = [(self.folder, *sample.key) for sample in samples]
-        new = [i for i, key in enumerate(keys) if key not in _full_references]
-        if new:
-            some = [samples[i] for i in new]
-            full = self._think(some, [contexts[i] for i in new], FULL, None)
-            for i, thoughts in zip(new, full, strict=True):
-                assert thoughts.reference
-                _full_references[keys[i]] = thoughts.reference
-        references = [_full_references[key] for key in keys]
+    def _think(self, cached: Sequence[_Cached], setting: Setting) -> list[Answer]:
+        samples = [prompt.sample for prompt, _ in cached]
+        references = [_full_references[self._full(sample)] for sample in samples]
+        rows = [row for _, row in cached]
+        lengths = [len(prompt.context) for prompt, _ in cached]
         return [
-            Answer("", len(context), 0, setting.kept(len(context)), thoughts)
-            for context, thoughts in zip(
-                contexts,
-                self._think(samples, contexts, setting, references),
-                strict=True,
+            Answer("", length, 0, setting.kept(length), thoughts)
+            for length, thoughts in zip(
+                lengths, think(self.model, rows, samples, references), strict=True
             )
         ]
 
-    def _think(
-        self,
-        samples: Sequence[Sample],
-        contexts: list[list[int]],
-        setting: Setting,
-        references: list[forced.Reference] | None,
-    ) -> list[forced.Thoughts]:
-        import torch
-
-        rows = range(len(samples))
-        jobs = [
-            forced.job(samples[i].targets, references[i] if references else None)
-            for i in rows
-        ]
-        targets = torch.tensor([s.targets for s in samples], device=self.model.device)
-        values, best = [], []
-        with torch.inference_mode():
-            state = self._prefill(contexts, setting)
-            for at in range(targets.shape[1]):
-                own = state.logits.log_softmax(-1)
-                seen = [forced.observe(own[i], jobs[i], at) for i in rows]
-                values.append(torch.stack(seen))
-                if references is None:
-                    best.append(own.topk(forced.TOP))
-                state.step(targets[:, at])
-        # [step, sample, channel] and [step, sample, token]
-        channels = torch.stack(values).tolist()
-        ids = torch.stack([b.indices for b in best]).tolist() if best else None
-        logprobs = torch.stack([b.values for b in best]).tolist() if best else None
-        thoughts = []
-        for i in rows:
-            own_logprobs, agree, kl = (
-                [step[i][channel] for step in channels]
-                for channel in range(forced.CHANNELS)
-            )
-            made = None
-            if ids and logprobs:
-                made = forced.Reference([s[i] for s in ids], [s[i] for s in logprobs])
-            thoughts.append(forced.Thoughts(own_logprobs, agree, kl, made))
-        return thoughts
+    def _refer(self, cached: Sequence[_Cached]) -> None:
+        """Note what the full cache thinks, where that is not known."""
+        new = [c for c in cached if self._full(c[0].sample) not in _full_references]
+        if not new:
+            return
+        samples = [prompt.sample for prompt, _ in new]
+        made = think(self.model, [row for _, row in new], samples, None)
+        for sample, thoughts in zip(samples, made, strict=True):
+            assert thoughts.reference
+            _full_references[self._full(sample)] = thoughts.reference

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from bench.quality.asking import Answer
 from bench.quality.plan import Todo, Wish, batches, todo
 from bench.quality.records import pack, read
-from bench.quality.samples import SampleStore
+from bench.quality.samples import SampleKey, SampleStore
 from bench.quality.scoring import result
 from bench.quality.systems import Setting, System
 from bench.quality.tasks.sample import Sample
@@ -28,6 +28,14 @@ class Asker(Protocol):
 
     def close(self) -> None:
         """Give back what it holds."""
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """An asker that may have answered a question with an earlier one."""
+
+    def remembers(self, keys: Sequence[SampleKey], setting: Setting) -> bool:
+        """Whether answering these samples costs nothing."""
 
 
 Open = Callable[[System], Asker]
@@ -73,6 +81,15 @@ class Runner:
         self._latest: dict[str, float] = {}
         store.start(_sample_key(c, i) for c in self.cells for i in c.indices)
 
+    def settings(self, system: System) -> dict[SampleKey, list[Setting]]:
+        """Settings that each sample is to be asked at, most important first."""
+        found: dict[SampleKey, list[Setting]] = {}
+        for cell in self.cells:
+            if cell.system == system:
+                for index in cell.indices:
+                    found.setdefault(_sample_key(cell, index), []).append(cell.setting)
+        return found
+
     def run(self, open_system: Open) -> int:
         """Measure; returns the number of samples that are still missing.
 
@@ -117,20 +134,25 @@ class Runner:
         asker = open_system(system)
         self._start_cost = self.clock() - begin
         done, self._latest = 0, {}
+        late = False
         try:
             for group in batches(cells, self.batch):
-                kinds = {cell.task.name for cell in group}
-                expected = sum(self._latest.get(kind, 0.0) for kind in kinds)
-                if stop is not None and self.clock() + expected > stop:
-                    bar.write(f"{system.name}: out of time")
-                    break
+                known = _remembered(asker, group)
+                if not known:
+                    kinds = {cell.task.name for cell in group}
+                    expected = sum(self._latest.get(kind, 0.0) for kind in kinds)
+                    late = late or (stop is not None and self.clock() + expected > stop)
+                    if late:
+                        continue
                 bar.set_description(f"{system.name} {group[0].setting.label}")
-                done += self._batch(asker, group, bar)
+                done += self._batch(asker, group, bar, known)
+            if late:
+                bar.write(f"{system.name}: out of time")
         finally:
             asker.close()
         return done
 
-    def _batch(self, asker: Asker, group: list[Todo], bar: Any) -> int:
+    def _batch(self, asker: Asker, group: list[Todo], bar: Any, known: bool) -> int:
         pairs = [(cell, index) for cell in group for index in cell.indices]
         samples = [self.store.get(_sample_key(*pair)) for pair in pairs]
         begin = self.clock()
@@ -147,12 +169,20 @@ class Runner:
                 "samples": pack(results.pop(cell.key)),
             }
             write_record(self.out, {**self.origin, **line})
-        for cell in group:
+        for cell in [] if known else group:
             share = seconds * len(cell.indices) / len(pairs)
             self._latest[cell.task.name] = share
         bar.update(len(pairs))
         return len(pairs)
 
 
-def _sample_key(cell: Todo, index: int) -> tuple[str, int, int, int]:
+def _sample_key(cell: Todo, index: int) -> SampleKey:
     return cell.key.task, cell.key.length, cell.key.seed, index
+
+
+def _remembered(asker: Asker, group: Sequence[Todo]) -> bool:
+    """Whether an earlier question, at another setting, answered this one as well."""
+    if not isinstance(asker, Remembering):
+        return False
+    keys = [_sample_key(cell, index) for cell in group for index in cell.indices]
+    return asker.remembers(keys, group[0].setting)
