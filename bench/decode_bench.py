@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.batches import Batch, Shape, fold_by_head, head_blocks, make_batch
-from bench.decode_steps import bench_steps
+from bench.decode_steps import TOLERANCE, bench_steps
 from bench.timing import CheckError, Clock, Report, Timing, require_close
 from sglang_kvc.kernels import decode_attention as decode
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
@@ -22,8 +22,6 @@ SECTION = "decode"
 TAIL = 40
 MAX_BATCH = 256
 GRAPH_BYTES = 2e9
-TOLERANCE = 1e-2
-"""Relative to the norm of a head's output; one lost block of 8192 KVs is 4e-2."""
 
 
 class Row(NamedTuple):

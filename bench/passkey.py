@@ -262,7 +262,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--keys", "--samples", type=int, default=5, help="per cell")
     add("--pool", type=int, help="tokens of the KV pool")
     add("--chunks", choices=CHUNK_MODES, default="auto")
-    add("--chunk-queries", choices=CHUNK_QUERIES, default=CHUNK_QUERIES[0])
+    queries = KVCompressOptions.chunk_queries
+    add("--chunk-queries", choices=CHUNK_QUERIES, default=queries)
     add("--min-budget", type=int, default=KVCompressOptions.min_budget)
     add("--yarn", type=float, metavar="FACTOR", help="longer context")
     add("--full", action="store_true", help="ask the full cache, too")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ def parser(preset: Preset | None = None) -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="measure what is missing")
     _add_wish(run, PRESETS, RATES, 50, OUT)
     add = run.add_argument
+    add("--block", type=int, default=0, help="tasks asked at all rates at a time")
     add("--preset", choices=RUNS, help="values of the flags above, see list")
     add("--deadline", type=float, help="seconds after which to stop")
     add("--batch", type=int, default=256, help="most samples sent at once")
@@ -93,7 +95,6 @@ def _add_wish(
     add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
     add("--data", type=Path, default=default_data(), help="folder of evaluation data")
     add("--out", type=Path, default=out)
-    add("--block", type=int, default=0, help="tasks asked at all rates at a time")
     add("--engine", nargs="*", default=[], metavar="KEY=VALUE", help="sglang.Engine's")
 
 
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     wish, store = read_wish(args)
     try:
         runner = Runner(
-            wish,
+            replace(wish, block=args.block),
             store,
             args.out,
             args.also,
@@ -182,7 +183,6 @@ def read_wish(args: argparse.Namespace) -> tuple[Wish, SampleStore]:
         args.lengths,
         args.seed,
         args.samples,
-        args.block,
     )
     return wish, SampleStore(args.model, args.data, args.workers)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.quality import forced
 from bench.quality.hf_decoding import Decoding, Prefilled
-from bench.quality.tasks.sample import Sample
+from bench.quality.tasks.sample import Sample, cut_at
 
 TAIL = 16
 """Tokens in which a stop is looked for; it is a few tokens long."""
@@ -56,9 +56,7 @@ def generate(
     answers = []
     for sample, ids in zip(samples, said, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        for stop in sample.stop:
-            text = text.partition(stop)[0]
-        answers.append((text, len(ids)))
+        answers.append((cut_at(text, sample.stop), len(ids)))
     return answers
 
 

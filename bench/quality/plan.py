@@ -42,6 +42,14 @@ class Todo:
     indices: tuple[int, ...]
 
 
+def is_asked(system: System, setting: Setting, systems: Sequence[System]) -> bool:
+    """Whether a setting is for this one of the systems, see `todo`."""
+    if not setting.is_full:
+        return not system.never_evicts
+    first = next(one for one in systems if one.kind == system.kind)
+    return system.never_evicts or system == first
+
+
 def todo(wish: Wish, done: Mapping[Key, Cell]) -> Iterator[Todo]:
     """Missing cells of all systems: by system, length, block of tasks, setting, task.
 
@@ -49,16 +57,11 @@ def todo(wish: Wish, done: Mapping[Key, Cell]) -> Iterator[Todo]:
     its share of the time. Where nothing is evicted the systems of a kind are one: the
     first of them answers for all.
     """
-    firsts = {system.kind: system for system in reversed(wish.systems)}
     for system in wish.systems:
         seen: set[Key] = set()
         for length, tasks in product(wish.lengths, _blocks(wish)):
             for setting in wish.settings:
-                if setting.is_full:
-                    asked = system.never_evicts or firsts[system.kind] == system
-                else:
-                    asked = not system.never_evicts
-                if not asked:
+                if not is_asked(system, setting, wish.systems):
                     continue
                 for task in tasks:
                     key = key_for(wish, system, setting, task, length)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.quality.plan import is_asked
 from bench.quality.systems import PRESETS, RATES, parse_setting, parse_systems
 
 PATIENCE = 60.0
@@ -32,12 +33,14 @@ def commands(
 ) -> dict[str, list[str]]:
     """What to run, by a name that files can have."""
     found: dict[str, list[str]] = {}
-    kinds: set[str] = set()
-    for word, system in zip(systems, parse_systems(systems), strict=True):
-        own = list(rates)
-        if system.kind in kinds and not system.never_evicts:
-            own = [rate for rate in rates if not parse_setting(rate).is_full]
-        kinds.add(system.kind)
+    parsed = parse_systems(systems)
+    for word, system in zip(systems, parsed, strict=True):
+        # A run knows by itself what a system that never evicts is not asked.
+        own = [
+            rate
+            for rate in rates
+            if system.never_evicts or is_asked(system, parse_setting(rate), parsed)
+        ]
         name = re.sub(r"[^a-z0-9]+", "_", word)
         found[name] = [
             *(sys.executable, "-m", "bench.quality", "run", *rest),

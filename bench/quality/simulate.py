@@ -26,7 +26,13 @@ from bench.quality import metrics
 from bench.quality.simulate_choice import CANDIDATES, Candidate, Observer, keep
 from bench.quality.tasks import TASKS, make_sample
 from bench.quality.tasks.corpus import DEFAULT_DATA, Corpus
-from bench.quality.tasks.sample import DICTATED, Sample, encode, encode_parts
+from bench.quality.tasks.sample import (
+    DICTATED,
+    Sample,
+    cut_at,
+    encode,
+    encode_parts,
+)
 from bench.record import environment, read_lines, write_record
 from sglang_kvc.options import PAGE_SIZE
 
@@ -87,7 +93,7 @@ class Simulator:
         texts = map(self._text, torch.stack(tokens, 1).tolist())
         scorer = metrics.SCORERS[sample.scorer]
         return {
-            name: scorer(_cut(text, sample.stop), sample.answers)
+            name: scorer(cut_at(text, sample.stop), sample.answers)
             for name, text in zip(masks, texts, strict=True)
         }
 
@@ -95,12 +101,6 @@ class Simulator:
         end = self.tokenizer.eos_token_id
         ids = ids[: ids.index(end)] if end in ids else ids
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _cut(text: str, stops: tuple[str, ...]) -> str:
-    for stop in stops:
-        text = text.split(stop)[0]
-    return text
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,13 @@ def encode(tokenizer: Any, sample: Sample) -> list[int]:
     if sample.tokens:
         return list(sample.tokens)
     return chat_ids(tokenizer, sample.prompt, sample.prefix)
+
+
+def cut_at(text: str, stops: Iterable[str]) -> str:
+    """What comes before the first of the stops."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
 
 
 def encode_parts(tokenizer: Any, sample: Sample) -> tuple[list[int], list[int]]:
