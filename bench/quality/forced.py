@@ -26,6 +26,8 @@ LIFT = 64.0
 CLAMP = 40.0
 """No channel is larger, so that it takes no part in the softmax: exp(-24)."""
 CHANNELS = 3
+ABSENT = -1e4
+"""Log-probability of the entries that a shorter reference lacks: exp is 0."""
 TOP = 32
 """Tokens of a reference distribution; the rest counts as one token."""
 
@@ -67,36 +69,73 @@ class Dictator:
 
     def __call__(self, logits: Any, params: Sequence[Mapping[str, Any]]) -> Any:
         """Overwrite `logits` where a token is dictated; the rest stays as it is."""
-        own = logits.float().log_softmax(-1)
+        rows, jobs, places = [], [], []
         for row, param in enumerate(params):
             job, req = param[KEY], param["__req__"]
             # Counts in launch order, so neither overlap, nor retraction, nor the
             # samples of a prompt's middle chunks put it out of step.
             at = req.kv_committed_len - len(req.origin_input_ids)
             if 0 <= at < len(job["tokens"]):
-                values = observe(own[row], job, at)
-                logits[row] = own[row]
-                logits[row, job["channels"]] = values.to(logits)
-                logits[row, job["tokens"][at]] = LIFT
+                rows.append(row)
+                jobs.append(job)
+                places.append(at)
+        if rows:
+            index, targets = _to(logits, rows), _targets(logits, jobs, places)
+            own = logits[index].float().log_softmax(-1)
+            values = observe(own, jobs, places)
+            logits[index] = own.to(logits)
+            channels = _to(logits, [job["channels"] for job in jobs])
+            logits[index[:, None], channels] = values.to(logits)
+            logits[index, targets] = LIFT
         return logits
 
 
-def observe(own: Any, job: Mapping[str, Any], at: int) -> Any:
-    """Values of the channels, as one tensor: no transfer to the host in a step."""
+def _to(like: Any, numbers: Any, dtype: Any = None) -> Any:
     import torch
 
-    target = own[job["tokens"][at]]
-    best = own.argmax()
-    if not job.get("ids"):
-        agree = (best == job["tokens"][at]).to(own)
-        return torch.stack([target, agree, torch.zeros_like(target)])
-    ids = torch.tensor(job["ids"][at], device=own.device)
-    theirs = torch.tensor(job["logprobs"][at], device=own.device)
-    agree = (best == ids[theirs.argmax()]).to(own)
-    rest = (1 - theirs.exp().sum()).clamp_min(1e-7)
-    own_rest = (1 - own[ids].exp().sum()).clamp_min(1e-7)
-    kl = (theirs.exp() * (theirs - own[ids])).sum() + rest * (rest / own_rest).log()
-    return torch.stack([target, agree, kl.clamp(0, CLAMP)])
+    return torch.tensor(numbers, dtype=dtype, device=like.device)
+
+
+def _targets(
+    like: Any, jobs: Sequence[Mapping[str, Any]], places: Sequence[int]
+) -> Any:
+    pairs = zip(jobs, places, strict=True)
+    return _to(like, [job["tokens"][at] for job, at in pairs])
+
+
+def observe(own: Any, jobs: Sequence[Mapping[str, Any]], places: Sequence[int]) -> Any:
+    """Values of the channels, one row a job; nothing is transferred to the host.
+
+    Parameters
+    ----------
+    own : Tensor, [jobs, vocabulary] float32
+        Log-probabilities.
+    jobs, places : sequences
+        What `job` made, and at which of its tokens each is.
+    """
+    import torch
+
+    targets = _targets(own, jobs, places)
+    target = own.gather(1, targets[:, None])[:, 0]
+    # Jobs without a reference are compared with the dictated token alone.
+    ids = [[job["tokens"][at]] for job, at in zip(jobs, places, strict=True)]
+    theirs = [[0.0] for _ in jobs]
+    for row, (one, at) in enumerate(zip(jobs, places, strict=True)):
+        if one.get("ids"):
+            ids[row], theirs[row] = one["ids"][at], one["logprobs"][at]
+    width = max(map(len, ids))
+    index = _to(own, [[*row, *[0] * (width - len(row))] for row in ids])
+    given = _to(own, [[*row, *[ABSENT] * (width - len(row))] for row in theirs])
+    held = given > ABSENT
+    best = index.gather(1, given.argmax(1)[:, None])[:, 0]
+    agree = (own.argmax(1) == best).to(own)
+    mine = own.gather(1, index)
+    rest = (1 - given.exp().sum(1)).clamp_min(1e-7)
+    own_rest = (1 - (mine.exp() * held).sum(1)).clamp_min(1e-7)
+    kl = (given.exp() * (given - mine)).sum(1) + rest * (rest / own_rest).log()
+    compared = _to(own, [bool(one.get("ids")) for one in jobs])
+    kl = torch.where(compared, kl.clamp(0, CLAMP), torch.zeros_like(kl))
+    return torch.stack([target, agree, kl], 1)
 
 
 def processor() -> str:

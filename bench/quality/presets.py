@@ -34,6 +34,7 @@ TABLE = (
     "summary",
     "lm",
     "reuse",
+    "replay",
     "reasoning",
 )
 """All tasks, most important first. The last has answers of up to 1,024 tokens, which

@@ -20,7 +20,7 @@ from bench.quality.stats import (
 from bench.quality.systems import FULL
 from bench.quality.tasks import OWN_LENGTH, RULER, TASKS
 
-DECODED = ("lm", "summary")
+DECODED = ("lm", "replay")
 
 
 def markdown(

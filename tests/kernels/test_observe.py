@@ -101,7 +101,9 @@ def test_recorded_log_sum_exps_are_taken(recorded: list[bool], device: str) -> N
 @pytest.mark.interpreter
 def test_a_recorded_log_sum_exp_is_believed(device: str) -> None:
     case = make_case(1, 1, 1, 2, 64, [100], [48], device=device)
-    plan = make_plan(case, recorded=[True])._replace(is_first=torch.ones(1).long())
+    plan = make_plan(case, recorded=[True])._replace(
+        is_first=torch.ones(1, device=device).long()
+    )
     scores = []
     for lse in (3.0, 4.0):
         case.query_lse.fill_(lse)

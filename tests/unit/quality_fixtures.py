@@ -62,7 +62,8 @@ def make_data(folder: Path) -> Path:
     (folder / ESSAYS).write_text(prose(4000))
     lines = []
     for number in range(30):
-        lines += [f" = Title {number} = ", *(f" {prose(8)} " for _ in range(4))]
+        lines += [f" = Title {number} = ", f" {prose(8)} ", " = = Section = = "]
+        lines += [f" {prose(8)} " for _ in range(3)]
     (folder / WIKITEXT).write_text("\n".join(lines))
     articles = []
     for number in range(20):

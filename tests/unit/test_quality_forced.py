@@ -123,3 +123,25 @@ def test_sglang_can_load_the_processor() -> None:
     text = forced.processor()
     assert json.loads(text)["callable"]
     assert isinstance(CustomLogitProcessor.from_str(text), forced.Dictator)
+
+
+def test_requests_of_a_batch_do_not_mix() -> None:
+    """Rows with long, short and no references, and one that does not dictate."""
+    logits = 3 * torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(2))
+    tokens = [7, 8, 9]
+    references = [
+        forced.Reference([ids] * 3, [logprobs] * 3)
+        for ids, logprobs in (([7, 8, 9, 30], [-1.0, -2.0, -1.5, -3.0]), ([9], [-0.5]))
+    ]
+    jobs = [forced.job(tokens, reference) for reference in (*references, None)]
+    places = [2, 1, 0]
+    alone = [
+        dictate(row, job, at)[0]
+        for row, job, at in zip(logits, jobs, places, strict=False)
+    ]
+    params = [
+        {forced.KEY: job, "__req__": request(100, 100 + at)}
+        for job, at in zip([*jobs, jobs[0]], [*places, 3], strict=True)
+    ]
+    together = forced.Dictator()(logits.clone(), params)
+    torch.testing.assert_close(together, torch.stack([*alone, logits[3]]))

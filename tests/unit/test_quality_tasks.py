@@ -50,7 +50,7 @@ def test_the_registry_has_what_ruler_has() -> None:
     ]
     assert len(resolve([RULER])) == 13
     assert len(resolve(["all"])) == len(TASKS) >= 25
-    assert len(GROUPS) == 10
+    assert len(GROUPS) == 11
     with pytest.raises(ValueError, match="unknown task 'nonsense'"):
         resolve(["nonsense"])
 
@@ -203,6 +203,22 @@ def test_fitting_needs_few_guesses(per_unit: int) -> None:
     assert len(calls) < 8
     with pytest.raises(ValueError, match="too few"):
         largest_fitting(size, 10, 10)
+
+
+def test_a_summary_is_compared_with_the_opening_that_it_cannot_see(
+    corpus: Corpus,
+) -> None:
+    """First in its first turn, last in the second; other articles fill the rest."""
+    own = corpus.wiki_texts[0]
+    assert len(own.lead) == 1 and len(own.body) == 3
+    for index, place in ((0, "first"), (15, "last")):
+        sample = build(corpus, "summary_lead", index=index)
+        assert sample.answers == (own.lead[0],)
+        assert own.lead[0] not in sample.prompt
+        articles = sample.prompt.split("# Article")[1:]
+        assert len(articles) > 2
+        assert all(text in articles[-(place == "last")] for text in own.body)
+        assert place in sample.question
 
 
 def test_wikitext_is_written_as_usual() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 ROOT = Path(__file__).parents[3]
 DEFAULT_DATA = ROOT.parent / "shared" / "data"
@@ -42,6 +42,14 @@ class Article:
 
     title: str
     paragraphs: tuple[Paragraph, ...]
+
+
+class WikiArticle(NamedTuple):
+    """An encyclopedia's article, as paragraphs: its opening, and all after it."""
+
+    title: str
+    lead: list[str]
+    body: list[str]
 
 
 def half(items: Sequence[T], seed: int) -> list[T]:
@@ -106,19 +114,27 @@ class Corpus:
         return self.wikitext[middle:] if seed % 2 else self.wikitext[:middle]
 
     @cached_property
-    def wiki_articles(self) -> list[tuple[str, list[str]]]:
-        """Title and paragraphs of the WikiText articles whose title is complete."""
-        articles: list[tuple[str, list[str]]] = []
+    def wiki_texts(self) -> list[WikiArticle]:
+        """All WikiText articles."""
+        articles: list[WikiArticle] = []
         for line in self.wikitext.split("\n"):
             text = line.strip()
             if re.fullmatch(r"= [^=]+ =", text):
-                articles.append((text.strip("= "), []))
-            elif articles and text and not text.startswith("="):
-                articles[-1][1].append(detokenize(text))
+                articles.append(WikiArticle(text.strip("= "), [], []))
+            elif articles and text.startswith("="):
+                articles[-1].body.append("")
+            elif articles and text:
+                one = articles[-1]
+                (one.body if one.body else one.lead).append(detokenize(text))
+        return [a._replace(body=[text for text in a.body if text]) for a in articles]
+
+    @cached_property
+    def wiki_articles(self) -> list[WikiArticle]:
+        """Those whose title is complete."""
         return [
-            (detokenize(title), paragraphs)
-            for title, paragraphs in articles
-            if "<unk>" not in title and paragraphs
+            article._replace(title=detokenize(article.title))
+            for article in self.wiki_texts
+            if "<unk>" not in article.title and article.lead + article.body
         ]
 
     @cached_property

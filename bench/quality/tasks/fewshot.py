@@ -86,7 +86,7 @@ def _articles(draw: Draw) -> list[tuple[str, list[str]]]:
         for a in draw.corpus.articles
     ]
     found += [
-        (title, [s for text in texts for s in sentences(text)])
-        for title, texts in draw.corpus.wiki_articles
+        (a.title, [s for text in (*a.lead, *a.body) for s in sentences(text)])
+        for a in draw.corpus.wiki_articles
     ]
     return [(title, texts) for title, texts in found if len(texts) >= 8]
