@@ -23,11 +23,13 @@ import torch
 from torch.nn import functional
 
 from bench.quality import metrics
+from bench.quality.forced import likelihood
 from bench.quality.simulate_choice import CANDIDATES, Candidate, Observer, keep
 from bench.quality.tasks import TASKS, make_sample
 from bench.quality.tasks.corpus import DEFAULT_DATA, Corpus
 from bench.quality.tasks.sample import (
     DICTATED,
+    LIKELIHOOD,
     Sample,
     cut_at,
     encode,
@@ -59,7 +61,7 @@ class Simulator:
     @torch.no_grad()
     def scores(self, sample: Sample) -> dict[str, float]:
         """Score of the answer, by rate and candidate."""
-        ids, question = encode(self.tokenizer, sample), []
+        ids, question = encode(self.tokenizer, sample), list(sample.targets[:-1])
         if sample.mode == DICTATED:
             ids, question = encode_parts(self.tokenizer, sample)
         observer, n = self.observer, len(ids)
@@ -81,6 +83,8 @@ class Simulator:
         if question:
             asked = torch.tensor(question, device=self.device).expand(len(masks), -1)
             out = self.model(asked, past_key_values=out.past_key_values, use_cache=True)
+            if sample.mode == LIKELIHOOD:
+                return dict(zip(masks, _likelihoods(out.logits, sample), strict=True))
             token = out.logits[:, -1].argmax(-1)
         tokens, ended = [token], token == self.tokenizer.eos_token_id
         while len(tokens) < min(sample.max_new_tokens, MAX_NEW) and not ended.all():
@@ -101,6 +105,13 @@ class Simulator:
         end = self.tokenizer.eos_token_id
         ids = ids[: ids.index(end)] if end in ids else ids
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _likelihoods(logits: torch.Tensor, sample: Sample) -> list[float]:
+    """Of the text to be decoded but for its first token, which saw the whole prompt."""
+    targets = torch.tensor(sample.targets[1:], device=logits.device)[:, None]
+    rows = (row.float().log_softmax(-1).gather(1, targets) for row in logits)
+    return [likelihood(row[:, 0].tolist()) for row in rows]
 
 
 def table(lines: list[dict[str, Any]]) -> str:

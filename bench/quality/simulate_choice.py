@@ -11,7 +11,7 @@ from torch.nn import functional
 from sglang_kvc.kernels.select import cheapest_by_row
 from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
 
-PROTECTED, SINKS = KVCompressOptions.protected, KVCompressOptions.sinks
+SINKS = KVCompressOptions.sinks
 MAX_WINDOW = 256
 
 
@@ -33,6 +33,7 @@ class Candidate:
         then kept for being unusual, whoever asks for it later.
     allocation : joint, layer or head.
     floor : part of the budget that every head keeps.
+    protected : last tokens that every head keeps.
     """
 
     window: int = KVCompressOptions.window
@@ -45,6 +46,7 @@ class Candidate:
     distinct: float = 0.0
     allocation: str = "joint"
     floor: float = 0.0
+    protected: int = KVCompressOptions.protected
 
     @property
     def name(self) -> str:
@@ -72,6 +74,7 @@ CANDIDATES = (
     Candidate(allocation="layer"),
     Candidate(allocation="head"),
     Candidate(floor=0.25),
+    *(Candidate(protected=protected) for protected in (64, 128, 256)),
 )
 
 
@@ -152,7 +155,7 @@ def keep(scores: torch.Tensor, layers: int, budget: int, c: Candidate) -> torch.
     heads, n = scores.shape
     fold = n // PAGE_SIZE * PAGE_SIZE
     own = scores[:, :fold].clone()
-    own[:, :SINKS] = own[:, n - PROTECTED :] = float("inf")
+    own[:, :SINKS] = own[:, n - c.protected :] = float("inf")
     order = own.argsort(dim=1, stable=True)
     price = own.gather(1, order)[:, PAGE_SIZE - 1 :: PAGE_SIZE]
     price = price[:, : fold // PAGE_SIZE - int(budget * c.floor) // PAGE_SIZE]

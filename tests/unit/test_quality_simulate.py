@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from bench.quality.simulate import table
+from bench.quality.simulate import _likelihoods, table
 from bench.quality.simulate_choice import (
     CANDIDATES,
-    PROTECTED,
     SINKS,
     Candidate,
     Observer,
@@ -32,7 +33,7 @@ def test_every_group_keeps_its_budget_and_what_is_forced(allocation: str) -> Non
     shape = {"joint": (1, -1), "layer": (LAYERS, -1), "head": (LAYERS * HEADS, 1)}
     groups = kept.view(shape[allocation])
     assert (groups.float().mean(1) == BUDGET).all()
-    assert stays[:, :SINKS].all() and stays[:, N - PROTECTED :].all()
+    assert stays[:, :SINKS].all() and stays[:, N - Candidate().protected :].all()
     # Rows are worth more the later they come.
     assert allocation == "head" or kept[-1] > kept[0]
 
@@ -46,6 +47,21 @@ def test_a_floor_is_kept_by_every_head() -> None:
     ].sum(1)
     assert lean.min() < 80 <= fed.min()
     assert lean.sum() == fed.sum() == 96 * LAYERS * HEADS
+
+
+def test_more_tokens_may_be_protected() -> None:
+    stays = keep(scores(), LAYERS, 96, Candidate(protected=80))
+    assert stays[:, N - 80 :].all()
+    assert not keep(scores(), LAYERS, 96, Candidate())[:, N - 80 :].all()
+
+
+def test_likelihood_begins_with_what_sees_the_compressed_cache() -> None:
+    targets = (3, 1, 2)
+    logits = torch.tensor([[[0, 2, 0, 0], [0, 0, 1, 0]]]).float()
+    sample = SimpleNamespace(targets=targets)
+    (value,) = _likelihoods(logits, sample)  # type: ignore[arg-type]
+    probs = logits[0].softmax(-1)
+    assert value == pytest.approx((probs[0, 1] * probs[1, 2]).sqrt().item())
 
 
 def test_back_keeps_what_follows_a_match() -> None:
