@@ -75,6 +75,8 @@ CANDIDATES = (
     Candidate(allocation="head"),
     Candidate(floor=0.25),
     *(Candidate(protected=protected) for protected in (64, 128, 256)),
+    Candidate(window=128, protected=128),
+    Candidate(window=128, protected=128, value_norm=True),
 )
 
 
