@@ -212,7 +212,7 @@ LOADS: dict[str, Load] = {
             0,
             (8,),
             mode="first",
-            seconds={0: 8, 8: 8},
+            seconds={0: 13, 8: 13},
         ),
         Load(
             "6000x256@all",

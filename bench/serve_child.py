@@ -26,6 +26,8 @@ from bench.loads import make_prompts
 
 SWITCH = "kv_compress"
 PLUGIN_MODULE = "sglang_kvc.plugin"
+REST_SECONDS = 0.5
+"""Before each of the first requests of a server."""
 
 
 class ChildError(RuntimeError):
@@ -186,7 +188,8 @@ class Server:
         """Serve the prompts one after another, as the first ones of a server.
 
         A server sends itself a request of a few tokens before it says that it is
-        ready; an Engine does not, so that request is sent here.
+        ready; an Engine does not, so that request is sent here. All of them find a
+        machine that has rested as long: else only the first one would.
         """
         self.engine.generate(
             input_ids=[10, 11, 12],
@@ -195,6 +198,7 @@ class Server:
         ids = make_prompts(command, self.vocab)
         times, info = [], []
         for prompt in ids:
+            time.sleep(REST_SECONDS)
             begin = time.perf_counter()
             output = self.engine.generate(
                 input_ids=prompt, sampling_params=sampling_params(command)
