@@ -7,6 +7,7 @@ host because a pass keeps exactly budget / 16 * L * H blocks.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,7 +74,9 @@ class PassRunner:
         self.runtime = runtime
         self.sm_scale = sm_scale
         self.scorer = get_scorer(runtime.options.metric)
-        self.groups = runtime.shape.num_groups(runtime.options.allocation)
+        options, num_groups = runtime.options, runtime.shape.num_groups
+        self.groups = num_groups(options.allocation)
+        self.chunk_groups = num_groups(options.chunk_allocation)
         if runtime.arena.score.numel() >= 1 << 31:
             raise ConfigError(
                 "the arena holds 2**31 KVs or more per layer and head in total, which "
@@ -85,15 +88,18 @@ class PassRunner:
         self.max_bytes = workspace_head_bytes(
             runtime.shape, runtime.options, context, pool_tokens
         )
-        self.counts = count_bytes(runtime.shape, runtime.options.allocation)
+        self.counts = count_bytes(runtime.shape, runtime.options)
 
     def run(self, records: list[PassRecord]) -> None:
-        """Run every pass of a step; passes that fit the workspace share a launch."""
+        """Run every pass of a step; alike ones that fit together share a launch."""
         group: list[PassRecord] = []
         held = 0
-        for record in records:
+        for record in sorted(records, key=lambda record: record.between_chunks):
             need = self._head_bytes(record)
-            if group and held + need > self.max_bytes:
+            if group and (
+                held + need > self.max_bytes
+                or record.between_chunks != group[0].between_chunks
+            ):
                 self._run_group(group)
                 group, held = [], 0
             group.append(record)
@@ -116,8 +122,13 @@ class PassRunner:
         """
         heads = self.runtime.arena.heads_per_page
         pages = torch.zeros(1, dtype=torch.int64, device=self.runtime.device)
-        # A short pass and one that splits its keys take different kernels.
-        for tokens in (20 * PAGE_SIZE, 512 * PAGE_SIZE):
+        # A short pass and one that splits its keys take different kernels, and so do
+        # passes between chunks.
+        group_counts = {self.groups}
+        if self.runtime.chunk_rule.chunk_size:
+            group_counts.add(self.chunk_groups)
+        sizes = (20 * PAGE_SIZE, 512 * PAGE_SIZE)
+        for tokens, groups in product(sizes, sorted(group_counts)):
             length = min(tokens, self.max_tokens // (2 * PAGE_SIZE) * PAGE_SIZE)
             request = PassRequest(
                 slot=0,
@@ -133,7 +144,7 @@ class PassRunner:
                 pool_tail=True,
                 recorded=False,
             )
-            self._launch([request], pages, sinks=0)
+            self._launch([request], pages, sinks=0, groups=groups)
             # The pass has packed the padding slot: it must be empty again, also for
             # the next round, whose workspace is sized for an unpacked request.
             self.runtime.reset_slots([0])
@@ -143,7 +154,10 @@ class PassRunner:
         protected = self.runtime.options.protected
         requests = [_plan_request(r, heads, protected) for r in records]
         pages = torch.cat([r.target[::PAGE_SIZE] // PAGE_SIZE for r in records])
-        selected = self._launch(requests, pages, self.runtime.options.sinks)
+        groups = self.chunk_groups if records[0].between_chunks else self.groups
+        selected = self._launch(
+            requests, pages, sinks=self.runtime.options.sinks, groups=groups
+        )
         for record, blocks in zip(records, selected.block_offsets, strict=True):
             if record.state.policy.request.report_heads:
                 # The step's result, which is waited for, comes behind this copy.
@@ -153,7 +167,12 @@ class PassRunner:
                 record.head_blocks.copy_(blocks, non_blocking=True)
 
     def _launch(
-        self, requests: list[PassRequest], dest_pages: torch.Tensor, sinks: int
+        self,
+        requests: list[PassRequest],
+        dest_pages: torch.Tensor,
+        *,
+        sinks: int,
+        groups: int,
     ) -> SelectedEntries:
         runtime, options = self.runtime, self.runtime.options
         context = ScoreContext(
@@ -171,7 +190,7 @@ class PassRunner:
             dest_pages,
             pool=(options.pool_back, options.pool_ahead),
             sinks=sinks,
-            groups=self.groups,
+            groups=groups,
             floor_blocks=-(-options.head_floor // PAGE_SIZE),
         )
 

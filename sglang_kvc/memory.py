@@ -115,9 +115,10 @@ def pass_workspace_tokens(context_len: int, pool_tokens: int) -> int:
     return -(-min(context_len, pool_tokens) // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
 
 
-def count_bytes(shape: ModelShape, allocation: str) -> int:
-    """Bytes per head of what `select_entries` counts, for one request."""
-    groups = COUNT_BYTES_PER_GROUP * shape.num_groups(allocation)
+def count_bytes(shape: ModelShape, options: KVCompressOptions) -> int:
+    """Bytes per head of what `select_entries` counts, for one request at most."""
+    allocations = {options.allocation, options.chunk_allocation}
+    groups = COUNT_BYTES_PER_GROUP * max(map(shape.num_groups, allocations))
     return COUNT_BYTES_PER_HEAD + -(-groups // shape.heads_per_page)
 
 
@@ -150,7 +151,7 @@ def workspace_head_bytes(
     """
     entries = pass_workspace_tokens(context_len, pool_tokens)
     kept = entries if options.rate < 2 else entries // 2
-    counts = count_bytes(shape, options.allocation)
+    counts = count_bytes(shape, options)
     return pass_head_bytes(entries, kept, counts, pooled=True)
 
 

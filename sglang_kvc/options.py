@@ -172,6 +172,15 @@ class KVCompressOptions:
         """Smallest legal budget in tokens: what no head may lose, whole pages."""
         return ceil_to_page(max(self.sinks + self.protected, self.head_floor))
 
+    @property
+    def chunk_allocation(self) -> str:
+        """Who shares a budget while a prompt is compressed between its chunks.
+
+        What follows is computed from what was kept, in every layer, so each layer
+        keeps its share until the prompt is complete.
+        """
+        return "layer" if self.allocation == "joint" else self.allocation
+
     def check_budget(self, name: str, tokens: Any) -> None:
         """Raise unless `tokens` is a budget that holds all forced survivors.
 

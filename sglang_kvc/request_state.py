@@ -138,6 +138,11 @@ class PassRecord:
         return self.budget_old == 0
 
     @property
+    def between_chunks(self) -> bool:
+        """Whether some of the prompt is still to be computed."""
+        return self.seq_len < self.prompt_len
+
+    @property
     def gain(self) -> int:
         """Tokens that come back when the pass is settled."""
         return self.budget_old + self.fold_new - self.fold_old

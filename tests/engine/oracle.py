@@ -155,13 +155,17 @@ class Oracle:
         return out, None
 
     def run_pass(
-        self, budget: int, pool_tail: bool = False, repeated: bool = False
+        self,
+        budget: int,
+        pool_tail: bool = False,
+        repeated: bool = False,
+        allocation: str = "",
     ) -> OraclePass:
         """Evict down to `budget` tokens per head on average.
 
         `pool_tail`: the tokens since the last pass are prompt, so their new scores
         are pooled among themselves. `repeated`: the queries are those of earlier
-        passes, so the larger score counts.
+        passes, so the larger score counts. `allocation`: default, the policy's.
         """
         if self.policy.metric in ATTENTION:
             self._add_attention(pool_tail or self.fold == 0, repeated)
@@ -188,7 +192,7 @@ class Oracle:
         held = sum(len(c) for c in competing) // BLOCK
         evict = held - budget // BLOCK * total
         groups = {"joint": 1, "layer": self.layers, "head": total}
-        size = total // groups[self.policy.allocation]
+        size = total // groups[allocation or self.policy.allocation]
         evicted, thresholds = [0] * total, []
         for first in range(0, total, size):
             rivals = sorted(sum(candidates[first : first + size], []))

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from sglang_kvc.request_state import floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
@@ -72,13 +73,17 @@ def test_every_chunk_keeps_what_the_oracle_keeps(
             first = max(end, length - options.window)
             oracle.probe(ids[first:], first)
         repeated = queries == "prompt" and CHUNK < end <= length
-        result = oracle.run_pass(BUDGET, end <= length, repeated)
+        # Until the prompt is complete every layer keeps as much.
+        allocation = "layer" if end < length else "joint"
+        result = oracle.run_pass(BUDGET, end <= length, repeated, allocation)
         problems = explain_difference(result, oracle.ranked, kept, TIE)
         assert not problems, (end, problems[:5])
         differing += sum(
             len(set(a) ^ set(b)) for a, b in zip(kept, result.kept, strict=True)
         )
         oracle.apply(kept)
+        sizes = torch.tensor([len(own) for own in kept]).view(oracle.layers, -1)
+        assert (len(set(sizes.sum(1).tolist())) == 1) == (end < length)
     total = len(passes) * BUDGET * oracle.layers * oracle.heads
     assert differing <= 0.002 * total, f"{differing} of {total} kept KVs differ"
 
