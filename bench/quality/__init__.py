@@ -32,13 +32,13 @@ repeat them until they exit with 0 (3: samples are left).
 
 2. kvpress in its environment (`kvpress_systems.REQUIREMENTS` in the folder K, 4 MB
    packed), a process a method, since Hugging Face's loop keeps a core busy and a GPU
-   idle::
+   idle. One takes 13 GiB, and nine beside eight engines took all of an H200::
 
        PYTHONPATH=$K python -m bench.quality.side_by_side --systems kvpress:full \\
            kvpress:{snapkv,snapkv32,adakv,expected,adakv-expected} \\
            kvpress:{keydiff,tova,pyramidkv,streaming,random} --rates 1 4 8 2 \\
            --model $M --data $D --preset table-kvpress --workers 1 --deadline 500 \\
-           --out $R
+           --at-once 6 --out $R
 
 3. Heat maps, and the defaults on prompts that no table uses::
 

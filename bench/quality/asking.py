@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.quality import forced
@@ -186,24 +188,28 @@ class EngineAsker:
     def _decode(
         self, samples: Sequence[Sample], setting: Setting, keep: bool
     ) -> list[Answer]:
-        requests = [
-            Request(
-                encode(self.tokenizer, s),
-                len(s.targets),
-                dictate=forced.job(s.targets, None if keep else self._reference(s)),
-                ignore_eos=True,
-            )
-            for s in samples
-        ]
-        top = forced.TOP + forced.CHANNELS + 1 if keep else 0
-        outputs = self._send(requests, setting, logprobs=True, top=top)
-        answers = []
-        for output, request in zip(outputs, requests, strict=True):
-            assert request.dictate
-            if list(output["output_ids"]) != request.dictate["tokens"]:
-                raise RuntimeError("the engine did not follow the dictation")
-            thoughts = forced.read(output["meta_info"], request.dictate, keep=keep)
-            answers.append(replace(_answer(output, "", request), thoughts=thoughts))
+        with TemporaryDirectory() as folder:
+            requests = [
+                Request(
+                    encode(self.tokenizer, s),
+                    len(s.targets),
+                    dictate=forced.job(
+                        s.targets,
+                        None if keep else self._reference(s),
+                        Path(folder, f"{number}.json"),
+                    ),
+                    ignore_eos=True,
+                )
+                for number, s in enumerate(samples)
+            ]
+            outputs = self._send(requests, setting)
+            answers = []
+            for output, request in zip(outputs, requests, strict=True):
+                assert request.dictate
+                if list(output["output_ids"]) != request.dictate["tokens"]:
+                    raise RuntimeError("the engine did not follow the dictation")
+                thoughts = forced.read(request.dictate)
+                answers.append(replace(_answer(output, "", request), thoughts=thoughts))
         return answers
 
     def _answers(self, requests: list[Request], setting: Setting) -> list[Answer]:
@@ -213,25 +219,13 @@ class EngineAsker:
             for output, request in zip(outputs, requests, strict=True)
         ]
 
-    def _send(
-        self,
-        requests: list[Request],
-        setting: Setting,
-        *,
-        logprobs: bool = False,
-        top: int = 0,
-    ) -> list[dict[str, Any]]:
+    def _send(self, requests: list[Request], setting: Setting) -> list[dict[str, Any]]:
         keywords: dict[str, Any] = {
             "input_ids": [request.ids for request in requests],
             "sampling_params": [self._params(r, setting) for r in requests],
         }
-        dictated = [request.dictate for request in requests if request.dictate]
-        if dictated:
+        if any(request.dictate for request in requests):
             keywords["custom_logit_processor"] = forced.processor()
-        if logprobs:
-            keywords["return_logprob"] = True
-            keywords["token_ids_logprob"] = [entry["channels"] for entry in dictated]
-            keywords["top_logprobs_num"] = [top] * len(requests)
         outputs: list[dict[str, Any]] = self.engine.generate(**keywords)
         for output in outputs:
             reason = output["meta_info"]["finish_reason"]

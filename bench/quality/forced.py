@@ -1,31 +1,27 @@
-"""Make the engine decode given tokens, and say what it thought of them.
+"""Make the engine decode given tokens, and note what it thought of them.
 
 Tokens of a prompt are seen before anything is evicted; to measure what eviction did to
 a text, the text must be decoded. `Dictator` is a custom logit processor (SGLang's
-``--enable-custom-logit-processor``) that makes each next token the greedy choice. Log
-probabilities are taken after processors, so it also writes what it saw into the row of
-logits:
+``--enable-custom-logit-processor``) that makes each next token the greedy choice.
 
-* the row becomes log-probabilities, with the dictated token lifted to `LIFT`; a
-  softmax over that is a shift by `LIFT`, so the usual top log-probabilities still come
-  out, and
-* tokens of no interest (`channels`) carry the log-probability of the dictated token,
-  whether the most likely token is the reference's, and the divergence from it.
+What it saw it notes on the device, and writes to the job's file with the last token:
+SGLang's own log-probabilities of chosen tokens wait for the device once for every
+request of every step, which took longer than the model.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 KEY = "dictate"
 """Entry of ``custom_params``; SGLang adds the request as ``__req__``."""
-LIFT = 64.0
-CLAMP = 40.0
-"""No channel is larger, so that it takes no part in the softmax: exp(-24)."""
-CHANNELS = 3
+LIFT = 1e4
+"""More than any logit, and finite in half precision."""
 ABSENT = -1e4
 """Log-probability of the entries that a shorter reference lacks: exp is 0."""
 TOP = 32
@@ -55,7 +51,7 @@ class Thoughts:
         KL(reference || this), the reference's unlisted tokens taken as one: a lower
         bound, in nats. Zeros without a reference.
     reference : Reference or None
-        This distribution as a reference for others, if it was asked for.
+        This distribution as a reference for others, if it was not given one.
     """
 
     logprobs: list[float]
@@ -68,7 +64,7 @@ class Dictator:
     """SGLang calls it with the rows of logits of the requests that dictate."""
 
     def __call__(self, logits: Any, params: Sequence[Mapping[str, Any]]) -> Any:
-        """Overwrite `logits` where a token is dictated; the rest stays as it is."""
+        """Lift the tokens that are dictated; other rows stay as they are."""
         rows, jobs, places = [], [], []
         for row, param in enumerate(params):
             job, req = param[KEY], param["__req__"]
@@ -80,31 +76,79 @@ class Dictator:
                 jobs.append(job)
                 places.append(at)
         if rows:
-            index, targets = _to(logits, rows), _targets(logits, jobs, places)
-            own = logits[index].float().log_softmax(-1)
-            values = observe(own, jobs, places)
-            logits[index] = own.to(logits)
-            channels = _to(logits, [job["channels"] for job in jobs])
-            logits[index[:, None], channels] = values.to(logits)
-            logits[index, targets] = LIFT
+            noted = [i for i, job in enumerate(jobs) if "out" in job]
+            if noted:
+                own = logits[_on(logits, [rows[i] for i in noted])].float()
+                note(
+                    own.log_softmax(-1),
+                    [jobs[i] for i in noted],
+                    [places[i] for i in noted],
+                )
+            logits[_on(logits, rows), _targets(logits, jobs, places)] = LIFT
         return logits
 
 
-def _to(like: Any, numbers: Any, dtype: Any = None) -> Any:
+_Note = tuple[Any, ...]
+_notes: dict[str, dict[int, _Note]] = {}
+"""By the file of a job and the place of its token; in the scheduler's process."""
+
+
+def note(own: Any, jobs: Sequence[Mapping[str, Any]], places: Sequence[int]) -> None:
+    """Keep what is seen at one token of each job; write the file with its last one."""
+    seen = observe(own, jobs, places)
+    best = own.topk(min(TOP, own.shape[1]))
+    for row, (one, at) in enumerate(zip(jobs, places, strict=True)):
+        top = () if one.get("ids") else (best.indices[row], best.values[row])
+        notes = _notes.setdefault(one["out"], {})
+        notes[at] = (seen[row], *top)
+        if at + 1 == len(one["tokens"]):
+            _write(one, _notes.pop(one["out"]))
+
+
+def _write(one: Mapping[str, Any], notes: Mapping[int, _Note]) -> None:
     import torch
 
-    return torch.tensor(numbers, dtype=dtype, device=like.device)
+    # One that lacks a token is short, see `read`.
+    columns = list(zip(*(notes[at] for at in sorted(notes)), strict=True))
+    seen, *top = (torch.stack(column).tolist() for column in columns)
+    logprobs, agree, divergence = map(list, zip(*seen, strict=True))
+    reference = Reference(*top) if top else None
+    if reference is not None:
+        rows = zip(reference.ids, reference.logprobs, strict=True)
+        for (ids, values), token, own in zip(
+            rows, one["tokens"], logprobs, strict=False
+        ):
+            # The dictated token counts however unlikely it is.
+            if token not in ids:
+                ids[-1], values[-1] = token, own
+    path = Path(one["out"])
+    part = path.with_suffix(".part")
+    part.write_text(
+        json.dumps(asdict(Thoughts(logprobs, agree, divergence, reference)))
+    )
+    part.replace(path)
 
 
-def _targets(
-    like: Any, jobs: Sequence[Mapping[str, Any]], places: Sequence[int]
-) -> Any:
-    pairs = zip(jobs, places, strict=True)
-    return _to(like, [job["tokens"][at] for job, at in pairs])
+def read(one: Mapping[str, Any]) -> Thoughts:
+    """What was noted for a job whose request is done.
+
+    Raises
+    ------
+    RuntimeError
+        If not all of its tokens were decoded.
+    """
+    path = Path(one["out"])
+    found = json.loads(path.read_text()) if path.exists() else {"logprobs": []}
+    if len(found["logprobs"]) != len(one["tokens"]):
+        raise RuntimeError(
+            f"{len(found['logprobs'])} of {len(one['tokens'])} dictated tokens came"
+        )
+    reference = found.pop("reference")
+    return Thoughts(**found, reference=Reference(**reference) if reference else None)
 
 
 def observe(own: Any, jobs: Sequence[Mapping[str, Any]], places: Sequence[int]) -> Any:
-    """Values of the channels, one row a job; nothing is transferred to the host.
+    """Log-probability, agreement and divergence, one row a job, on the device.
 
     Parameters
     ----------
@@ -118,24 +162,36 @@ def observe(own: Any, jobs: Sequence[Mapping[str, Any]], places: Sequence[int]) 
     targets = _targets(own, jobs, places)
     target = own.gather(1, targets[:, None])[:, 0]
     # Jobs without a reference are compared with the dictated token alone.
-    ids = [[job["tokens"][at]] for job, at in zip(jobs, places, strict=True)]
+    ids = [[one["tokens"][at]] for one, at in zip(jobs, places, strict=True)]
     theirs = [[0.0] for _ in jobs]
     for row, (one, at) in enumerate(zip(jobs, places, strict=True)):
         if one.get("ids"):
             ids[row], theirs[row] = one["ids"][at], one["logprobs"][at]
     width = max(map(len, ids))
-    index = _to(own, [[*row, *[0] * (width - len(row))] for row in ids])
-    given = _to(own, [[*row, *[ABSENT] * (width - len(row))] for row in theirs])
-    held = given > ABSENT
+    index = _on(own, [[*row, *[0] * (width - len(row))] for row in ids])
+    given = _on(own, [[*row, *[ABSENT] * (width - len(row))] for row in theirs])
     best = index.gather(1, given.argmax(1)[:, None])[:, 0]
     agree = (own.argmax(1) == best).to(own)
     mine = own.gather(1, index)
     rest = (1 - given.exp().sum(1)).clamp_min(1e-7)
-    own_rest = (1 - (mine.exp() * held).sum(1)).clamp_min(1e-7)
+    own_rest = (1 - (mine.exp() * (given > ABSENT)).sum(1)).clamp_min(1e-7)
     kl = (given.exp() * (given - mine)).sum(1) + rest * (rest / own_rest).log()
-    compared = _to(own, [bool(one.get("ids")) for one in jobs])
-    kl = torch.where(compared, kl.clamp(0, CLAMP), torch.zeros_like(kl))
+    compared = _on(own, [bool(one.get("ids")) for one in jobs])
+    kl = torch.where(compared, kl.clamp_min(0), torch.zeros_like(kl))
     return torch.stack([target, agree, kl], 1)
+
+
+def _on(like: Any, numbers: Any) -> Any:
+    import torch
+
+    return torch.tensor(numbers, device=like.device)
+
+
+def _targets(
+    like: Any, jobs: Sequence[Mapping[str, Any]], places: Sequence[int]
+) -> Any:
+    pairs = zip(jobs, places, strict=True)
+    return _on(like, [one["tokens"][at] for one, at in pairs])
 
 
 def processor() -> str:
@@ -145,73 +201,26 @@ def processor() -> str:
     return CustomLogitProcessor.to_str.__func__(Dictator)
 
 
-def unused_ids(tokens: Sequence[int], count: int = CHANNELS) -> list[int]:
-    """The first token numbers that do not occur: special tokens, as a rule."""
-    used = set(tokens)
-    found: list[int] = []
-    number = 0
-    while len(found) < count:
-        if number not in used:
-            found.append(number)
-        number += 1
-    return found
-
-
-def job(tokens: Sequence[int], reference: Reference | None = None) -> dict[str, Any]:
-    """The `KEY` entry of a request's ``custom_params``."""
-    entry: dict[str, Any] = {"tokens": list(tokens), "channels": unused_ids(tokens)}
-    if reference is not None:
-        entry |= {"ids": reference.ids, "logprobs": reference.logprobs}
-    return entry
-
-
-def read(
-    meta: Mapping[str, Any], entry: Mapping[str, Any], *, keep: bool = False
-) -> Thoughts:
-    """Thoughts of an answered request from its ``meta_info``.
+def job(
+    tokens: Sequence[int],
+    reference: Reference | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """The `KEY` entry of a request's ``custom_params``.
 
     Parameters
     ----------
-    meta : mapping
-    entry : mapping
-        What `job` made for it.
-    keep : bool
-        Whether to make a `Reference` of its top log-probabilities.
+    tokens : sequence of int
+        What is to be decoded.
+    reference : Reference, optional
+        What to compare with.
+    out : Path, optional
+        Where to write what is noted, see `read`; else nothing is noted.
     """
-    channels = entry["channels"]
-    steps = []
-    for step in meta["output_token_ids_logprobs"][: len(entry["tokens"])]:
-        values = {number: value + LIFT for value, number, *_ in step}
-        steps.append([values[channel] for channel in channels])
-    if len(steps) != len(entry["tokens"]):
-        raise RuntimeError(
-            f"{len(steps)} of {len(entry['tokens'])} dictated tokens came"
-        )
-    logprobs, agree, divergence = (list(column) for column in zip(*steps, strict=True))
-    reference = None
-    if keep:
-        reference = _reference(meta["output_top_logprobs"], entry, logprobs)
-    return Thoughts(logprobs, [float(round(a)) for a in agree], divergence, reference)
-
-
-def _reference(
-    top: Sequence[Any], entry: Mapping[str, Any], logprobs: Sequence[float]
-) -> Reference:
-    ids, values = [], []
-    skipped = set(entry["channels"])
-    for step, token, own in zip(top, entry["tokens"], logprobs, strict=False):
-        others = [
-            (value + LIFT, number)
-            for value, number, *_ in step
-            if number != token and number not in skipped
-        ]
-        best = sorted([(own, token), *others], reverse=True)[:TOP]
-        # The dictated token counts however unlikely it is.
-        if (own, token) not in best:
-            best[-1] = (own, token)
-        ids.append([number for _, number in best])
-        values.append([value for value, _ in best])
-    return Reference(ids, values)
+    entry: dict[str, Any] = {"tokens": list(tokens)}
+    if reference is not None:
+        entry |= {"ids": reference.ids, "logprobs": reference.logprobs}
+    return entry if out is None else {**entry, "out": str(out)}
 
 
 def likelihood(logprobs: Sequence[float]) -> float:

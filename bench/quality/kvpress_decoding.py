@@ -101,9 +101,11 @@ def think(
     with torch.inference_mode(), Decoding(model, prompts, steps) as state:
         for at in range(steps):
             own = state.logits.log_softmax(-1)
-            for i, tokens in enumerate(targets):
-                if at < len(tokens):
-                    values[i].append(forced.observe(own[i], jobs[i], at))
+            going = [i for i, tokens in enumerate(targets) if at < len(tokens)]
+            some = [jobs[i] for i in going]
+            seen = forced.observe(own[going], some, [at] * len(going))
+            for i, value in zip(going, seen, strict=True):
+                values[i].append(value)
             if references is None:
                 best.append(own.topk(forced.TOP))
             if at + 1 < steps:
@@ -122,7 +124,7 @@ def think(
             for i, tokens in enumerate(targets)
         ]
     thoughts = []
-    for seen, reference in zip(values, made, strict=True):
-        own_logprobs, agree, kl = torch.stack(seen).T.tolist()
+    for rows, reference in zip(values, made, strict=True):
+        own_logprobs, agree, kl = torch.stack(rows).T.tolist()
         thoughts.append(forced.Thoughts(own_logprobs, agree, kl, reference))
     return thoughts

@@ -24,6 +24,9 @@ from pathlib import Path
 from bench.quality.plan import is_asked
 from bench.quality.systems import PRESETS, RATES, parse_setting, parse_systems
 
+SAMPLES_LEFT, KILLED = 3, 124
+"""Exit statuses: what `run` says when it had to stop, and what `timeout` says."""
+POLL = 0.2
 PATIENCE = 60.0
 """Seconds after the deadline until a process that does not end is killed."""
 
@@ -50,31 +53,51 @@ def commands(
     return found
 
 
-def run_all(found: dict[str, list[str]], folder: Path, seconds: float | None) -> int:
-    """Run them together; the worst exit status."""
+def run_all(
+    found: dict[str, list[str]],
+    folder: Path,
+    seconds: float | None,
+    at_once: int | None = None,
+) -> int:
+    """Run them in their order, so many at a time; the worst exit status.
+
+    Each may take what is left of the time when it starts.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    running = {}
-    for name, command in found.items():
-        if seconds is not None:
-            command = [*command, "--deadline", f"{seconds:g}"]
-        with (folder / f"{name}.log").open("w") as log:
-            running[name] = subprocess.Popen(command, stdout=log, stderr=log)
-    end = None if seconds is None else begin + seconds + PATIENCE
+    waiting, running = list(found), {}
     worst = 0
-    for name, process in running.items():
-        try:
-            left = None if end is None else max(end - time.monotonic(), 0.1)
-            status = process.wait(left)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status = 124
-        said = (folder / f"{name}.log").read_text(errors="replace").split("\n")
-        last = [line.rsplit("\r", 1)[-1] for line in said if line.strip()][-1:]
-        took = time.monotonic() - begin
-        print(f"{name}: exit {status}, {took:.0f} s. {''.join(last)[:120]}", flush=True)
-        worst = max(worst, abs(status))
+    while waiting or running:
+        spent = time.monotonic() - begin
+        left = None if seconds is None else seconds - spent
+        if left is not None and left <= 0 and waiting:
+            print(f"not started: {', '.join(waiting)}", flush=True)
+            waiting, worst = [], max(worst, SAMPLES_LEFT)
+        while waiting and len(running) < (at_once or len(found)):
+            name = waiting.pop(0)
+            command = found[name]
+            if left is not None:
+                command = [*command, "--deadline", f"{left:g}"]
+            with (folder / f"{name}.log").open("w") as log:
+                running[name] = subprocess.Popen(command, stdout=log, stderr=log)
+        for name, process in list(running.items()):
+            status = process.poll()
+            if status is None and left is not None and left < -PATIENCE:
+                process.kill()
+                process.wait()
+                status = KILLED
+            if status is not None:
+                del running[name]
+                worst = max(worst, abs(status))
+                said = f"{name}: exit {status}, {spent:.0f} s. "
+                print(said + _last_words(folder / f"{name}.log"), flush=True)
+        time.sleep(POLL)
     return worst
+
+
+def _last_words(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").split("\n") if line]
+    return lines[-1].rsplit("\r", 1)[-1].strip()[:120] if lines else ""
 
 
 def main() -> int:
@@ -84,9 +107,10 @@ def main() -> int:
     parser.add_argument("--rates", nargs="+", default=list(RATES))
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     parser.add_argument("--deadline", type=float, help="seconds")
+    parser.add_argument("--at-once", type=int, help="processes; default: all")
     args, rest = parser.parse_known_args()
     found = commands(args.systems, args.rates, args.out, rest)
-    return run_all(found, args.out, args.deadline)
+    return run_all(found, args.out, args.deadline, args.at_once)
 
 
 if __name__ == "__main__":

@@ -154,8 +154,15 @@ def _resampled_means(tables: Sequence[Any]) -> Any:
 def group_retention(
     cells: Mapping[Key, Cell], column: Column, group: str
 ) -> Estimate | None:
-    """Retention of a group, ``ruler`` among them."""
-    return retention([pairs(cells, column, task) for task in group_tasks(group)])
+    """Retention of a group, ``ruler`` among them.
+
+    None if the column lacks a task of the group that others have: a mean over easier
+    tasks must not stand beside theirs.
+    """
+    measured = {key.task for key in cells}
+    tasks = [task for task in group_tasks(group) if task in measured]
+    tables = [pairs(cells, column, task) for task in tasks]
+    return retention(tables) if all(map(len, tables)) else None
 
 
 def versus(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,16 +69,20 @@ class FakeEngine:
             meta["kv_compress"] = {"resident_tokens": len(ids) // 2}
         if job := custom.get(forced.KEY):
             out = ([*job["tokens"], *out, 0, 5])[: params["max_new_tokens"]]
-            value = -0.5 if "ids" in job else -0.25
-            step = [
-                (v - forced.LIFT, c, None)
-                for v, c in zip((value, 1.0, 0.125), job["channels"], strict=True)
-            ]
-            meta["output_token_ids_logprobs"] = [step] * len(out)
-            meta["output_top_logprobs"] = [[(0.0, 4, None), (-70.0, 9, None)]] * len(
-                out
-            )
+            if "out" in job:
+                Path(job["out"]).write_text(json.dumps(self._thoughts(job)))
         return {"text": text, "output_ids": out, "meta_info": meta}
+
+    def _thoughts(self, job: dict[str, Any]) -> dict[str, Any]:
+        count = len(job["tokens"])
+        own = -0.5 if "ids" in job else -0.25
+        reference = {"ids": [[4, 9]] * count, "logprobs": [[own, -9.0]] * count}
+        return {
+            "logprobs": [own] * count,
+            "agree": [1.0] * count,
+            "divergence": [0.125] * count,
+            "reference": None if "ids" in job else reference,
+        }
 
     def flush_cache(self) -> Any:
         self.flushed += 1
@@ -162,7 +168,6 @@ def test_likelihood_is_taken_against_the_full_cache() -> None:
     reference, measured = ask.engine.calls
     option = reference["sampling_params"][0]["custom_params"]["kv_compress"]
     assert option == {"enabled": False}
-    assert measured["token_ids_logprob"] == [[0, 1, 2]]
     job = measured["sampling_params"][0]["custom_params"][forced.KEY]
     assert job["ids"][0][0] == 4
     record = result(asked, answer)
@@ -187,7 +192,7 @@ def test_summaries_are_compared_with_the_full_caches(scorer: str) -> None:
         assert 0 < result(asked, answer)["score"] < 1
     else:
         assert ask.tokenizer.decode(list(filled.targets)) == "a b c d"
-    asks = [c for c in ask.engine.calls if "token_ids_logprob" not in c]
+    asks = [c for c in ask.engine.calls if "custom_logit_processor" not in c]
     assert len(asks) == (2 if scorer == "rouge_l" else 1)
 
 

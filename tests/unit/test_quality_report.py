@@ -113,6 +113,10 @@ def test_retention_is_the_ratio_of_the_means_over_tasks(
     assert both is not None
     assert both.value == pytest.approx(100 * (0.75 + 0.25) / (1 + 0.5))
     assert group_retention(cells, column, "kv") is None
+    # A mean over some of the tasks does not stand beside one over all.
+    some = Column("ours:allocation=head", "8")
+    assert group_retention(cells, some, "multi-needles")
+    assert group_retention(cells, some, "ruler") is None
     assert retention([np.zeros((3, 2))]) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from ast import literal_eval
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,31 @@ def test_who_does_not_end_is_killed(
     monkeypatch.setattr("bench.quality.side_by_side.PATIENCE", 0.2)
     found = {"late": [sys.executable, "-c", "import time; time.sleep(60)"]}
     assert run_all(found, tmp_path, 0.1) == 124
+
+
+def test_so_many_at_a_time_and_the_rest_of_the_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third starts when the first has ended, and is told what is left."""
+    words = "import sys, time; print(sys.argv[1:]); time.sleep({})"
+    found = {
+        name: [sys.executable, "-c", words.format(seconds)]
+        for name, seconds in (("a", 0.5), ("b", 1.5), ("c", 0.1))
+    }
+    assert run_all(found, tmp_path, 30, at_once=2) == 0
+    assert [line[0] for line in capsys.readouterr().out.splitlines()] == ["a", "c", "b"]
+    left = {
+        name: literal_eval((tmp_path / f"{name}.log").read_text()) for name in found
+    }
+    assert left["a"] == left["b"] == ["--deadline", "30"]
+    assert 20 < float(left["c"][1]) < 29.6
+
+
+def test_who_has_no_time_left_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {
+        name: [sys.executable, "-c", "import time; time.sleep(1)"] for name in "ab"
+    }
+    assert run_all(found, tmp_path, 0.5, at_once=1) == 3
+    assert "not started: b" in capsys.readouterr().out
