@@ -143,6 +143,10 @@ class Stages:
         """Scores of all resident KVs."""
         return self.context.attention(POWER)
 
+    def observe_values(self) -> torch.Tensor:
+        """The same, weighed by the length of the values."""
+        return self.context.attention(POWER, value_norms=True)
+
     def observe_unrecorded(self) -> torch.Tensor:
         """The same, when no log-sum-exp is known; leaves them in the ring."""
         nothing = torch.zeros_like(self.plan.recorded)
@@ -221,10 +225,13 @@ def _bench_case(
         "pack": (run.pack, read + written),
         "commit": (run.commit, 0),
     }
-    total = 0.0
+    total = sum(nbytes for _, nbytes in stages.values())
+    others = {
+        "observe, value norms": (run.observe_values, entries * (2 * row_bytes + 4))
+    }
     if case.packed:
-        stages["observe, none recorded"] = (run.observe_unrecorded, 0)
-    for stage, (work, nbytes) in stages.items():
+        others["observe, none recorded"] = (run.observe_unrecorded, 0)
+    for stage, (work, nbytes) in {**stages, **others}.items():
         if stage in wrong:
             continue
         # `commit` publishes other tables than those that it reads.
@@ -235,7 +242,6 @@ def _bench_case(
             fields["tflops"] = round(flops / timing.us / 1e6, 1)
         if stage == "pack":
             fields["one_way_tb_s"] = round(written / timing.us / 1e6, 3)
-        total += nbytes
         report.add(SECTION, stage, case.name, timing, nbytes, **fields)
         run.restore()
     if wrong:

@@ -2,6 +2,8 @@
 
     score(i) = stored(i) + sum over positions p, query heads g of prob(p, g, i) ** power
 
+or that sum times |v_i|: by how much the KV moves the output.
+
 ``prob`` is the exact softmax of sm_scale q k over all entries visible to position p:
 every packed entry, and the tail entries of positions <= p. ``stored`` is the running
 score in the arena, taken as 0 in a first pass. Everything is fp32; q k multiplies in
@@ -31,13 +33,10 @@ import triton
 from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
-from sglang_kvc.kernels.observe_kernels import (
-    lse_kernel,
-    merge_lse_kernel,
-    score_kernel,
-)
+from sglang_kvc.kernels.observe_kernels import score_kernel
 from sglang_kvc.kernels.plan_heads import programs_per_head
 from sglang_kvc.kernels.pool import pool_scores, pool_scores_ref, pool_scores_triton
+from sglang_kvc.kernels.query_lse import LOG2E, fill_lse
 
 __all__ = [
     "observe_scores",
@@ -47,8 +46,6 @@ __all__ = [
     "pool_scores_ref",
     "pool_scores_triton",
 ]
-
-LOG2E = 1.4426950408889634
 
 
 def observe_scores_ref(
@@ -60,10 +57,12 @@ def observe_scores_ref(
     sm_scale: float,
     power: int,
     window: int,
+    value_norms: bool = False,
 ) -> torch.Tensor:
     """Plain torch form of `observe_scores`; loops over requests and layers."""
     heads, heads_per_page = arena.num_kv_heads, arena.heads_per_page
     keys, stored = arena.k.view(-1, arena.head_dim), arena.score.view(-1)
+    values = arena.v.view(-1, arena.head_dim)
     scores = torch.zeros(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     columns = (
         plan.slots,
@@ -105,6 +104,8 @@ def observe_scores_ref(
             # A query that sees nothing has a row of NaN: it scores nothing.
             prob = prob.nan_to_num_(0.0)
             total = prob.pow_(power).sum((1, 2))
+            if value_norms:
+                total *= values[rows].float().norm(dim=-1)
             if not is_first:
                 old = stored[rows]
                 total = torch.maximum(total, old) if repeated else total + old
@@ -131,10 +132,6 @@ class ObserveConfig(NamedTuple):
 _CONFIG = ObserveConfig(128, 32, 256, 64, 4, 3)
 _WIDE_CONFIG = ObserveConfig(32, 32, 32, 32, 4, 2)
 
-# Partial log-sum-exps of a launch, fp32 values: 32 MB.
-_MAX_PARTIAL = 8 << 20
-_MAX_SPLITS = 64
-
 
 def observe_scores_triton(
     query_ring: torch.Tensor,
@@ -145,6 +142,7 @@ def observe_scores_triton(
     sm_scale: float,
     power: int,
     window: int,
+    value_norms: bool = False,
 ) -> torch.Tensor:
     """Triton form of `observe_scores`."""
     num_requests, heads = plan.slots.shape[0], arena.heads_per_page
@@ -165,7 +163,18 @@ def observe_scores_triton(
         "S": PAGE_SIZE,
     }
     if not plan.all_recorded:
-        _fill_lse(query_ring, query_lse, arena, tables, plan, sm_scale, axes, cells)
+        fill_lse(
+            query_ring,
+            query_lse,
+            arena,
+            tables,
+            plan,
+            sm_scale,
+            axes,
+            cells,
+            config.lse_rows,
+            config.lse_tile,
+        )
     scores = torch.empty(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     rows = num_requests * heads
     score_rows = min(row_tile, config.score_rows)
@@ -174,6 +183,7 @@ def observe_scores_triton(
         query_ring,
         query_lse,
         arena.k,
+        arena.v,
         arena.score,
         tables.req_to_token,
         tables.block_offsets,
@@ -193,72 +203,12 @@ def observe_scores_triton(
         ROWS=score_rows,
         TILE=config.score_tile,
         POWER=power,
+        NORMS=value_norms,
         num_warps=config.score_warps * (2 if score_rows > 128 else 1),
         num_stages=config.score_stages,
         **cells,
     )
     return scores
-
-
-def _fill_lse(
-    query_ring: torch.Tensor,
-    query_lse: torch.Tensor,
-    arena: Arena,
-    tables: BlockTables,
-    plan: PassPlan,
-    sm_scale: float,
-    axes: dict[str, int],
-    cells: dict[str, int],
-) -> None:
-    """Work out the log2-sum-exp2 of queries that were not decoded."""
-    num_requests, heads = plan.slots.shape[0], arena.heads_per_page
-    config = _CONFIG if arena.k.element_size() <= 2 else _WIDE_CONFIG
-    num_rows = axes["W"] * axes["G"]
-    lse_rows = min(max(triton.next_power_of_2(num_rows), 16), config.lse_rows)
-    splits = programs_per_head(
-        num_requests * heads, -(-plan.max_blocks * PAGE_SIZE // 1024)
-    )
-    splits = min(splits, _MAX_SPLITS)
-    chunk = max(1, min(num_requests, _MAX_PARTIAL // (heads * splits * num_rows)))
-    partial = torch.empty(
-        chunk * heads * splits * num_rows, dtype=torch.float32, device=arena.k.device
-    )
-    for first in range(0, num_requests, chunk):
-        rows = min(chunk, num_requests - first) * heads
-        lse_kernel[(rows, splits)](
-            query_ring,
-            arena.k,
-            tables.req_to_token,
-            tables.block_offsets,
-            tables.packed_pages,
-            plan.slots,
-            plan.seq_lens,
-            plan.fold_old,
-            plan.query_start,
-            plan.tail_blocks,
-            plan.entry_base,
-            plan.recorded,
-            partial,
-            tables.req_to_token.stride(0),
-            tables.packed_pages.stride(0),
-            first,
-            sm_scale * LOG2E,
-            ROWS=lse_rows,
-            TILE=config.lse_tile,
-            num_warps=8 if lse_rows == 128 else 4,
-            **cells,
-        )
-        merge_lse_kernel[(rows, -(-num_rows // 128))](
-            partial,
-            query_lse,
-            plan.slots,
-            plan.recorded,
-            splits,
-            first,
-            BLOCK=128,
-            MAX_SPLITS=_MAX_SPLITS,
-            **axes,
-        )
 
 
 def observe_scores(
@@ -270,6 +220,7 @@ def observe_scores(
     sm_scale: float,
     power: int,
     window: int,
+    value_norms: bool = False,
 ) -> torch.Tensor:
     """Score every resident KV of the plan's requests, all layers and heads at once.
 
@@ -281,6 +232,7 @@ def observe_scores(
     sm_scale : factor on the logits, usually D ** -0.5.
     power : 1 or 2.
     window : w.
+    value_norms : weigh new mass by the L2 norm of the value, in fp32.
 
     Returns
     -------
@@ -295,4 +247,5 @@ def observe_scores(
     if window != query_ring.shape[2]:
         raise ValueError(f"window must be {query_ring.shape[2]}, got {window}")
     op = observe_scores_triton if use_triton(query_ring) else observe_scores_ref
-    return op(query_ring, query_lse, arena, tables, plan, sm_scale, power, window)
+    args = (query_ring, query_lse, arena, tables, plan, sm_scale, power, window)
+    return op(*args, value_norms)

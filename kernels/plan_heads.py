@@ -24,7 +24,6 @@ class PlanHead(NamedTuple):
     slot, seq_len : the request's.
     lh : layer * H + head.
     annotated : whether scores that the arena stores count (no first pass).
-    repeated : whether they come from the same queries as the new ones.
     rows : [n] int64, arena row of each entry.
     cells : where the entries lie in the workspace; padding is left out.
     """
@@ -33,7 +32,6 @@ class PlanHead(NamedTuple):
     seq_len: int
     lh: int
     annotated: bool
-    repeated: bool
     rows: torch.Tensor
     cells: slice
 
@@ -48,18 +46,17 @@ def plan_heads_ref(
         plan.fold_old,
         plan.tail_blocks,
         plan.is_first,
-        plan.repeated,
         plan.entry_base,
     )
     requests = zip(*(column.tolist() for column in columns), strict=True)
-    for slot, seq_len, fold, tail_blocks, is_first, repeated, base in requests:
+    for slot, seq_len, fold, tail_blocks, is_first, base in requests:
         rows, valid, _, _ = head_rows_ref(tables, slot, fold, seq_len, heads_per_page)
         offsets = tables.block_offsets[slot].tolist()
         for lh in range(heads_per_page):
             own = rows[lh, valid[lh]]
             start = base + PAGE_SIZE * (offsets[lh] + lh * tail_blocks)
             cells = slice(start, start + own.shape[0])
-            yield PlanHead(slot, seq_len, lh, not is_first, bool(repeated), own, cells)
+            yield PlanHead(slot, seq_len, lh, not is_first, own, cells)
 
 
 def programs_per_head(rows: int, work_items: int) -> int:

@@ -39,30 +39,30 @@ class ScoreContext:
     sm_scale: float
     window: int
 
-    def attention(self, power: int, *, stored: bool = True) -> torch.Tensor:
+    def attention(self, power: int, *, value_norms: bool = False) -> torch.Tensor:
         """Attention mass of the observed queries, [plan.num_entries] fp32.
+
+        It is added to what earlier passes have stored.
 
         Parameters
         ----------
         power : 1 or 2, on the probabilities.
-        stored : add what earlier passes have stored.
+        value_norms : weigh new mass by the length of the value.
 
         Raises
         ------
         ValueError : `power` is not 1 or 2.
         """
-        plan = self.plan
-        if not stored:
-            plan = plan._replace(is_first=torch.ones_like(plan.is_first))
         return observe_scores(
             self.query_ring,
             self.query_lse,
             self.arena,
             self.tables,
-            plan,
+            self.plan,
             self.sm_scale,
             power,
             self.window,
+            value_norms,
         )
 
 

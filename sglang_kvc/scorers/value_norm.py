@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import torch
 
-from sglang_kvc.kernels.value_norms import value_norms
 from sglang_kvc.scorers.base import ScoreContext, Scorer
 
 
@@ -19,5 +18,4 @@ class ValueNormScorer(Scorer):
     power: int = 2
 
     def score(self, ctx: ScoreContext) -> torch.Tensor:
-        mass = ctx.attention(self.power, stored=False)
-        return value_norms(ctx.arena, ctx.tables, ctx.plan, mass)
+        return ctx.attention(self.power, value_norms=True)

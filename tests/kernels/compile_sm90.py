@@ -32,7 +32,6 @@ from sglang_kvc.kernels.pack import commit_tables_triton, pack_entries_triton
 from sglang_kvc.kernels.positional import random_scores_triton, recency_scores_triton
 from sglang_kvc.kernels.select import select_entries_triton
 from sglang_kvc.kernels.testing import make_case, make_plan
-from sglang_kvc.kernels.value_norms import value_norms_triton
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 compiled: dict[str, Any] = {}
@@ -112,7 +111,7 @@ def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> No
     rings = case.query_ring, case.query_lse
     scores = observe_scores_triton(*rings, arena, tables, plan, 0.1, 2, window)
     key_similarity_scores_triton(arena, tables, plan)
-    value_norms_triton(arena, tables, plan, scores)
+    observe_scores_triton(*rings, arena, tables, plan, 0.1, 2, window, True)
     recency_scores_triton(arena, tables, plan)
     random_scores_triton(arena, tables, plan, 0)
     scores = pool_scores_triton(scores, plan, tables, 32, 3, arena.heads_per_page)

@@ -80,6 +80,7 @@ def observe(
     power: int,
     query_start: int = 0,
     logits_in: torch.dtype = torch.float64,
+    value_norms: bool = False,
 ) -> torch.Tensor:
     """Workspace of `observe_scores` when every query_start is the same, float64.
 
@@ -89,6 +90,7 @@ def observe(
     arena, ring = case.arena, case.query_ring
     window, group = ring.shape[2], case.group
     keys, stored = arena.k.view(-1, arena.head_dim), arena.score.view(-1)
+    values = arena.v.view(-1, arena.head_dim)
     parts = []
     for r, slot in enumerate(case.slots):
         seq_len, fold = case.seq_lens[r], case.folds[r]
@@ -100,8 +102,6 @@ def observe(
             rows = [row for row, _ in found]
             at = torch.tensor([p for _, p in found], device=ring.device)
             total = torch.zeros(len(rows), dtype=torch.float64, device=ring.device)
-            if fold:
-                total += stored[rows].double()
             for p in observed:
                 q = ring[slot, layer, p % window, h * group : (h + 1) * group]
                 logits = q.to(logits_in) @ keys[rows].to(logits_in).T
@@ -109,6 +109,10 @@ def observe(
                 logits[:, at > p] = -math.inf
                 if (at <= p).any():
                     total += (logits.softmax(-1) ** power).sum(0)
+            if value_norms:
+                total *= (values[rows].double() ** 2).sum(1).sqrt()
+            if fold:
+                total += stored[rows].double()
             parts += [total, total.new_zeros(size)]
     return torch.cat(parts)
 

@@ -17,7 +17,11 @@ from tests.kernels import oracles
 
 
 def check(
-    case: Case, power: int, query_start: int = 0, recorded: list[bool] | None = None
+    case: Case,
+    power: int,
+    query_start: int = 0,
+    recorded: list[bool] | None = None,
+    value_norms: bool = False,
 ) -> None:
     """Compare the kernel with float64 and with torch at the model's dtype.
 
@@ -28,7 +32,7 @@ def check(
     plan = make_plan(case, query_start=starts, recorded=recorded)
     scale = arena.head_dim**-0.5
     args = (case.query_ring, case.query_lse, arena, case.tables, plan)
-    args += (scale, power, window)
+    args += (scale, power, window, value_norms)
     found = oracles.query_lse(case, scale, query_start).float()
     for slot, known in zip(case.slots, recorded or [], strict=False):
         if known:
@@ -36,11 +40,13 @@ def check(
     out = observe_scores_triton(*args)
     seen = ~found.isnan()
     torch.testing.assert_close(case.query_lse[seen], found[seen], atol=1e-3, rtol=0)
-    truth = oracles.observe(case, scale, power, query_start)
+    truth = oracles.observe(case, scale, power, query_start, value_norms=value_norms)
     if arena.k.dtype == torch.float32:
         working = observe_scores_ref(*args)
     else:
-        working = oracles.observe(case, scale, power, query_start, arena.k.dtype)
+        working = oracles.observe(
+            case, scale, power, query_start, arena.k.dtype, value_norms
+        )
     oracles.assert_arith(out, working.float(), truth)
     assert (out[truth == 0] == 0).all()
 
@@ -83,6 +89,7 @@ def test_close_to_truth(
         window=window,
     )
     check(case, power=1 if dim == 128 else 2)
+    check(case, power=2, value_norms=True)
 
 
 @pytest.mark.interpreter
@@ -160,7 +167,7 @@ def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> N
     args = (case.query_ring, case.query_lse, case.arena, case.tables, make_plan(case))
     args += (0.125, 2, 8)
     whole = observe_scores_triton(*args)
-    monkeypatch.setattr("sglang_kvc.kernels.observe._MAX_PARTIAL", 1)
+    monkeypatch.setattr("sglang_kvc.kernels.query_lse._MAX_PARTIAL", 1)
     assert torch.equal(observe_scores_triton(*args), whole)
 
 
@@ -259,3 +266,4 @@ def test_gpu_sizes(
         spare_pages=0,
     )
     check(case, power=2)
+    check(case, power=2, value_norms=True)

@@ -1,4 +1,4 @@
-"""`key_similarity_scores` and `value_norms`: arithmetic."""
+"""`key_similarity_scores`: arithmetic."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,6 @@ from sglang_kvc.kernels.key_similarity import (
     key_similarity_scores_triton,
 )
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
-from sglang_kvc.kernels.value_norms import (
-    value_norms,
-    value_norms_ref,
-    value_norms_triton,
-)
 from tests.kernels import oracles
 
 # seq_lens, folds, layers, KV heads, head_dim, dtype
@@ -90,31 +85,6 @@ def similarity_truth(case: Case) -> torch.Tensor:
     return workspace(case, head_scores)
 
 
-def norm_truth(case: Case, mass: torch.Tensor) -> torch.Tensor:
-    values, stored = case.arena.v.view(-1, case.arena.head_dim), case.arena.score
-    mass_of = iter(mass.tolist())
-
-    def head_scores(r: int, lh: int, rows: list[int]) -> torch.Tensor:
-        own = torch.tensor([next(mass_of) for _ in rows], device=values.device)
-        for _ in range((case.folds[r] - case.seq_lens[r]) % 16):
-            next(mass_of)
-        score = (values[rows].double() ** 2).sum(1).sqrt() * own.double()
-        return score + (stored.view(-1)[rows].double() if case.folds[r] else 0)
-
-    return workspace(case, head_scores)
-
-
-def random_mass(case: Case) -> torch.Tensor:
-    """Attention mass over five decades; NaN in padding, which must not be read."""
-    plan = make_plan(case)
-    device = case.arena.k.device
-    generator = torch.Generator(device).manual_seed(1)
-    mass = torch.rand(plan.num_entries, generator=generator, device=device)
-    mass = 10 ** (5 * mass - 4)
-    mass[padding(case)] = torch.nan
-    return mass
-
-
 def check_arithmetic(
     case: Case, found: torch.Tensor, ref: torch.Tensor, truth: torch.Tensor
 ) -> None:
@@ -131,10 +101,6 @@ def check_all(case: Case) -> None:
     found = key_similarity_scores_triton(*args)
     ref = key_similarity_scores_ref(*args)
     check_arithmetic(case, found, ref, similarity_truth(case))
-
-    mass = random_mass(case)
-    found, ref = value_norms_triton(*args, mass), value_norms_ref(*args, mass)
-    check_arithmetic(case, found, ref, norm_truth(case, mass))
 
 
 @pytest.mark.interpreter
@@ -172,9 +138,6 @@ def test_references_against_loops(shape: Shape) -> None:
     args = (case.arena, case.tables, plan)
     scores = key_similarity_scores(*args)
     torch.testing.assert_close(scores.double(), similarity_truth(case), **NEAR)
-    mass = random_mass(case)
-    scores = value_norms(*args, mass)
-    torch.testing.assert_close(scores.double(), norm_truth(case, mass), **NEAR)
 
 
 @pytest.mark.interpreter
@@ -183,9 +146,8 @@ def test_heads_are_shared_by_programs(
     programs: int, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """More tiles than programs, and programs without a tile."""
-    for module in ("key_similarity", "value_norms"):
-        name = f"sglang_kvc.kernels.{module}.programs_per_head"
-        monkeypatch.setattr(name, lambda rows, items: programs)
+    name = "sglang_kvc.kernels.key_similarity.programs_per_head"
+    monkeypatch.setattr(name, lambda rows, items: programs)
     check_all(make_case(2, 1, 2, 1, 64, [450, 20], [64, 0], device=device))
 
 

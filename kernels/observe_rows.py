@@ -1,0 +1,67 @@
+"""Rows of observed queries and tiles of resident entries: what sweeps share.
+
+Observed rows of (request, KV head): m = j * G + g is query head g of the group at ring
+row j, M = w * G rows.
+"""
+
+import triton
+import triton.language as tl
+
+# Position of a row or an entry that sees, or shows, nothing.
+HIDDEN = tl.constexpr(-2)
+
+
+@triton.jit
+def query_rows(row, seq_len, query_start, G: tl.constexpr, W: tl.constexpr):
+    """Positions of rows `row` (HIDDEN: not observed): the largest p < seq_len with
+    p % W = row // G, if it is at least query_start.
+    """
+    j = row // G
+    position = seq_len - 1 - (seq_len - 1 - j + W) % W
+    seen = (j < W) & (position >= query_start) & (position >= 0)
+    return tl.where(seen, position, HIDDEN)
+
+
+@triton.jit
+def ring_cell(
+    slot, lh, row, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, W: tl.constexpr
+):
+    """Index of row `row` of head `lh` in [slots, L, W, H * G]."""
+    ring_row = (slot * L + lh // H) * W + row // G
+    return ring_row * (H * G) + (lh % H) * G + row % G
+
+
+@triton.jit
+def load_queries(
+    query_ring,
+    slot,
+    lh,
+    row,
+    position,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Load the [rows, DP] query tile of observed rows; 0 in all other lanes."""
+    d = tl.arange(0, DP)
+    cell = ring_cell(slot, lh, row, L, H, G, W)
+    mask = (position >= 0)[:, None] & (d < D)[None, :]
+    return tl.load(query_ring + cell[:, None] * D + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_heads(arena_kv, arena_row, valid, D: tl.constexpr, DP: tl.constexpr):
+    """Load [entries, DP] keys or values; 0 in lanes not `valid` (None: all are)."""
+    d = tl.arange(0, DP)
+    cell = arena_kv + arena_row[:, None] * D + d[None, :]
+    if valid is not None:
+        mask = valid[:, None] & (d < D)[None, :]
+        tile = tl.load(cell, mask=mask, other=0.0)
+    elif D < DP:
+        tile = tl.load(cell, mask=(d < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(cell)
+    return tile

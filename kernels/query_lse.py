@@ -1,0 +1,216 @@
+"""Log2-sum-exp2 of observed queries that decode attention has not recorded.
+
+`lse_kernel` reduces shares of the entries, `merge_lse_kernel` their results. Logits
+carry log2(e): exp2 and log2 throughout.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_kvc.kernels.addressing import tile_rows
+from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
+from sglang_kvc.kernels.observe_rows import (
+    load_heads,
+    load_queries,
+    query_rows,
+    ring_cell,
+)
+from sglang_kvc.kernels.plan_heads import plan_head, programs_per_head
+
+LOG2E = 1.4426950408889634
+
+# Partial log-sum-exps of a launch, fp32 values: 32 MB.
+_MAX_PARTIAL = 8 << 20
+_MAX_SPLITS = 64
+
+
+@triton.jit(do_not_specialize=["first_request"])
+def lse_kernel(
+    query_ring,
+    arena_k,
+    req_to_token,
+    block_offsets,
+    packed_pages,
+    slots,
+    seq_lens,
+    folds,
+    query_starts,
+    tail_blocks,
+    entry_base,
+    recorded,
+    partial_lse,
+    token_table_stride,
+    page_table_stride,
+    first_request,
+    qk_scale,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Grid (requests * L * H, P): program (x, s) reduces one of P equal shares of the
+    entries of head x % (L * H) of request first_request + x // (L * H).
+
+    Pointers: ring, arena, tables as in ``layout``; plan vectors [R] int64; partial_lse
+    [requests * L * H, P, W * G] fp32: -inf where a row sees nothing of the share, not
+    written for recorded requests. Rows are taken ROWS at a time.
+    """
+    LH: tl.constexpr = L * H
+    x = tl.program_id(0)
+    split = tl.program_id(1)
+    num_splits = tl.num_programs(1)
+    r = first_request + x // LH
+    lh = x % LH
+    if tl.load(recorded + r) == 0:
+        slot, fold_len, first_block, packed_len, n, _, _ = plan_head(
+            block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
+        )
+        seq_len = fold_len + n - packed_len
+        query_start = tl.load(query_starts + r).to(tl.int32)
+        share = tl.cdiv(tl.cdiv(n, num_splits), TILE) * TILE
+        start = split * share
+        end = tl.minimum(start + share, n)
+        tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
+        pages = packed_pages + slot * page_table_stride
+        t = tl.arange(0, TILE)
+        out = partial_lse + (x.to(tl.int64) * num_splits + split) * (W * G)
+
+        for first_row in range(0, W * G, ROWS):
+            row = first_row + tl.arange(0, ROWS)
+            position = query_rows(row, seq_len, query_start, G, W)
+            query = load_queries(query_ring, slot, lh, row, position, L, H, G, W, D, DP)
+            m = tl.full([ROWS], float("-inf"), tl.float32)
+            denom = tl.zeros([ROWS], tl.float32)
+            for i in range(start, end, TILE):
+                entry = i + t
+                valid = entry < end
+                arena_row = tile_rows(
+                    i, end, lh, packed_len, first_block, pages, tail_tokens, LH, S, TILE
+                )
+                key = load_heads(arena_k, arena_row, valid, D, DP)
+                at = tl.where(entry < packed_len, -1, fold_len + entry - packed_len)
+                s = tl.dot(query, tl.trans(key), input_precision="ieee") * qk_scale
+                visible = valid[None, :] & (at[None, :] <= position[:, None])
+                s = tl.where(visible, s, float("-inf"))
+                m_new = tl.maximum(m, tl.max(s, 1))
+                # A row that has seen nothing yet: exp2(-inf - 0) = 0, not NaN.
+                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+                mass = tl.sum(tl.exp2(s - shift[:, None]), 1)
+                denom = denom * tl.exp2(m - shift) + mass
+                m = m_new
+            lse = m + tl.log2(tl.maximum(denom, 1e-38))
+            lse = tl.where(denom > 0, lse, float("-inf"))
+            tl.store(out + row, lse, mask=row < W * G)
+
+
+@triton.jit(do_not_specialize=["num_splits", "first_request"])
+def merge_lse_kernel(
+    partial_lse,
+    query_lse,
+    slots,
+    recorded,
+    num_splits,
+    first_request,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    """Grid (requests * L * H, row blocks): log2-sum-exp2 over dim 1 of the partials
+    [requests * L * H, num_splits, W * G] into query_lse [slots, L, W, H * G] fp32.
+    """
+    x = tl.program_id(0).to(tl.int64)
+    r = first_request + x // (L * H)
+    if tl.load(recorded + r) == 0:
+        row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        split = tl.arange(0, MAX_SPLITS)
+        part = tl.load(
+            partial_lse + (x * num_splits + split[:, None]) * (W * G) + row[None, :],
+            mask=(split < num_splits)[:, None] & (row < W * G)[None, :],
+            other=float("-inf"),
+        )
+        m = tl.max(part, 0)
+        shift = tl.where(m == float("-inf"), 0.0, m)
+        denom = tl.sum(tl.exp2(part - shift[None, :]), 0)
+        merged = shift + tl.log2(tl.maximum(denom, 1e-38))
+        merged = tl.where(denom > 0, merged, float("-inf"))
+        cell = ring_cell(tl.load(slots + r), x % (L * H), row, L, H, G, W)
+        tl.store(query_lse + cell, merged, mask=row < W * G)
+
+
+def fill_lse(
+    query_ring: torch.Tensor,
+    query_lse: torch.Tensor,
+    arena: Arena,
+    tables: BlockTables,
+    plan: PassPlan,
+    sm_scale: float,
+    axes: dict[str, int],
+    cells: dict[str, int],
+    max_rows: int,
+    tile: int,
+) -> None:
+    """Work out the log2-sum-exp2 of queries that were not decoded.
+
+    Parameters
+    ----------
+    query_ring, arena, tables, plan, sm_scale : as in `observe_scores`.
+    query_lse : [slots, L, w, Hq] fp32; written where the plan does not say recorded.
+    axes, cells : sizes that both kernels, and those that `lse_kernel` is compiled for.
+    max_rows, tile : queries and keys that a program takes at a time.
+    """
+    num_requests, heads = plan.slots.shape[0], arena.heads_per_page
+    num_rows = axes["W"] * axes["G"]
+    lse_rows = min(max(triton.next_power_of_2(num_rows), 16), max_rows)
+    splits = programs_per_head(
+        num_requests * heads, -(-plan.max_blocks * PAGE_SIZE // 1024)
+    )
+    splits = min(splits, _MAX_SPLITS)
+    chunk = max(1, min(num_requests, _MAX_PARTIAL // (heads * splits * num_rows)))
+    partial = torch.empty(
+        chunk * heads * splits * num_rows, dtype=torch.float32, device=arena.k.device
+    )
+    for first in range(0, num_requests, chunk):
+        rows = min(chunk, num_requests - first) * heads
+        lse_kernel[(rows, splits)](
+            query_ring,
+            arena.k,
+            tables.req_to_token,
+            tables.block_offsets,
+            tables.packed_pages,
+            plan.slots,
+            plan.seq_lens,
+            plan.fold_old,
+            plan.query_start,
+            plan.tail_blocks,
+            plan.entry_base,
+            plan.recorded,
+            partial,
+            tables.req_to_token.stride(0),
+            tables.packed_pages.stride(0),
+            first,
+            sm_scale * LOG2E,
+            ROWS=lse_rows,
+            TILE=tile,
+            num_warps=8 if lse_rows == 128 else 4,
+            **cells,
+        )
+        merge_lse_kernel[(rows, -(-num_rows // 128))](
+            partial,
+            query_lse,
+            plan.slots,
+            plan.recorded,
+            splits,
+            first,
+            BLOCK=128,
+            MAX_SPLITS=_MAX_SPLITS,
+            **axes,
+        )
