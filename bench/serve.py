@@ -23,15 +23,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import report, serve_log
+from bench.child import Child, ChildError
+from bench.gpu_memory import GpuMemory
 from bench.loads import GROUPS, OURS, STOCK, choose
 from bench.record import ROOT, commit, write_record
-from bench.serve_child import Child, ChildError
 from bench.serve_plan import (
     Clock,
     Run,
@@ -55,40 +55,6 @@ ENVIRONMENT = (
     "import json, sys; from bench.record import environment; "
     "sys.argv = sys.argv[1:]; print(json.dumps(environment()))"
 )
-
-
-class GpuMemory:
-    """Used memory of the first GPU by nvidia-smi: no CUDA context of our own."""
-
-    def __init__(self) -> None:
-        self.now: int | None = None
-        self.peak: int | None = None
-        query = "nvidia-smi -i 0 --query-gpu=memory.used --format=csv,noheader,nounits"
-        self._process = None
-        try:
-            self._process = subprocess.Popen(
-                [*query.split(), "-lms", "300"], stdout=subprocess.PIPE, text=True
-            )
-        except OSError:
-            return
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self._process and self._process.stdout
-        for line in self._process.stdout:
-            if line.strip().isdigit():
-                self.now = int(line)
-                self.peak = max(self.peak or 0, self.now)
-
-    def restart(self) -> None:
-        """Forget the peak so far."""
-        self.peak = self.now
-
-    def stop(self) -> None:
-        """End nvidia-smi."""
-        if self._process:
-            self._process.kill()
-            self._process.wait()
 
 
 class Session:
@@ -187,7 +153,7 @@ class Session:
                 continue
             self.facts[spec] = {
                 **ready,
-                **report.parse_start(self.children[spec].read_log()),
+                **serve_log.parse_start(self.children[spec].read_log()),
             }
             self.say(f"{spec.name} ready in {ready['ready_s']:.0f} s")
         if len(specs) > 1:
@@ -241,7 +207,7 @@ class Session:
         position, began = child.position(), time.monotonic()
         try:
             answer = child.ask(command, limit)
-            values |= report.parse_log(child.read_log(position))
+            values |= serve_log.parse_log(child.read_log(position))
             flushed = child.ask({"op": "flush"}, 60)
             if "failed" in flushed:
                 raise ChildError(flushed["failed"])

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from bench import report
+from bench import report, serve_log
+from bench.child import Child, ChildError
 from bench.loads import ABSENT, LOADS, OURS, STOCK, Load, choose, make_prompts
-from bench.serve_child import Child, ChildError, sampling_params, summarize, token_gaps
+from bench.serve_child import sampling_params, summarize, token_gaps
 from bench.serve_plan import (
     Clock,
     Run,
@@ -107,7 +108,7 @@ def test_log_gives_the_step_of_the_largest_batch() -> None:
     lines = [DECODE.format(2, 500), PREFILL, DECODE.format(8, 100)]
     lines += [DECODE.format(8, rate) for rate in (1000, 800, 1600)]
     lines += ["KV cache pool is full. Retract requests. #retracted_reqs: 1"]
-    found = report.parse_log("\n".join(lines))
+    found = serve_log.parse_log("\n".join(lines))
     assert found["largest_batch"] == 8
     assert found["decode_step_ms"] == pytest.approx(8.0)
     assert (found["decode_step_lines"], found["decode_step_clean"]) == (3, True)
@@ -116,15 +117,15 @@ def test_log_gives_the_step_of_the_largest_batch() -> None:
 
 def test_log_with_prefills_everywhere_uses_all_lines() -> None:
     lines = [PREFILL, DECODE.format(8, 800)] * 3
-    found = report.parse_log("\n".join(lines))
+    found = serve_log.parse_log("\n".join(lines))
     assert found["decode_step_ms"] == pytest.approx(10.0)
     assert not found["decode_step_clean"]
-    assert report.parse_log("")["decode_step_ms"] is None
+    assert serve_log.parse_log("")["decode_step_ms"] is None
 
 
 def test_start_of_the_log() -> None:
     text = "x\nKV-Compress metadata: 2.4 GiB = 3 % of 80 GiB\nmax_total_num_tokens=99, "
-    assert report.parse_start(text) == {
+    assert serve_log.parse_start(text) == {
         "metadata": "2.4 GiB = 3 % of 80 GiB",
         "pool_tokens": 99,
     }
