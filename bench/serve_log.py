@@ -15,10 +15,8 @@ METADATA = "KV-Compress metadata: "
 POOL = re.compile(r"max_total_num_tokens=(\d+)")
 FEW_LINES = 3
 
-Record = dict[str, Any]
 
-
-def parse_log(text: str) -> Record:
+def parse_log(text: str) -> dict[str, Any]:
     """Figures of one run from the lines that SGLang logged during it.
 
     Returns
@@ -51,7 +49,7 @@ def parse_log(text: str) -> Record:
     }
 
 
-def parse_start(text: str) -> Record:
+def parse_start(text: str) -> dict[str, Any]:
     """Our metadata line and the size of the pool, from the log of the start."""
     line = next((one for one in text.splitlines() if METADATA in one), "")
     pool = POOL.search(text)

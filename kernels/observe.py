@@ -150,14 +150,11 @@ def observe_scores_triton(
     # fp32, which only tests use, needs smaller tiles.
     config = _CONFIG if arena.k.element_size() <= 2 else _WIDE_CONFIG
     row_tile = max(triton.next_power_of_2(window * group), 16)
-    axes = {
+    sizes = {
         "L": arena.num_layers,
         "H": arena.num_kv_heads,
         "G": group,
         "W": window,
-    }
-    cells = {
-        **axes,
         "D": arena.head_dim,
         "DP": triton.next_power_of_2(arena.head_dim),
         "S": PAGE_SIZE,
@@ -170,8 +167,7 @@ def observe_scores_triton(
             tables,
             plan,
             sm_scale,
-            axes,
-            cells,
+            sizes,
             config.lse_rows,
             config.lse_tile,
         )
@@ -206,7 +202,7 @@ def observe_scores_triton(
         NORMS=value_norms,
         num_warps=config.score_warps * (2 if score_rows > 128 else 1),
         num_stages=config.score_stages,
-        **cells,
+        **sizes,
     )
     return scores
 

@@ -153,8 +153,7 @@ def fill_lse(
     tables: BlockTables,
     plan: PassPlan,
     sm_scale: float,
-    axes: dict[str, int],
-    cells: dict[str, int],
+    sizes: dict[str, int],
     max_rows: int,
     tile: int,
 ) -> None:
@@ -164,10 +163,11 @@ def fill_lse(
     ----------
     query_ring, arena, tables, plan, sm_scale : as in `observe_scores`.
     query_lse : [slots, L, w, Hq] fp32; written where the plan does not say recorded.
-    axes, cells : sizes that both kernels, and those that `lse_kernel` is compiled for.
+    sizes : L, H, G, W, D, DP and S, which `lse_kernel` is compiled for.
     max_rows, tile : queries and keys that a program takes at a time.
     """
     num_requests, heads = plan.slots.shape[0], arena.heads_per_page
+    axes = {name: sizes[name] for name in "LHGW"}
     num_rows = axes["W"] * axes["G"]
     lse_rows = min(max(triton.next_power_of_2(num_rows), 16), max_rows)
     splits = programs_per_head(
@@ -201,7 +201,7 @@ def fill_lse(
             ROWS=lse_rows,
             TILE=tile,
             num_warps=8 if lse_rows == 128 else 4,
-            **cells,
+            **sizes,
         )
         merge_lse_kernel[(rows, -(-num_rows // 128))](
             partial,

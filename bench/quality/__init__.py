@@ -32,7 +32,7 @@ repeat them until they exit with 0 (3: samples are left).
 
 2. kvpress in its environment (`kvpress_systems.REQUIREMENTS` in the folder K, 4 MB
    packed), a process a method, since Hugging Face's loop keeps a core busy and a GPU
-   idle. One takes 13 GiB, and nine beside eight engines took all of an H200::
+   idle; some at a time, for they share the memory::
 
        PYTHONPATH=$K python -m bench.quality.side_by_side --systems kvpress:full \\
            kvpress:{snapkv,snapkv32,adakv,expected,adakv-expected} \\

@@ -96,9 +96,11 @@ _notes: dict[str, dict[int, _Note]] = {}
 def note(own: Any, jobs: Sequence[Mapping[str, Any]], places: Sequence[int]) -> None:
     """Keep what is seen at one token of each job; write the file with its last one."""
     seen = observe(own, jobs, places)
-    best = own.topk(min(TOP, own.shape[1]))
+    compared = [bool(one.get("ids")) for one in jobs]
+    best = None if all(compared) else own.topk(min(TOP, own.shape[1]))
     for row, (one, at) in enumerate(zip(jobs, places, strict=True)):
-        top = () if one.get("ids") else (best.indices[row], best.values[row])
+        keep = best and not compared[row]
+        top = (best.indices[row], best.values[row]) if keep else ()
         notes = _notes.setdefault(one["out"], {})
         notes[at] = (seen[row], *top)
         if at + 1 == len(one["tokens"]):

@@ -96,7 +96,9 @@ def run_all(
 
 
 def _last_words(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").split("\n") if line]
+    lines = [
+        line for line in log.read_text(errors="replace").split("\n") if line.strip()
+    ]
     return lines[-1].rsplit("\r", 1)[-1].strip()[:120] if lines else ""
 
 

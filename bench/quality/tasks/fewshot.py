@@ -62,12 +62,7 @@ class Classification:
             shown = shots[:units]
             draw.rng("shuffle").shuffle(shown)
             text = "\n\n".join(f"Text: {text}\nLabel: {label}" for text, label in shown)
-            return Sample(
-                draw.task,
-                "",
-                draw.index,
-                draw.length,
-                draw.seed,
+            return draw.sample(
                 prompt=f"{intro}\n\n{text}\n\n{question}",
                 answers=(labels[tested],),
                 max_new_tokens=16,

@@ -21,12 +21,7 @@ def _predict(draw: Draw, text: str) -> Sample:
         raise ValueError(
             f"{draw.task}: no text of {draw.length} tokens, or under {2 * TARGETS}"
         )
-    return Sample(
-        draw.task,
-        "",
-        draw.index,
-        draw.length,
-        draw.seed,
+    return draw.sample(
         prompt="",
         answers=(),
         max_new_tokens=TARGETS,
@@ -71,12 +66,7 @@ def _document(draw: Draw, scorer: str, mode: str) -> Sample:
 
     def make(units: int) -> Sample:
         text = " ".join(words[:units]).strip()
-        return Sample(
-            draw.task,
-            "",
-            draw.index,
-            draw.length,
-            draw.seed,
+        return draw.sample(
             prompt=f"Read the following text.\n\n{text}\n\n{ask}",
             answers=(),
             max_new_tokens=SUMMARY_TOKENS,
@@ -116,12 +106,7 @@ def summary_lead(draw: Draw) -> Sample:
     def make(units: int) -> Sample:
         texts = [own, others[:units]] if place == "first" else [others[:units], own]
         text = "\n\n".join(" ".join(words).strip() for words in texts).strip()
-        return Sample(
-            draw.task,
-            "",
-            draw.index,
-            draw.length,
-            draw.seed,
+        return draw.sample(
             prompt=f"Read the following articles.\n\n{text}\n\n{ask}",
             answers=(" ".join(chosen[0].lead),),
             max_new_tokens=SUMMARY_TOKENS,

@@ -33,12 +33,7 @@ def retrieval(draw: Draw) -> Sample:
         # One pair a line, as the file's authors print them.
         rows = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in shown]
         text = "{" + ",\n".join(rows)[1:] + "}"
-        return Sample(
-            draw.task,
-            "",
-            draw.index,
-            draw.length,
-            draw.seed,
+        return draw.sample(
             prompt=f"{intro}\n\n{text}\n\n{question}",
             answers=(case["value"],),
             max_new_tokens=48,

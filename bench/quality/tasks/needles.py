@@ -77,12 +77,7 @@ class Needles:
         def make(units: int) -> Sample:
             order.setstate(depths)
             text = scatter(rest[:units], shown, order, joint)
-            return Sample(
-                draw.task,
-                "",
-                draw.index,
-                draw.length,
-                draw.seed,
+            return draw.sample(
                 prompt=f"{intro}\n\n{text}\n\n{question}",
                 answers=answers,
                 max_new_tokens=VALUE_TOKENS[self.values] * count + 8,

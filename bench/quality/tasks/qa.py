@@ -80,12 +80,7 @@ def _answers(paragraph: Paragraph, answers: tuple[str, ...]) -> bool:
 
 
 def _sample(draw: Draw, prompt: str, ask: str, answers: tuple[str, ...]) -> Sample:
-    return Sample(
-        draw.task,
-        "",
-        draw.index,
-        draw.length,
-        draw.seed,
+    return draw.sample(
         prompt=prompt,
         answers=answers,
         max_new_tokens=ANSWER_TOKENS,

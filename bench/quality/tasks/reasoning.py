@@ -43,12 +43,7 @@ def gsm8k(draw: Draw) -> Sample:
     shots = "\n\n".join(_worked(problem) for problem in pool[:SHOTS])
     problem = _problem(draw)
     question = f"Question: {problem['question']}"
-    return Sample(
-        draw.task,
-        "",
-        draw.index,
-        draw.length,
-        draw.seed,
+    return draw.sample(
         prompt=f"{shots}\n\nNow solve this one in the same way.\n\n{question}",
         answers=(number_after_hashes(problem["answer"]),),
         max_new_tokens=STEPS_TOKENS,
@@ -66,12 +61,7 @@ def gsm8k_steps(draw: Draw) -> Sample:
         f"{problem['question']}\nThink step by step, then give the final number after "
         "'The answer is'."
     )
-    return Sample(
-        draw.task,
-        "",
-        draw.index,
-        draw.length,
-        draw.seed,
+    return draw.sample(
         prompt=question,
         answers=(number_after_hashes(problem["answer"]),),
         max_new_tokens=2 * STEPS_TOKENS,
@@ -88,12 +78,7 @@ def math500(draw: Draw) -> Sample:
         f"{problem['problem']}\n\nThink step by step and put the final answer in "
         "\\boxed{}."
     )
-    return Sample(
-        draw.task,
-        "",
-        draw.index,
-        draw.length,
-        draw.seed,
+    return draw.sample(
         prompt=question,
         answers=(problem["answer"],),
         max_new_tokens=PROOF_TOKENS,

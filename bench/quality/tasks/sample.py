@@ -97,6 +97,10 @@ class Draw:
         words = (self.task, self.length, self.seed, self.index, purpose)
         return random.Random("/".join(map(str, words)))
 
+    def sample(self, **rest: Any) -> Sample:
+        """What is drawn here: all but its group, which its task knows."""
+        return Sample(self.task, "", self.index, self.length, self.seed, **rest)
+
     def size(self, prompt: str, prefix: str = "") -> int:
         """Tokens of the prompt as it is sent."""
         return len(chat_ids(self.tokenizer, prompt, prefix))

@@ -51,12 +51,7 @@ def variables(draw: Draw) -> Sample:
 
     def make(units: int) -> Sample:
         text = scatter(noise_units(units), lines, draw.rng("depths"))
-        return Sample(
-            draw.task,
-            "",
-            draw.index,
-            draw.length,
-            draw.seed,
+        return draw.sample(
             prompt=f"{intro}\n\n{example}\n\n{intro}\n\n{text}\n\n{question}",
             answers=tuple(names),
             max_new_tokens=40,
@@ -95,12 +90,7 @@ def common_words(draw: Draw) -> Sample:
     def make(units: int) -> Sample:
         text = listing(common, rest[:units], times)
         prompt = f"{intro}\n{example}\n{ask} {reply} {_word_list(pool[:COMMON])}\n\n"
-        return Sample(
-            draw.task,
-            "",
-            draw.index,
-            draw.length,
-            draw.seed,
+        return draw.sample(
             prompt=f"{prompt}{intro}\n{text}\n{ask}",
             answers=tuple(common),
             max_new_tokens=100,
@@ -126,12 +116,7 @@ def frequent_words(draw: Draw) -> Sample:
     def make(units: int) -> Sample:
         shown = text[:units]
         ranked = sorted(set(shown), key=lambda word: (-shown.count(word), word))
-        return Sample(
-            draw.task,
-            "",
-            draw.index,
-            draw.length,
-            draw.seed,
+        return draw.sample(
             prompt="Read the following coded text and count how often each word "
             f"appears.\n\n{' ... '.join(shown)}\n\n{question}",
             answers=tuple(ranked[:FREQUENT]),
