@@ -13,7 +13,8 @@
 * `heads`, `heads_report`: what every layer and head keeps
 * `side_by_side`: several of these runs on one GPU
 * `simulate`: a scout, many ways to choose at once in Hugging Face, never a result
-* `kvpress_systems`, `snapkv_check`: other methods; ours against one of them, exactly
+* `kvpress_systems`, `kvpress_answers`, `hf_decoding`: other methods, in Hugging Face
+* `snapkv_check`: ours against one of them, exactly
 
 On a GPU machine
 ----------------
@@ -31,14 +32,11 @@ repeat them until they exit with 0 (3: samples are left).
            --engine max_total_tokens=2500000 --deadline 500 --out $R
 
 2. kvpress in its environment (`kvpress_systems.REQUIREMENTS` in the folder K, 4 MB
-   packed), a process a method, since Hugging Face's loop keeps a core busy and a GPU
-   idle; some at a time, for they share the memory::
+   packed). One process: a prompt is prefilled once for all methods, and what they keep
+   at all rates is decoded together::
 
-       PYTHONPATH=$K python -m bench.quality.side_by_side --systems kvpress:full \\
-           kvpress:{snapkv,snapkv32,adakv,expected,adakv-expected} \\
-           kvpress:{keydiff,tova,pyramidkv,streaming,random} --rates 1 4 8 2 \\
-           --model $M --data $D --preset table-kvpress --workers 1 --deadline 500 \\
-           --at-once 6 --out $R
+       PYTHONPATH=$K python -m bench.quality run --model $M --data $D \\
+           --preset table-kvpress --batch 128 --deadline 500 --out $R/quality_kvpress.jsonl
 
 3. Heat maps, and the defaults on prompts that no table uses::
 

@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         if not runner.cells:
             print("nothing is missing")
             return 0
-        left = runner.run(lambda s: open_system(s, args, runner.settings(s)))
+        left = runner.run(lambda s: open_system(s, args, runner.coming(s)))
     finally:
         store.close()
     print(f"{left} samples are left" if left else "all done")
@@ -200,9 +200,9 @@ def origin() -> dict[str, Any]:
 def open_system(
     system: System,
     args: argparse.Namespace,
-    settings: Mapping[SampleKey, Sequence[Setting]],
+    settings: Mapping[System, Mapping[SampleKey, Sequence[Setting]]],
 ) -> Asker:
-    """What answers for a system; `settings` are those that samples will be asked at."""
+    """What answers for a system; `settings` as `Runner.coming` gives them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.quality.hf_attention import NAME, register, visible
+
 PREFILL_TOKENS = 65_536
 """Most tokens of prompts of equal length that are prefilled at once."""
-DECODE_PROMPTS = 32
-"""Most prompts of different lengths that are decoded at once: a step's launches cost
-the same for one of them."""
-DECODE_TOKENS = 131_072
-"""Most tokens of the prompts that are decoded at once, each padded to the longest."""
+HELD_TOKENS = 1_048_576
+"""Most tokens that all methods and settings together keep of prompts that wait for
+their decoding. With `DECODE_TOKENS`, 56 GiB on a model of 28 KiB a token."""
+DECODE_ROWS = 512
+"""Most rows that are decoded at once: a step's launches cost the same for one."""
+DECODE_TOKENS = 1_048_576
+"""Most tokens of the rows that are decoded at once, each padded to the longest."""
 
 
 @functools.cache
@@ -55,8 +59,8 @@ class Prefilled:
     keys, values : sequence of [kv_heads, kept, head_dim]
         A layer each; `kept` may differ between layers.
     masked : sequence of None or (heads, places)
-        A layer each: keys that are in the cache and that no query may see, for
-        attention that knows kvpress' ``masked_key_indices``.
+        A layer each: keys that are in the cache and that no query may see, kvpress'
+        ``masked_key_indices``.
     """
 
     tokens: int
@@ -64,6 +68,12 @@ class Prefilled:
     keys: Sequence[Any]
     values: Sequence[Any]
     masked: Sequence[tuple[Any, Any] | None]
+
+    @property
+    def size(self) -> tuple[int, bool]:
+        """Most tokens in a layer, and whether keys among them are masked."""
+        longest = max(keys.shape[1] for keys in self.keys)
+        return longest, any(one is not None for one in self.masked)
 
 
 class Decoding:
@@ -75,7 +85,7 @@ class Decoding:
     Parameters
     ----------
     model
-        Of transformers, with ``sdpa``.
+        Of transformers, one configuration for all layers.
     prompts : sequence of Prefilled
     steps : int
         Most steps that will be made.
@@ -96,32 +106,36 @@ class Decoding:
         tokens = [[prompt.tokens] for prompt in prompts]
         self._positions = torch.tensor(tokens, device=model.device)
         self.logits = torch.stack([prompt.logits for prompt in prompts])
-        # Layers of the same lengths share a mask.
+        # Layers of the same lengths in which nothing is hidden share a mask.
         masks: dict[tuple[int, ...], Any] = {}
-        self._masks, self._hidden = [], []
+        self._masks = []
         for layer in range(len(self._attention)):
             rows = [prompt.keys[layer] for prompt in prompts]
             lengths = tuple(keys.shape[1] for keys in rows)
             values = [prompt.values[layer] for prompt in prompts]
             self._cache.update(_padded(rows), _padded(values), layer)
-            if lengths not in masks:
-                masks[lengths] = _mask(lengths, steps, model.device)
-            self._masks.append(masks[lengths])
             hidden = [prompt.masked[layer] for prompt in prompts]
-            self._hidden.append(_hidden(hidden, lengths))
+            plain = all(one is None for one in hidden)
+            key = lengths if plain else (*lengths, layer)
+            if key not in masks:
+                heads = rows[0].shape[0]
+                masks[key] = visible(lengths, steps, hidden, heads, model.device)
+            self._masks.append(masks[key])
 
     def __enter__(self) -> Decoding:
         """Let the model's attention see these caches."""
-        for module, hidden in zip(self._attention, self._hidden, strict=True):
-            module.masked_key_indices = hidden
+        register()
+        self._config = self._attention[0].config
+        self._before = self._config._attn_implementation
+        self._config._attn_implementation = NAME
+        for module in self._attention:
             hook = module.register_forward_pre_hook(self._see, with_kwargs=True)
             self._hooks.append(hook)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Give the model back as it was."""
-        for module in self._attention:
-            module.masked_key_indices = None
+        self._config._attn_implementation = self._before
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -144,7 +158,7 @@ class Decoding:
     def _see(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # transformers makes one mask for all layers.
+        # transformers would make one mask for all layers.
         mask = self._masks[module.layer_idx]
         if mask is not None:
             mask = mask[..., : self._cache.get_seq_length(module.layer_idx) + 1]
@@ -159,36 +173,6 @@ def _padded(rows: Sequence[Any]) -> Any:
     for place, row in enumerate(rows):
         whole[place, :, longest - row.shape[1] :] = row
     return whole
-
-
-def _mask(lengths: Sequence[int], steps: int, device: Any) -> Any:
-    """What may be seen, [rows, 1, 1, longest + steps]; None if that is everything."""
-    import torch
-
-    longest = max(lengths)
-    if min(lengths) == longest:
-        return None
-    padding = torch.tensor([longest - n for n in lengths], device=device)
-    columns = torch.arange(longest + steps, device=device)
-    return (columns >= padding[:, None])[:, None, None]
-
-
-def _hidden(
-    rows: Sequence[tuple[Any, Any] | None], lengths: Sequence[int]
-) -> tuple[Any, Any, Any] | None:
-    """Keys (batch, heads, places) that no query may see, in the padded batch."""
-    import torch
-
-    longest = max(lengths)
-    parts = [
-        (torch.full_like(row[0], place), row[0], row[1] + longest - length)
-        for place, (row, length) in enumerate(zip(rows, lengths, strict=True))
-        if row is not None
-    ]
-    if not parts:
-        return None
-    batch, heads, places = (torch.cat(part) for part in zip(*parts, strict=True))
-    return batch, heads, places
 
 
 def equal_shapes(
@@ -212,27 +196,45 @@ def equal_shapes(
     return batches
 
 
-def joined(
-    groups: Sequence[tuple[int, int]],
-    prompts: int = DECODE_PROMPTS,
-    most: int = DECODE_TOKENS,
-) -> list[list[int]]:
-    """Places of neighbouring groups that are decoded together; none is split.
+def joined(held: Sequence[int], most: int = HELD_TOKENS) -> list[list[int]]:
+    """Places of neighbouring groups that wait for their decoding together.
 
     Parameters
     ----------
-    groups : sequence of (number of prompts, tokens of each)
-    prompts, most : int
-        Most prompts, and most tokens with the padding to the longest, where a batch
-        has more than one group.
+    held : sequence of int
+        Tokens that are kept of each group.
+    most : int
+        Most of them, where a batch has more than one group.
     """
+    return _neighbours(held, lambda some: sum(some) <= most)
+
+
+def packed(
+    lengths: Sequence[int], rows: int = DECODE_ROWS, most: int = DECODE_TOKENS
+) -> list[list[int]]:
+    """Places of neighbouring rows that are decoded together.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Tokens of each row's cache; sorted, they need the least padding.
+    rows, most : int
+        Most rows, and most tokens with the padding to the longest.
+    """
+    return _neighbours(
+        lengths, lambda some: len(some) <= rows and len(some) * max(some) <= most
+    )
+
+
+def _neighbours(
+    sizes: Sequence[int], fit: Callable[[Sequence[int]], bool]
+) -> list[list[int]]:
+    """Places of neighbours, as many together as fit; one is always alone."""
     batches: list[list[int]] = []
-    count = longest = 0
-    for place, (size, tokens) in enumerate(groups):
-        count, longest = count + size, max(longest, tokens)
-        if place and count <= prompts and count * longest <= most:
+    for place in range(len(sizes)):
+        start = batches[-1][0] if batches else place
+        if batches and fit(sizes[start : place + 1]):
             batches[-1].append(place)
         else:
             batches.append([place])
-            count, longest = size, tokens
     return batches

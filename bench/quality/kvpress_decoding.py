@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bench.quality import forced
@@ -96,35 +97,60 @@ def think(
         for i, tokens in enumerate(targets)
     ]
     steps = max(map(len, targets))
-    values: list[list[Any]] = [[] for _ in samples]
+    # Stays on the device until all is decoded.
+    seen: list[Any] = []
     best: list[Any] = []
     with torch.inference_mode(), Decoding(model, prompts, steps) as state:
         for at in range(steps):
             own = state.logits.log_softmax(-1)
-            going = [i for i, tokens in enumerate(targets) if at < len(tokens)]
+            going = _going(targets, at)
             some = [jobs[i] for i in going]
-            seen = forced.observe(own[going], some, [at] * len(going))
-            for i, value in zip(going, seen, strict=True):
-                values[i].append(value)
+            seen.append(forced.observe(own[going], some, [at] * len(going)))
             if references is None:
                 best.append(own.topk(forced.TOP))
             if at + 1 < steps:
                 # A text that is over goes on with any token.
                 state.step([t[min(at, len(t) - 1)] for t in targets])
-    made: list[forced.Reference | None] = [None] * len(samples)
-    if best:
-        # [step, sample, token]
-        ids = torch.stack([b.indices for b in best]).tolist()
-        logprobs = torch.stack([b.values for b in best]).tolist()
-        made = [
-            forced.Reference(
-                [step[i] for step in ids[: len(tokens)]],
-                [step[i] for step in logprobs[: len(tokens)]],
-            )
-            for i, tokens in enumerate(targets)
-        ]
+    values: list[list[Any]] = [[] for _ in samples]
+    for at, rows in enumerate(seen):
+        for i, value in zip(_going(targets, at), rows.tolist(), strict=True):
+            values[i].append(value)
     thoughts = []
-    for rows, reference in zip(values, made, strict=True):
-        own_logprobs, agree, kl = torch.stack(rows).T.tolist()
-        thoughts.append(forced.Thoughts(own_logprobs, agree, kl, reference))
+    for rows in values:
+        logprobs, agree, kl = (list(column) for column in zip(*rows, strict=True))
+        thoughts.append(forced.Thoughts(logprobs, agree, kl))
+    if references is None:
+        made = _references(best, targets, thoughts)
+        return [replace(t, reference=r) for t, r in zip(thoughts, made, strict=True)]
     return thoughts
+
+
+def _going(targets: Sequence[Sequence[int]], at: int) -> list[int]:
+    """Places of the texts that have a token there."""
+    return [i for i, tokens in enumerate(targets) if at < len(tokens)]
+
+
+def _references(
+    best: Sequence[Any],
+    targets: Sequence[Sequence[int]],
+    thoughts: Sequence[forced.Thoughts],
+) -> list[forced.Reference]:
+    """Distributions of the texts, from the most likely tokens of each step."""
+    import torch
+
+    # [step, sample, token]
+    ids = torch.stack([b.indices for b in best]).tolist()
+    logprobs = torch.stack([b.values for b in best]).tolist()
+    made = []
+    for i, tokens in enumerate(targets):
+        reference = forced.Reference(
+            [step[i] for step in ids[: len(tokens)]],
+            [step[i] for step in logprobs[: len(tokens)]],
+        )
+        for at, token in enumerate(tokens):
+            # The dictated token counts however unlikely it is.
+            if token not in reference.ids[at]:
+                reference.ids[at][-1] = token
+                reference.logprobs[at][-1] = thoughts[i].logprobs[at]
+        made.append(reference)
+    return made

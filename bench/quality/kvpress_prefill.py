@@ -1,9 +1,9 @@
-"""A prompt is read once and compressed at every ratio that is asked for.
+"""A prompt is read once and compressed by every method and ratio that is asked for.
 
 A method of kvpress compresses a layer's cache after that layer's attention over all of
 the prompt, and nothing that is computed later in the prefill reads that cache. So a
-prefill is the same whatever is kept of it, and one prefill serves all ratios: here the
-model's own cache stays whole, and what each ratio keeps is set aside.
+prefill is the same whatever is kept of it, and one prefill serves all methods and
+ratios: here the model's own cache stays whole, and what each keeps is set aside.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def prefill(
         del args
         layer = cache.layers[module.layer_idx]
         for label, one in kept.items():
-            # Every ratio draws the numbers that it would draw alone.
+            # Every press draws the numbers that it would draw alone.
             random.set_state(states[label])
             one.compress(module, kwargs, layer.keys, layer.values, output[1])
             states[label] = random.get_state()

@@ -11,27 +11,29 @@ last tokens as the observed window, and the answer is decoded over what is left,
 positions it would have had. Decoded tokens are kept. A method keeps
 ``prompt / rate`` tokens per head on average, window and sinks among them.
 
-A prompt is prefilled once for all rates, and prompts are decoded together.
+A prompt is prefilled once for all methods of a run and all their rates, and all of them
+are decoded together. The system that is asked first answers for those that come after
+it, which find their answers in a `Memory`.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.quality import forced
-from bench.quality.asking import TURN_REPLY, Answer, with_full_text, with_gold
-from bench.quality.hf_decoding import Prefilled, equal_shapes, joined, load
-from bench.quality.kvpress_decoding import generate, think
-from bench.quality.kvpress_prefill import prefill
+from bench.quality.asking import TURN_REPLY, Answer, with_full_text
+from bench.quality.hf_decoding import load
+from bench.quality.kvpress_answers import WHOLE, Answering, Answers, Label, Prompt
 from bench.quality.kvpress_presses import presses
 from bench.quality.samples import SampleKey
-from bench.quality.systems import FULL, FULL_PRESS, Setting, System
+from bench.quality.systems import FULL_PRESS, Setting, System
 from bench.quality.tasks.sample import (
     ASK,
     DICTATED,
-    LIKELIHOOD,
     TURNS,
     Sample,
     encode,
@@ -53,44 +55,33 @@ REQUIREMENTS = (
 Torch, datasets and numpy come from the environment of SGLang."""
 
 
-# Texts and distributions of the full cache, by model and sample: every method needs
-# the same ones.
-_full_texts: dict[Any, Sample] = {}
-_full_references: dict[Any, forced.Reference] = {}
+@dataclass
+class Memory:
+    """What askers of one model know together.
+
+    Attributes
+    ----------
+    answers : dict
+        By sample and label, until they are asked for.
+    texts : dict of sample key to Sample
+        With the full cache's text filled in.
+    references : dict of sample key to Reference
+        The full cache's distributions.
+    apart : bool
+        Whether every method answers for itself alone, since they failed together.
+    """
+
+    answers: Answers = field(default_factory=dict)
+    texts: dict[SampleKey, Sample] = field(default_factory=dict)
+    references: dict[SampleKey, forced.Reference] = field(default_factory=dict)
+    apart: bool = False
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """A sample, the tokens to compress, and the tokens to feed after that."""
-
-    sample: Sample
-    context: list[int]
-    question: list[int]
-    settings: tuple[Setting, ...]
-
-    @property
-    def likely(self) -> bool:
-        """Whether a given text is decoded."""
-        return self.sample.mode == LIKELIHOOD
-
-    @property
-    def steps(self) -> int:
-        """Most tokens to be decoded."""
-        if self.likely:
-            return len(self.sample.targets)
-        return len(self.question) + self.sample.max_new_tokens
-
-    @property
-    def shape(self) -> tuple[Any, int]:
-        """Equal for prompts that share a prefill."""
-        # What follows makes no difference to a prefill, but numbers that are drawn at
-        # random depend on which prompts share it.
-        follows = len(self.sample.targets) or len(self.question)
-        return (self.likely, follows, self.settings), len(self.context)
-
-
-_Answers = dict[tuple[SampleKey, Setting], Answer]
-_Cached = tuple[_Prompt, Prefilled]
+@functools.cache
+def memory(model: str) -> Memory:
+    """The memory of a model's folder, one per process."""
+    del model
+    return Memory()
 
 
 class PressAsker:
@@ -104,10 +95,10 @@ class PressAsker:
         Folder of the model.
     tokenizer
         The model's.
-    settings : mapping of sample key to sequence of Setting, optional
-        At which settings samples will be asked. The first question about a sample is
-        answered at all of them, with one prefill; the other answers are remembered
-        until they are asked for.
+    settings : mapping of System to mapping of sample key to sequence of Setting
+        At which settings samples will be asked, of this system and of those that come
+        after it. The first question about a sample is answered for all of them, with
+        one prefill; the other answers are remembered until they are asked for.
     """
 
     def __init__(
@@ -115,59 +106,73 @@ class PressAsker:
         system: System,
         model: str,
         tokenizer: Any,
-        settings: Mapping[SampleKey, Sequence[Setting]] | None = None,
+        settings: Mapping[System, Mapping[SampleKey, Sequence[Setting]]] | None = None,
     ) -> None:
-        self.name, self.tokenizer, self.folder = system.press, tokenizer, model
-        self.model = load(model)
-        if self.name != FULL_PRESS and self.name not in presses():
+        self.method, self.tokenizer = system.press, tokenizer
+        if not _is_known(self.method):
             raise ValueError(
-                f"unknown method {self.name!r}; known: {FULL_PRESS}, "
+                f"unknown method {self.method!r}; known: {FULL_PRESS}, "
                 f"{', '.join(presses())}"
             )
-        ends = self.model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends])
-        self.ends.add(tokenizer.eos_token_id)
-        self._coming = dict(settings or {})
-        self._known: _Answers = {}
+        self._memory = memory(model)
+        self.answering = Answering(load(model), tokenizer, self._memory.references)
+        self._coming = _labels(settings or {})
 
     def close(self) -> None:
         """Nothing is held but the model, which other systems share."""
 
     def remembers(self, keys: Iterable[SampleKey], setting: Setting) -> bool:
         """Whether answering these samples costs nothing."""
-        return all((key, setting) in self._known for key in keys)
+        label = Label(self.method, setting)
+        return all((key, label) in self._memory.answers for key in keys)
 
     def answer(self, samples: Sequence[Sample], setting: Setting) -> list[Answer]:
         """Answers to samples, in their order."""
-        new = [s for s in samples if (s.key, setting) not in self._known]
-        prompts = [
-            self._prompt(sample, setting, *self._coming.pop(sample.key, ()))
-            for sample in self._completed(new)
-        ]
-        self._known |= self._answers(prompts)
-        answers = [self._known[sample.key, setting] for sample in samples]
+        label, known = Label(self.method, setting), self._memory.answers
+        new = [sample for sample in samples if (sample.key, label) not in known]
+        if new:
+            self._learn(new, label)
+        answers = [known[sample.key, label] for sample in samples]
         for sample in samples:
-            self._known.pop((sample.key, setting), None)
+            known.pop((sample.key, label), None)
         return answers
+
+    def _learn(self, samples: Sequence[Sample], label: Label) -> None:
+        """Answer samples, for the methods that come after this one as well."""
+        prompts = [
+            self._prompt(sample, label, *self._coming.pop(sample.key, ()))
+            for sample in self._completed(samples)
+        ]
+        own = [_only(self.method, prompt) for prompt in prompts]
+        if prompts != own and not self._memory.apart:
+            try:
+                self._memory.answers |= self.answering.answers(prompts)
+                return
+            except Exception as error:  # it may be another method's, or of memory
+                warnings.warn(
+                    f"each method for itself from now: {error!r}", stacklevel=2
+                )
+                self._memory.apart = True
+        self._memory.answers |= self.answering.answers(own)
 
     def _completed(self, samples: Sequence[Sample]) -> list[Sample]:
         """Samples whose text comes from the full cache, with that text filled in."""
-        new = [s for s in samples if s.from_full and self._full(s) not in _full_texts]
-        asked = [self._prompt(replace(sample, mode=ASK), FULL) for sample in new]
-        answers = self._answers(asked)
+        texts = self._memory.texts
+        new = [s for s in samples if s.from_full and s.key not in texts]
+        asked = [self._prompt(replace(sample, mode=ASK), WHOLE) for sample in new]
+        answers = self.answering.answers(asked)
         for sample in new:
-            text = answers[sample.key, FULL].text
-            filled = with_full_text(sample, text, self.tokenizer)
-            _full_texts[self._full(sample)] = filled
-        return [_full_texts[self._full(s)] if s.from_full else s for s in samples]
+            text = answers[sample.key, WHOLE].text
+            texts[sample.key] = with_full_text(sample, text, self.tokenizer)
+        return [texts[s.key] if s.from_full else s for s in samples]
 
-    def _full(self, sample: Sample) -> Any:
-        """Where the full cache's text and distribution are."""
-        return self.folder, *sample.key
-
-    def _prompt(self, sample: Sample, *settings: Setting) -> _Prompt:
+    def _prompt(self, sample: Sample, *labels: Label) -> Prompt:
+        """The sample under those of the labels whose answers are not known."""
         context, question = self._parts(sample)
-        return _Prompt(sample, context, question, tuple(dict.fromkeys(settings)))
+        new = dict.fromkeys(
+            label for label in labels if (sample.key, label) not in self._memory.answers
+        )
+        return Prompt(sample, context, question, tuple(new))
 
     def _parts(self, sample: Sample) -> tuple[list[int], list[int]]:
         """Tokens to compress, and tokens to feed after that."""
@@ -178,103 +183,25 @@ class PressAsker:
             return encode_turns(self.tokenizer, sample, TURN_REPLY)[1], []
         return encode(self.tokenizer, sample), []
 
-    def _answers(self, prompts: Sequence[_Prompt]) -> _Answers:
-        """Answers at all settings of the prompts."""
-        groups = [
-            [prompts[place] for place in places]
-            for places in equal_shapes([prompt.shape for prompt in prompts])
-        ]
-        answers: _Answers = {}
-        for likely in (False, True):
-            some = [group for group in groups if group[0].likely == likely]
-            # Neighbours end at about the same step and need little padding.
-            some.sort(key=lambda g: (max(p.steps for p in g), len(g[0].context)))
-            for batch in joined([(len(g), len(g[0].context)) for g in some]):
-                answers |= self._batch([some[place] for place in batch])
-        return answers
 
-    def _batch(self, groups: Sequence[Sequence[_Prompt]]) -> _Answers:
-        """Answers to groups of equal shapes, which are decoded together."""
-        caches = self._caches(groups)
-        decode = self._generate
-        if groups[0][0].likely:
-            decode = self._think
-            self._refer(caches.get(FULL, []))
-        answers: _Answers = {}
-        for setting in list(caches):
-            # Out of the dictionary, so that one is given back before the next is made.
-            cached = [one for one in caches.pop(setting) if setting in one[0].settings]
-            for (prompt, _), answer in zip(
-                cached, decode(cached, setting) if cached else [], strict=True
-            ):
-                key = prompt.sample.key, setting
-                answers[key] = with_gold(prompt.sample, answer)
-        return answers
+def _is_known(method: str) -> bool:
+    return method == FULL_PRESS or method in presses()
 
-    def _caches(
-        self, groups: Sequence[Sequence[_Prompt]]
-    ) -> dict[Setting, list[_Cached]]:
-        """What is left of the prompts at each of their settings."""
-        caches: dict[Setting, list[_Cached]] = {}
-        for group in groups:
-            contexts = [prompt.context for prompt in group]
-            kept = prefill(self.model, contexts, self._presses(group))
-            for setting, rows in kept.items():
-                caches.setdefault(setting, []).extend(zip(group, rows, strict=True))
-        return caches
 
-    def _presses(self, group: Sequence[_Prompt]) -> dict[Setting, Any]:
-        """What compresses prompts of equal shapes; None keeps everything."""
-        found: dict[Setting, Any] = {}
-        tokens = len(group[0].context)
-        for setting in group[0].settings:
-            discard = 1 - setting.kept(tokens) / tokens
-            whole = self.name == FULL_PRESS or discard <= 0
-            found[setting] = None if whole else presses()[self.name](discard)
-        likely = [p.sample for p in group if p.likely]
-        if any(self._full(sample) not in _full_references for sample in likely):
-            found[FULL] = None
-        return found
+def _labels(
+    settings: Mapping[System, Mapping[SampleKey, Sequence[Setting]]],
+) -> dict[SampleKey, list[Label]]:
+    """Under which labels samples will be asked; no method that does not exist."""
+    found: dict[SampleKey, list[Label]] = {}
+    for system, wanted in settings.items():
+        if not _is_known(system.press):
+            continue
+        for key, some in wanted.items():
+            found.setdefault(key, []).extend(Label(system.press, one) for one in some)
+    return found
 
-    def _generate(self, cached: Sequence[_Cached], setting: Setting) -> list[Answer]:
-        prompts = [prompt for prompt, _ in cached]
-        texts = generate(
-            self.model,
-            self.tokenizer,
-            self.ends,
-            [rows for _, rows in cached],
-            [prompt.question for prompt in prompts],
-            [prompt.sample for prompt in prompts],
-        )
-        return [
-            Answer(
-                text,
-                len(prompt.context) + len(prompt.question),
-                count,
-                None if self.name == FULL_PRESS else setting.kept(len(prompt.context)),
-            )
-            for prompt, (text, count) in zip(prompts, texts, strict=True)
-        ]
 
-    def _think(self, cached: Sequence[_Cached], setting: Setting) -> list[Answer]:
-        samples = [prompt.sample for prompt, _ in cached]
-        references = [_full_references[self._full(sample)] for sample in samples]
-        rows = [row for _, row in cached]
-        lengths = [len(prompt.context) for prompt, _ in cached]
-        return [
-            Answer("", length, 0, setting.kept(length), thoughts)
-            for length, thoughts in zip(
-                lengths, think(self.model, rows, samples, references), strict=True
-            )
-        ]
-
-    def _refer(self, cached: Sequence[_Cached]) -> None:
-        """Note what the full cache thinks, where that is not known."""
-        new = [c for c in cached if self._full(c[0].sample) not in _full_references]
-        if not new:
-            return
-        samples = [prompt.sample for prompt, _ in new]
-        made = think(self.model, [row for _, row in new], samples, None)
-        for sample, thoughts in zip(samples, made, strict=True):
-            assert thoughts.reference
-            _full_references[self._full(sample)] = thoughts.reference
+def _only(method: str, prompt: Prompt) -> Prompt:
+    """The prompt under the labels of one method."""
+    labels = tuple(label for label in prompt.labels if label.method == method)
+    return replace(prompt, labels=labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -78,6 +79,9 @@ class Runner:
         self.cells = list(todo(wish, read([out, *also])))
         self.end = None if seconds is None else clock() + seconds
         self._start_cost = START_GUESS
+        # By engine: when its systems have to stop. And those that were started.
+        self._stops: dict[str, float] = {}
+        self._started: set[str] = set()
         self._latest: dict[str, float] = {}
         store.start(_sample_key(c, i) for c in self.cells for i in c.indices)
 
@@ -90,6 +94,16 @@ class Runner:
                     found.setdefault(_sample_key(cell, index), []).append(cell.setting)
         return found
 
+    def coming(self, system: System) -> dict[System, dict[SampleKey, list[Setting]]]:
+        """`settings` of the system, and of those of its engine that come after it."""
+        systems = self._systems()
+        later = systems[systems.index(system) :]
+        mine = system.engine
+        return {one: self.settings(one) for one in later if one.engine == mine}
+
+    def _systems(self) -> list[System]:
+        return list(dict.fromkeys(cell.system for cell in self.cells))
+
     def run(self, open_system: Open) -> int:
         """Measure; returns the number of samples that are still missing.
 
@@ -99,12 +113,14 @@ class Runner:
         from tqdm import tqdm  # type: ignore[import-untyped]
 
         left = sum(len(cell.indices) for cell in self.cells)
-        systems = list(dict.fromkeys(cell.system for cell in self.cells))
+        systems = self._systems()
         with tqdm(total=left, unit="sample", smoothing=0.1) as bar:
             for number, system in enumerate(systems):
                 cells = [cell for cell in self.cells if cell.system == system]
-                stop = self._share(len(systems) - number)
-                if stop is not None and self.clock() + self._start_cost > stop:
+                stop = self._stop(systems[number:])
+                # An engine that is there already may remember answers.
+                new = system.engine not in self._started
+                if new and stop is not None and self.clock() + self._start_cost > stop:
                     bar.write(f"{system.name}: no time left to start it")
                     continue
                 try:
@@ -115,12 +131,20 @@ class Runner:
                     write_record(self.out, {**self.origin, **line})
         return left
 
-    def _share(self, systems: int) -> float | None:
-        """When the first of so many systems has to stop."""
+    def _stop(self, systems: Sequence[System]) -> float | None:
+        """When the first of the systems that are left has to stop.
+
+        Those of one engine have the share of one, which its first system begins; what
+        others leave is for all that still come.
+        """
         if self.end is None:
             return None
-        now = self.clock()
-        return now + (self.end - now) / systems
+        mine = systems[0].engine
+        new = {one.engine for one in systems} - self._stops.keys() - {mine}
+        if mine not in self._stops or not new:
+            now = self.clock()
+            self._stops[mine] = now + (self.end - now) / (1 + len(new))
+        return self._stops[mine]
 
     def _system(
         self,
@@ -132,20 +156,21 @@ class Runner:
     ) -> int:
         begin = self.clock()
         asker = open_system(system)
-        self._start_cost = self.clock() - begin
-        done, self._latest = 0, {}
-        late = False
+        if system.engine not in self._started:
+            self._started.add(system.engine)
+            self._start_cost, self._latest = self.clock() - begin, {}
+        done, late = 0, False
         try:
             for group in batches(cells, self.batch):
-                known = _remembered(asker, group)
-                if not known:
+                some, known = group, _remembered(asker, group)
+                if known != group:
                     kinds = {cell.task.name for cell in group}
                     expected = sum(self._latest.get(kind, 0.0) for kind in kinds)
                     late = late or (stop is not None and self.clock() + expected > stop)
-                    if late:
-                        continue
-                bar.set_description(f"{system.name} {group[0].setting.label}")
-                done += self._batch(asker, group, bar, known)
+                    some = known if late else group
+                if some:
+                    bar.set_description(f"{system.name} {group[0].setting.label}")
+                    done += self._batch(asker, some, bar, some == known)
             if late:
                 bar.write(f"{system.name}: out of time")
         finally:
@@ -180,9 +205,17 @@ def _sample_key(cell: Todo, index: int) -> SampleKey:
     return cell.key.task, cell.key.length, cell.key.seed, index
 
 
-def _remembered(asker: Asker, group: Sequence[Todo]) -> bool:
-    """Whether an earlier question, at another setting, answered this one as well."""
+def _remembered(asker: Asker, group: Sequence[Todo]) -> list[Todo]:
+    """What an earlier question, at another setting or of another system, answered."""
     if not isinstance(asker, Remembering):
-        return False
-    keys = [_sample_key(cell, index) for cell in group for index in cell.indices]
-    return asker.remembers(keys, group[0].setting)
+        return []
+    found = []
+    for cell in group:
+        known = tuple(
+            index
+            for index in cell.indices
+            if asker.remembers([_sample_key(cell, index)], cell.setting)
+        )
+        if known:
+            found.append(replace(cell, indices=known))
+    return found

@@ -5,10 +5,10 @@
         --engine max_total_tokens=2500000
 
 What is not named here goes to ``bench.quality run``. An engine for a small model leaves
-a GPU idle most of the time, and Hugging Face's loop does so even more. Give engines a
-pool each: they share the memory. Rate 1 is asked of the first system of a kind only.
-Results are ``FOLDER/quality_NAME.jsonl``, what was printed ``FOLDER/NAME.log``. The
-exit status is the worst one; 3: samples are left.
+a GPU idle most of the time. Give engines a pool each: they share the memory. The
+methods of kvpress share a process, and its prefills. Rate 1 is asked of the first
+system of a kind only. Results are ``FOLDER/quality_NAME.jsonl``, what was printed
+``FOLDER/NAME.log``. The exit status is the worst one; 3: samples are left.
 """
 
 from __future__ import annotations
@@ -37,17 +37,23 @@ def commands(
     """What to run, by a name that files can have."""
     found: dict[str, list[str]] = {}
     parsed = parse_systems(systems)
-    for word, system in zip(systems, parsed, strict=True):
+    pairs = list(zip(systems, parsed, strict=True))
+    for engine in dict.fromkeys(system.engine for system in parsed):
+        words = [word for word, system in pairs if system.engine == engine]
+        sharing = [system for system in parsed if system.engine == engine]
         # A run knows by itself what a system that never evicts is not asked.
         own = [
             rate
             for rate in rates
-            if system.never_evicts or is_asked(system, parse_setting(rate), parsed)
+            if any(
+                system.never_evicts or is_asked(system, parse_setting(rate), parsed)
+                for system in sharing
+            )
         ]
-        name = re.sub(r"[^a-z0-9]+", "_", word)
+        name = re.sub(r"[^a-z0-9]+", "_", engine if len(words) > 1 else words[0])
         found[name] = [
             *(sys.executable, "-m", "bench.quality", "run", *rest),
-            *("--systems", word, "--rates", *own),
+            *("--systems", *words, "--rates", *own),
             *("--out", str(folder / f"quality_{name}.jsonl")),
         ]
     return found

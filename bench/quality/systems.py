@@ -105,6 +105,11 @@ class System:
         return f"{self.kind}:{words}" if words else self.kind
 
     @property
+    def engine(self) -> str:
+        """Equal for systems that share an engine: one prefill serves all of kvpress."""
+        return self.kind if self.kind == KVPRESS else self.name
+
+    @property
     def never_evicts(self) -> bool:
         """Whether it can be asked with the full cache only."""
         return self.kind == STOCK or self.press == FULL_PRESS

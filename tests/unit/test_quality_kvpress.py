@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench.quality import kvpress_systems
-from bench.quality.kvpress_systems import PressAsker
-from bench.quality.records import read
+from bench.quality import kvpress_answers, kvpress_systems
+from bench.quality.asking import Answer
+from bench.quality.kvpress_answers import WHOLE, Label
+from bench.quality.kvpress_systems import Memory, PressAsker
 from bench.quality.scoring import result
 from bench.quality.systems import FULL, Setting, parse_system
 from bench.quality.tasks.sample import (
@@ -28,8 +28,7 @@ from bench.quality.tasks.sample import (
     encode_parts,
 )
 from tests.unit.quality_fixtures import WordTokenizer
-from tests.unit.test_quality_kvpress_decoding import Shrinking, tiny_model
-from tests.unit.test_quality_run import Clock, FakeAsker, runner, wish
+from tests.unit.test_quality_kvpress_decoding import Drawing, Shrinking, tiny_model
 
 NEW = 6
 RATES = (Setting(rate=4.0), Setting(rate=2.0))
@@ -60,16 +59,22 @@ class SafeTokenizer(WordTokenizer):
         return " ".join(f"w{i}" for i in ids)
 
 
+PRESSES = {"norm": Shrinking, "drawn": Drawing}
+
+
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PressAsker]:
-    """Makes askers of one model, which know nothing yet."""
+    """Makes askers of one model, which know nothing yet or what `shared` does."""
     model = tiny_model()
     monkeypatch.setattr(kvpress_systems, "load", lambda _: model)
-    monkeypatch.setattr(kvpress_systems, "presses", lambda: {"norm": Shrinking})
-    monkeypatch.setattr(kvpress_systems, "_full_texts", {})
-    monkeypatch.setattr(kvpress_systems, "_full_references", {})
+    monkeypatch.setattr(kvpress_systems, "presses", lambda: PRESSES)
+    monkeypatch.setattr(kvpress_answers, "presses", lambda: PRESSES)
 
-    def make(press: str, settings: Any = None) -> PressAsker:
+    def make(
+        press: str, settings: Any = None, shared: Memory | None = None
+    ) -> PressAsker:
+        memory = shared or Memory()
+        monkeypatch.setattr(kvpress_systems, "memory", lambda _: memory)
         system = parse_system(f"kvpress:{press}")
         return PressAsker(system, "tiny", SafeTokenizer(), settings)
 
@@ -82,16 +87,16 @@ def asker(ask: Callable[..., PressAsker]) -> PressAsker:
 
 
 @pytest.fixture
-def prefills(monkeypatch: pytest.MonkeyPatch) -> list[list[Setting]]:
-    """Settings of every prefill that is made."""
-    made: list[list[Setting]] = []
-    prefill = kvpress_systems.prefill
+def prefills(monkeypatch: pytest.MonkeyPatch) -> list[list[Label]]:
+    """Labels of every prefill that is made."""
+    made: list[list[Label]] = []
+    prefill = kvpress_answers.prefill
 
-    def note(model: Any, contexts: Any, presses: dict[Setting, Any]) -> Any:
+    def note(model: Any, contexts: Any, presses: dict[Label, Any]) -> Any:
         made.append(list(presses))
         return prefill(model, contexts, presses)
 
-    monkeypatch.setattr(kvpress_systems, "prefill", note)
+    monkeypatch.setattr(kvpress_answers, "prefill", note)
     return made
 
 
@@ -99,9 +104,9 @@ def greedy(asker: PressAsker, ids: list[int]) -> list[int]:
     """Without a cache."""
     said: list[int] = []
     for _ in range(NEW):
-        logits = asker.model(torch.tensor([ids + said])).logits[0, -1]
+        logits = asker.answering.model(torch.tensor([ids + said])).logits[0, -1]
         token = int(logits.argmax())
-        if token in asker.ends:
+        if token in asker.answering.ends:
             break
         said.append(token)
     return said
@@ -118,7 +123,7 @@ def test_answers_are_the_models_own(asker: PressAsker) -> None:
     )
     prompts = [encode(asker.tokenizer, one) for one in samples]
     # The second answer ends in its middle.
-    asker.ends.add(greedy(asker, prompts[1])[2])
+    asker.answering.ends.add(greedy(asker, prompts[1])[2])
     answers = asker.answer(samples, FULL)
     for ids, answer in zip(prompts, answers, strict=True):
         said = greedy(asker, ids)
@@ -142,14 +147,14 @@ def test_likelihood_is_teacher_forcing(asker: PressAsker) -> None:
     answers = asker.answer(samples, FULL)
     for one, answer in zip(samples, answers, strict=True):
         ids = torch.tensor([one.tokens + one.targets])
-        truth = asker.model(ids).logits[0].log_softmax(-1)
+        truth = asker.answering.model(ids).logits[0].log_softmax(-1)
         expected = [
             truth[len(one.tokens) - 1 + i, token].item()
             for i, token in enumerate(one.targets)
         ]
         assert answer.thoughts is not None
         assert answer.thoughts.logprobs == pytest.approx(expected, abs=1e-4)
-        reference = kvpress_systems._full_references[("tiny", *one.key)]
+        reference = asker.answering.references[one.key]
         assert len(reference.ids) == len(reference.logprobs) == len(one.targets)
         record = result(one, answer)
         assert record["kl"] == pytest.approx(0, abs=1e-4)
@@ -161,14 +166,15 @@ def test_summaries_come_from_the_full_cache(ask: Callable[..., PressAsker]) -> N
         sample(0, answers=(), from_full=True, scorer="rouge_l"),
         sample(1, answers=(), from_full=True, scorer="likelihood", mode=LIKELIHOOD),
     ]
-    asker = ask("full")
+    shared = Memory()
+    asker = ask("full", shared=shared)
     said, thought = asker.answer(samples, FULL)
     assert said.gold == (said.text,)
     (text,) = (answer.text for answer in asker.answer([sample(1)], FULL))
     assert thought.gold == (text,)
     assert thought.thoughts
     assert len(thought.thoughts.logprobs) == len(asker.tokenizer(text)["input_ids"])
-    less, _ = ask("norm").answer(samples, RATES[0])
+    less, _ = ask("norm", shared=shared).answer(samples, RATES[0])
     assert less.gold == said.gold
     assert less.text != said.text
 
@@ -182,26 +188,126 @@ MIXED = [
 KEYS = [one.key for one in MIXED]
 
 
+NORM = [Label("norm", rate) for rate in RATES]
+
+
+def coming(systems: dict[str, Sequence[Setting]]) -> Any:
+    """Settings of systems that are all asked the same samples."""
+    return {
+        parse_system(f"kvpress:{name}"): dict.fromkeys(KEYS, settings)
+        for name, settings in systems.items()
+    }
+
+
+def same(answers: Sequence[Answer], expected: Sequence[Answer]) -> None:
+    """Equal, but for the order of sums."""
+    for one, other in zip(answers, expected, strict=True):
+        assert replace(one, thoughts=None) == replace(other, thoughts=None)
+        assert bool(one.thoughts) == bool(other.thoughts)
+        for name in ("logprobs", "agree", "divergence") if one.thoughts else ():
+            ours, theirs = (getattr(x.thoughts, name) for x in (one, other))
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
 def test_a_prompt_is_read_once_for_all_rates(
-    ask: Callable[..., PressAsker], prefills: list[list[Setting]]
+    ask: Callable[..., PressAsker], prefills: list[list[Label]]
 ) -> None:
-    alone = {rate: ask("norm").answer(MIXED, rate) for rate in RATES}
+    one = ask("norm")
+    alone = {rate: one.answer(MIXED, rate) for rate in RATES}
     assert alone[RATES[0]] != alone[RATES[1]]
     # The reference of the likelihood was made once, by the first.
-    assert prefills == [[RATES[0]], [RATES[0]], [RATES[0], FULL], *[[RATES[1]]] * 3]
+    assert prefills == [[NORM[0]], [NORM[0]], [NORM[0], WHOLE], *[[NORM[1]]] * 3]
     prefills.clear()
-    asker = ask("norm", dict.fromkeys(KEYS, RATES))
+    asker = ask("norm", coming({"norm": RATES}))
     assert not asker.remembers(KEYS, RATES[1])
-    assert asker.answer(MIXED, RATES[0]) == alone[RATES[0]]
+    same(asker.answer(MIXED, RATES[0]), alone[RATES[0]])
     # Two of the prompts have the same length.
-    assert prefills == [list(RATES)] * 3
+    assert prefills == [NORM, NORM, [*NORM, WHOLE]]
     assert asker.remembers(KEYS, RATES[1])
     assert not asker.remembers(KEYS, RATES[0])
-    assert asker.answer(MIXED[::-1], RATES[1]) == alone[RATES[1]][::-1]
+    same(asker.answer(MIXED[::-1], RATES[1]), alone[RATES[1]][::-1])
     assert len(prefills) == 3
     # What was handed out is forgotten; other settings were done with.
     assert asker.answer(MIXED[:1], RATES[1]) == alone[RATES[1]][:1]
-    assert prefills[3:] == [[RATES[1]]]
+    assert prefills[3:] == [[NORM[1]]]
+
+
+def test_systems_of_a_run_share_a_prefill(
+    ask: Callable[..., PressAsker], prefills: list[list[Label]]
+) -> None:
+    wanted = {"full": [FULL], "norm": RATES, "drawn": RATES}
+    pairs = [(name, rate) for name, rates in wanted.items() for rate in rates]
+    alone = {(name, rate): ask(name).answer(MIXED, rate) for name, rate in pairs}
+    prefills.clear()
+    shared = Memory()
+    # A method that does not exist is not asked.
+    systems = coming({**wanted, "other": RATES})
+    labels = [Label(*pair) for pair in pairs]
+    for name in wanted:
+        asker = ask(name, systems, shared)
+        for rate in wanted[name]:
+            assert asker.remembers(KEYS, rate) == (name != "full")
+            same(asker.answer(MIXED, rate), alone[name, rate])
+        assert prefills == [labels] * 3
+        asker.close()
+        # Nothing is answered for a system that was closed.
+        systems.pop(parse_system(f"kvpress:{name}"))
+    assert not shared.answers
+    # Without a memory in common every system reads the prompts itself.
+    ask("norm", coming({"norm": RATES})).answer(MIXED, RATES[0])
+    assert prefills[3:] == [NORM, NORM, [*NORM, WHOLE]]
+
+
+@pytest.mark.parametrize(("rows", "tokens", "held"), [(1, 10**6, 10**6), (9, 50, 50)])
+def test_small_batches_give_the_same_answers(
+    ask: Callable[..., PressAsker],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    tokens: int,
+    held: int,
+) -> None:
+    wanted = coming({"norm": RATES, "drawn": RATES})
+    expected = ask("norm", wanted).answer(MIXED, RATES[0])
+    made: list[int] = []
+    joined, packed = kvpress_answers.joined, kvpress_answers.packed
+
+    def pack(lengths: list[int]) -> list[list[int]]:
+        batches = packed(lengths, rows, tokens)
+        made.append(len(batches))
+        return batches
+
+    monkeypatch.setattr(kvpress_answers, "joined", lambda some: joined(some, held))
+    monkeypatch.setattr(kvpress_answers, "packed", pack)
+    answers = ask("norm", wanted).answer(MIXED, RATES[0])
+    assert sum(made) > 4
+    same(answers, expected)
+
+
+class Failing(Shrinking):
+    """A method with a fault."""
+
+    def compress(self, *_: Any) -> Any:
+        raise RuntimeError("no such luck")
+
+
+def test_a_method_that_fails_fails_alone(
+    ask: Callable[..., PressAsker],
+    prefills: list[list[Label]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(PRESSES, "failing", Failing)
+    shared, wanted = Memory(), coming({"norm": RATES, "failing": RATES})
+    alone = ask("norm").answer(MIXED[:1], RATES[0])
+    prefills.clear()
+    with pytest.warns(UserWarning, match="no such luck"):
+        assert ask("norm", wanted, shared).answer(MIXED[:1], RATES[0]) == alone
+    failing = [Label("failing", rate) for rate in RATES]
+    assert prefills == [[*NORM, *failing], NORM]
+    with pytest.raises(RuntimeError, match="no such luck"):
+        ask("failing", wanted, shared).answer(MIXED[:1], RATES[0])
+    # From now on none is asked for another.
+    ask("norm", wanted, shared).answer(MIXED[2:3], RATES[0])
+    assert prefills[3:] == [NORM]
 
 
 def test_how_much_a_method_may_keep(ask: Callable[..., PressAsker]) -> None:
@@ -212,54 +318,8 @@ def test_how_much_a_method_may_keep(ask: Callable[..., PressAsker]) -> None:
     (whole,) = ask("norm").answer(MIXED[:1], Setting(budget=tokens))
     (full,) = ask("full").answer(MIXED[:1], FULL)
     assert (whole.text, whole.resident) == (full.text, tokens)
-    with pytest.raises(ValueError, match="known: full, norm"):
+    with pytest.raises(ValueError, match="known: full, norm, drawn"):
         ask("other")
-
-
-class Remembering(FakeAsker):
-    """Answers at all settings with the first question."""
-
-    def __init__(self, clock: Clock, settings: Any) -> None:
-        super().__init__(clock)
-        self.settings, self.known = settings, set[Any]()
-
-    def remembers(self, keys: Sequence[Any], setting: Setting) -> bool:
-        return all((key, setting) in self.known for key in keys)
-
-    def answer(self, samples: Sequence[Sample], setting: Setting) -> list[Any]:
-        begin = self.clock.now
-        known = self.remembers([one.key for one in samples], setting)
-        answers = super().answer(samples, setting)
-        if known:
-            self.clock.now = begin
-        for one in samples:
-            self.known |= {(one.key, other) for other in self.settings[one.key]}
-        return answers
-
-
-def test_what_is_remembered_is_recorded_when_time_is_up(tmp_path: Path) -> None:
-    out, clock = tmp_path / "q.jsonl", Clock()
-    # Batches of three, ten seconds each: there is time for two.
-    run = runner(wish(samples=9), out, clock, 25)
-    run._start_cost = 0
-    settings = run.settings(run.cells[0].system)
-    assert [len(set(found)) for found in settings.values()] == [3] * 9
-    asker = Remembering(clock, settings)
-    assert run.run(lambda _: asker) == 9
-    assert asker.asked == [(rate, 3) for rate in ("1", "8", "2") for _ in range(2)]
-    assert clock.now == 20
-    assert {len(cell.samples) for cell in read([out]).values()} == {6}
-
-
-def test_what_is_remembered_says_nothing_about_what_is_not(tmp_path: Path) -> None:
-    clock = Clock()
-    # Ten seconds a length, whatever the length.
-    wished = wish(samples=3, lengths=[4096, 8192, 16384])
-    run = runner(wished, tmp_path / "q.jsonl", clock, 25)
-    run._start_cost = 0
-    asker = Remembering(clock, run.settings(run.cells[0].system))
-    assert run.run(lambda _: asker) == 9
-    assert clock.now == 20
 
 
 def test_what_a_method_keeps() -> None:

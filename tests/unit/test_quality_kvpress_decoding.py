@@ -12,8 +12,17 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from bench.quality.hf_decoding import Decoding, Prefilled, equal_shapes, joined
+from bench.quality import forced
+from bench.quality.hf_decoding import (
+    Decoding,
+    Prefilled,
+    equal_shapes,
+    joined,
+    packed,
+)
+from bench.quality.kvpress_decoding import think
 from bench.quality.kvpress_prefill import SEED, prefill
+from bench.quality.tasks.sample import Sample
 
 VOCAB, LAYERS, KV_HEADS = 64, 2, 2
 STEPS = 5
@@ -92,24 +101,6 @@ class Drawing(Shrinking):
         return int(tokens * (1 - self.discard))
 
 
-@pytest.fixture
-def masking_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As kvpress patches attention, but with a mask in the place of fake keys."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def masked(module: Any, q: Any, k: Any, v: Any, mask: Any, **rest: Any) -> Any:
-        if getattr(module, "masked_key_indices", None) is not None:
-            seen = torch.ones(k.shape[:3], dtype=torch.bool)
-            seen[module.masked_key_indices] = False
-            seen = seen.repeat_interleave(2, 1)[:, :, None]
-            mask = seen if mask is None else seen & mask
-        return attend(module, q, k, v, mask, **rest)
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", masked)
-
-
 def alone(model: Any, row: Prefilled, tokens: list[int]) -> torch.Tensor:
     """Logits after each token, [tokens, vocab]."""
     cache, found = DynamicCache(), []
@@ -163,7 +154,35 @@ def test_prompts_of_all_lengths_decode_as_alone(
 
 
 @torch.inference_mode()
-@pytest.mark.usefixtures("masking_attention")
+def test_rows_of_several_methods_decode_as_alone(model: Any) -> None:
+    presses = {
+        "masked": Masking(0.5),
+        "whole": None,
+        "half": Shrinking(0.5),
+        "most": Shrinking(0.8),
+    }
+    # As many tokens are masked as the other method leaves out.
+    alike = {"masked": "half"}
+    rows: list[Prefilled] = []
+    expected: list[Prefilled] = []
+    for n in LENGTHS:
+        found = {k: one[0] for k, one in prefill(model, [prompt(n)], presses).items()}
+        rows += found.values()
+        expected += [found[alike.get(label, label)] for label in found]
+    assert {row.size for row in rows[:4]} == {
+        (9, True),
+        (9, False),
+        (4, False),
+        (1, False),
+    }
+    said = [prompt(100 + place)[:STEPS] for place in range(len(rows))]
+    for one, row, tokens in zip(
+        together(model, rows, said), expected, said, strict=True
+    ):
+        close(one, alone(model, row, tokens))
+
+
+@torch.inference_mode()
 def test_masked_keys_count_for_nothing(model: Any, said: list[list[int]]) -> None:
     presses = {"masked": Masking(0.5), "shrunk": Shrinking(0.5)}
     # The first two share a prefill.
@@ -223,10 +242,41 @@ def test_prompts_of_equal_shape_share_a_prefill() -> None:
     assert equal_shapes(shapes, most=10) == [[0], [2], [1], [3]]
 
 
-def test_groups_are_joined_up_to_their_padding() -> None:
-    groups = [(1, 10), (2, 10), (1, 12), (1, 40), (5, 1), (1, 1)]
-    assert joined(groups, prompts=4, most=1000) == [[0, 1, 2], [3], [4], [5]]
-    # Four prompts of 12 tokens are 48, as many as they would be with their padding.
-    assert joined(groups, prompts=9, most=48) == [[0, 1, 2], [3], [4, 5]]
-    assert joined(groups, prompts=9, most=47) == [[0, 1], [2], [3], [4, 5]]
-    assert joined([], prompts=9, most=47) == []
+def test_groups_wait_together_up_to_what_is_kept() -> None:
+    held = [10, 20, 12, 40, 5, 1]
+    assert joined(held, most=46) == [[0, 1, 2], [3, 4, 5]]
+    assert joined(held, most=42) == [[0, 1, 2], [3], [4, 5]]
+    assert joined(held, most=30) == [[0, 1], [2], [3], [4, 5]]
+    assert joined([], most=30) == []
+
+
+def test_rows_are_packed_up_to_their_padding() -> None:
+    lengths = [10, 10, 10, 12, 40, 41]
+    assert packed(lengths, rows=4, most=1000) == [[0, 1, 2, 3], [4, 5]]
+    assert packed(lengths, rows=3, most=1000) == [[0, 1, 2], [3, 4, 5]]
+    # Four rows of 12 tokens are 48, as many as they would be with their padding.
+    assert packed(lengths, rows=9, most=48) == [[0, 1, 2, 3], [4], [5]]
+    assert packed(lengths, rows=9, most=47) == [[0, 1, 2], [3], [4], [5]]
+    assert packed([], rows=9, most=47) == []
+
+
+@torch.inference_mode()
+def test_a_dictated_token_is_in_the_reference_however_unlikely(model: Any) -> None:
+    rows = [prefill(model, [prompt(n)], {"whole": None})["whole"][0] for n in LENGTHS]
+    truth = [row.logits.log_softmax(-1) for row in rows]
+    least, most = int(truth[0].argmin()), int(truth[1].argmax())
+    targets = ((least, 3), (most,), (least, 5, 7))
+    samples = [Sample("t", "g", 0, 0, 0, "", (), 9, "x", targets=t) for t in targets]
+    made = think(model, rows, samples, None)
+    for place, (one, tokens) in enumerate(zip(made, targets, strict=True)):
+        reference = one.reference
+        assert reference
+        assert len(reference.ids) == len(reference.logprobs) == len(tokens)
+        for at, token in enumerate(tokens):
+            values = dict(zip(reference.ids[at], reference.logprobs[at], strict=True))
+            assert len(values) == forced.TOP
+            assert values[token] == pytest.approx(one.logprobs[at])
+        assert one.logprobs[0] == pytest.approx(float(truth[place][tokens[0]]))
+    assert made[0].reference.ids[0][-1] == least
+    # What is listed already stays in its place.
+    assert made[1].reference.ids[0][0] == most
