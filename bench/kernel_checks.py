@@ -26,9 +26,11 @@ from sglang_kvc.kernels.select import select_entries, select_entries_ref
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
 
 # The defaults of `sglang_kvc.options`, which needs SGLang.
-WINDOW, SINKS, POWER = 32, 4, 2
+METRIC, WINDOW, SINKS, POWER = "value_norm", 32, 4, 2
 POOL = (32, 3)
 SCORE_TOLERANCE = 1e-3
+PLAIN = "observe, no value norms"
+"""The stage ``observe`` of the paper's metric, which leaves values out."""
 
 
 def small_case(device: str, shape: Shape) -> Case:
@@ -76,9 +78,13 @@ def check_pass(device: str, shape: Shape) -> dict[str, str]:
 
     scoring = (plan, ours.arena.head_dim**-0.5, POWER, WINDOW)
     rings = (ours.query_ring, ours.query_lse), (theirs.query_ring, theirs.query_lse)
-    got = observe_scores(*rings[0], ours.arena, ours.tables, *scoring)
-    raw = observe_scores_ref(*rings[1], theirs.arena, theirs.tables, *scoring)
-    compare("observe", require_close, got[:, None], raw[:, None], SCORE_TOLERANCE)
+    # The shipped metric last: what follows works on its scores.
+    for values, stage in ((False, PLAIN), (True, "observe")):
+        got = observe_scores(*rings[0], ours.arena, ours.tables, *scoring, values)
+        raw = observe_scores_ref(
+            *rings[1], theirs.arena, theirs.tables, *scoring, values
+        )
+        compare(stage, require_close, got[:, None], raw[:, None], SCORE_TOLERANCE)
 
     got = pool_scores(raw, plan, ours.tables, *POOL, heads)
     scores = pool_scores_ref(raw, plan, theirs.tables, *POOL, heads)

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.batches import Batch, Shape, head_blocks, make_batch
-from bench.kernel_checks import POOL, POWER, SINKS, WINDOW, check_pass
+from bench.kernel_checks import (
+    METRIC,
+    PLAIN,
+    POOL,
+    POWER,
+    SINKS,
+    WINDOW,
+    check_pass,
+)
 from bench.timing import CheckError, Clock, Report
 from sglang_kvc.eviction import run_pass
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, PassPlan
@@ -24,7 +32,7 @@ from sglang_kvc.kernels.select import select_entries
 from sglang_kvc.scorers import ScoreContext, get_scorer
 
 SECTION = "pass"
-SCORER = get_scorer("l2")
+SCORER = get_scorer(METRIC)
 PROTECTED = 32
 RATE = 8
 SLOTS = 65
@@ -141,17 +149,17 @@ class Stages:
 
     def observe(self) -> torch.Tensor:
         """Scores of all resident KVs."""
-        return self.context.attention(POWER)
+        return SCORER.score(self.context)
 
-    def observe_values(self) -> torch.Tensor:
-        """The same, weighed by the length of the values."""
-        return self.context.attention(POWER, value_norms=True)
+    def observe_plain(self) -> torch.Tensor:
+        """The same, without the length of the values."""
+        return self.context.attention(POWER)
 
     def observe_unrecorded(self) -> torch.Tensor:
         """The same, when no log-sum-exp is known; leaves them in the ring."""
         nothing = torch.zeros_like(self.plan.recorded)
         plan = self.plan._replace(recorded=nothing, all_recorded=False)
-        return replace(self.context, plan=plan).attention(POWER)
+        return SCORER.score(replace(self.context, plan=plan))
 
     def pool(self) -> torch.Tensor:
         """Scores, smoothed in a first pass."""
@@ -218,17 +226,15 @@ def _bench_case(
     # Row index and score come with a survivor; K, V and score go out.
     read, written = kept * (2 * row_bytes + 8), kept * (2 * row_bytes + 4)
     stages = {
-        # Every key once, every score out.
-        "observe": (run.observe, entries * (row_bytes + 4)),
+        # Every key and value once, every score out.
+        "observe": (run.observe, entries * (2 * row_bytes + 4)),
         "pool": (run.pool, entries * 8),
         "select": (run.select, entries * 4 + kept * 8),
         "pack": (run.pack, read + written),
         "commit": (run.commit, 0),
     }
     total = sum(nbytes for _, nbytes in stages.values())
-    others = {
-        "observe, value norms": (run.observe_values, entries * (2 * row_bytes + 4))
-    }
+    others = {PLAIN: (run.observe_plain, entries * (row_bytes + 4))}
     if case.packed:
         others["observe, none recorded"] = (run.observe_unrecorded, 0)
     for stage, (work, nbytes) in {**stages, **others}.items():

@@ -137,7 +137,7 @@ class KVCompressOptions:
     sinks: int = 4
     pool_back: int = 32
     pool_ahead: int = 3
-    metric: str = "l2"
+    metric: str = "value_norm"
     allocation: str = "joint"
     head_floor: int = 0
     chunks: str = "auto"

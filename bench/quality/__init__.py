@@ -36,7 +36,8 @@ repeat them until they exit with 0 (3: samples are left).
    at all rates is decoded together::
 
        PYTHONPATH=$K python -m bench.quality run --model $M --data $D \\
-           --preset table-kvpress --batch 128 --deadline 500 --out $R/quality_kvpress.jsonl
+           --preset table-kvpress --batch 64 --deadline 500 \\
+           --out $R/quality_kvpress.jsonl
 
 3. Heat maps, and the defaults on prompts that no table uses::
 

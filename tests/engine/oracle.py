@@ -27,7 +27,7 @@ SEED = 0
 class Policy:
     """What a KV is worth and who shares a budget, named as the server's options."""
 
-    metric: str = "l2"
+    metric: str = KVCompressOptions.metric
     allocation: str = "joint"
     head_floor: int = 0
 

@@ -31,10 +31,10 @@ POLICIES = [
     Policy("key_similarity"),
     Policy("recency"),
     Policy("random"),
-    Policy("l2", "layer"),
-    Policy("l2", "head"),
+    Policy(allocation="layer"),
+    Policy(allocation="head"),
     # Four blocks; sinks and protected tokens alone keep three.
-    Policy("l2", head_floor=60),
+    Policy(head_floor=60),
 ]
 # fp32 sums in another order; what needs no sum is exact.
 TIE = 1e-3
