@@ -144,19 +144,24 @@ class PassRunner:
                 pool_tail=True,
                 recorded=False,
             )
-            self._launch([request], pages, sinks=0, groups=groups)
+            # One page is less than sinks and a floor may take.
+            self._launch([request], pages, sinks=0, groups=groups, floor_blocks=0)
             # The pass has packed the padding slot: it must be empty again, also for
             # the next round, whose workspace is sized for an unpacked request.
             self.runtime.reset_slots([0])
 
     def _run_group(self, records: list[PassRecord]) -> None:
         heads = self.runtime.arena.heads_per_page
-        protected = self.runtime.options.protected
-        requests = [_plan_request(r, heads, protected) for r in records]
+        options = self.runtime.options
+        requests = [_plan_request(r, heads, options.protected) for r in records]
         pages = torch.cat([r.target[::PAGE_SIZE] // PAGE_SIZE for r in records])
         groups = self.chunk_groups if records[0].between_chunks else self.groups
         selected = self._launch(
-            requests, pages, sinks=self.runtime.options.sinks, groups=groups
+            requests,
+            pages,
+            sinks=options.sinks,
+            groups=groups,
+            floor_blocks=-(-options.head_floor // PAGE_SIZE),
         )
         for record, blocks in zip(records, selected.block_offsets, strict=True):
             if record.state.policy.request.report_heads:
@@ -173,6 +178,7 @@ class PassRunner:
         *,
         sinks: int,
         groups: int,
+        floor_blocks: int,
     ) -> SelectedEntries:
         runtime, options = self.runtime, self.runtime.options
         context = ScoreContext(
@@ -191,7 +197,7 @@ class PassRunner:
             pool=(options.pool_back, options.pool_ahead),
             sinks=sinks,
             groups=groups,
-            floor_blocks=-(-options.head_floor // PAGE_SIZE),
+            floor_blocks=floor_blocks,
         )
 
 

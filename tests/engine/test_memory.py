@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -117,9 +118,14 @@ def test_bad_request_fails_alone(fresh: InProcessScheduler, model_path: str) -> 
     assert len(out["good"].ids) == 8
 
 
-def test_warm_up_leaves_the_padding_slot_empty(fresh: InProcessScheduler) -> None:
+@pytest.mark.parametrize("head_floor", [0, 64])
+def test_warm_up_leaves_the_padding_slot_empty(
+    fresh: InProcessScheduler, monkeypatch: pytest.MonkeyPatch, head_floor: int
+) -> None:
     """What compiles the kernels on a GPU runs here too, and leaves no trace."""
     runtime = fresh.allocator.get_kvcache().runtime
+    options = dataclasses.replace(runtime.options, head_floor=head_floor)
+    monkeypatch.setattr(runtime, "options", options)
     runtime.passes.warm_up()
     assert not runtime.tables.fold_lens[0]
     assert not runtime.tables.block_offsets[0].any()
