@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from bench.quality.tasks import OWN_LENGTH
 PANEL = (4.2, 3.4)
 ACROSS = 3
 DASHES = {KVPRESS: "--"}
+LEGEND_LINE = 0.22
+"""Inches."""
 
 Lines = dict[str, list[tuple[float, Estimate]]]
 
@@ -72,7 +74,7 @@ def plot_retention(plt: Any, cells: Mapping[Key, Cell], title: str, path: Path) 
     panels = {group: lines for group, lines in panels.items() if lines}
     if not panels:
         return False
-    systems = list(dict.fromkeys(s for lines in panels.values() for s in lines))
+    numbers = _numbers(dict.fromkeys(s for lines in panels.values() for s in lines))
     rows = -(-len(panels) // ACROSS)
     across = min(ACROSS, len(panels))
     figure, grid = plt.subplots(
@@ -85,7 +87,7 @@ def plot_retention(plt: Any, cells: Mapping[Key, Cell], title: str, path: Path) 
         axes.set_visible(False)
     for axes, (group, lines) in zip(grid.flat, panels.items(), strict=False):
         for system, points in lines.items():
-            _line(axes, system, systems.index(system), points)
+            _line(axes, system, numbers[system], points)
         _panel(axes, group, lines)
     handles = {
         label: handle
@@ -93,13 +95,25 @@ def plot_retention(plt: Any, cells: Mapping[Key, Cell], title: str, path: Path) 
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.suptitle(f"Retention of the full cache's score: {title}")
-    figure.tight_layout(rect=(0, 0.04 + 0.03 * (-(-len(handles) // 3)), 1, 1))
+    legend = LEGEND_LINE * (1 - (-len(handles) // 3))
+    figure.tight_layout(rect=(0, legend / figure.get_figheight(), 1, 1))
     figure.legend(
         handles.values(), handles.keys(), loc="lower center", ncols=3, frameon=False
     )
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return True
+
+
+def _numbers(systems: Iterable[str]) -> dict[str, int]:
+    """Which colour a system has; kinds differ by their dashes, so each counts anew."""
+    seen: dict[str, int] = {}
+    numbers = {}
+    for system in systems:
+        kind = system.partition(":")[0]
+        numbers[system] = seen.get(kind, 0)
+        seen[kind] = numbers[system] + 1
+    return numbers
 
 
 def _line(
@@ -111,7 +125,7 @@ def _line(
         rates,
         [value.value for _, value in points],
         color=color,
-        marker=MARKERS[number % len(MARKERS)],
+        marker=MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
         markersize=4,
         linestyle=DASHES.get(system.partition(":")[0], "-"),
         label=system,
