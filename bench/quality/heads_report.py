@@ -130,7 +130,7 @@ def plot_kept(plt: Any, panels: list[Map], title: str, path: Path) -> None:
         axes.set_yticks(range(0, heads, max(1, heads // 8)))
     grid[-1, 0].set_xlabel("layer")
     grid[-1, 0].set_xticks(range(0, layers, max(1, layers // 8)))
-    figure.colorbar(image, ax=grid[:, 0].tolist(), label="kept, 1 = mean of all heads")
+    figure.colorbar(image, ax=grid[:, 0].tolist(), label="of the mean")
     figure.suptitle(title)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
