@@ -24,10 +24,12 @@ from sglang_kvc.kernels.pack import (
 )
 from sglang_kvc.kernels.select import select_entries, select_entries_ref
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
+from sglang_kvc.options import KVCompressOptions
 
-# The defaults of `sglang_kvc.options`, which needs SGLang.
-METRIC, WINDOW, SINKS, POWER = "value_norm", 32, 4, 2
-POOL = (32, 3)
+DEFAULTS = KVCompressOptions()
+METRIC, WINDOW, SINKS = DEFAULTS.metric, DEFAULTS.window, DEFAULTS.sinks
+POOL = (DEFAULTS.pool_back, DEFAULTS.pool_ahead)
+POWER = 2
 SCORE_TOLERANCE = 1e-3
 PLAIN = "observe, no value norms"
 """The stage ``observe`` of the paper's metric, which leaves values out."""

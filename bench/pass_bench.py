@@ -14,6 +14,7 @@ import torch
 
 from bench.batches import Batch, Shape, head_blocks, make_batch
 from bench.kernel_checks import (
+    DEFAULTS,
     METRIC,
     PLAIN,
     POOL,
@@ -33,7 +34,6 @@ from sglang_kvc.scorers import ScoreContext, get_scorer
 
 SECTION = "pass"
 SCORER = get_scorer(METRIC)
-PROTECTED = 32
 RATE = 8
 SLOTS = 65
 """Rows of the query ring: the padding slot and the most requests of a case."""
@@ -105,7 +105,7 @@ def pass_batch(
             query_start=max(seq_len - WINDOW, 0),
             packed_pages=packed,
             evict_blocks=(packed + (new - fold) // PAGE_SIZE - case.keep_pages) * heads,
-            protected=max(new - (seq_len - PROTECTED), 0),
+            protected=max(new - (seq_len - DEFAULTS.protected), 0),
             is_first=not case.packed,
             repeated=False,
             # Decoded tokens are not pooled, prompts are.

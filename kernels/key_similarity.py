@@ -29,6 +29,7 @@ from sglang_kvc.kernels.plan_heads import (
     plan_head,
     plan_heads_ref,
     programs_per_head,
+    walk_inputs,
 )
 
 # Shortest length that is divided by, as in torch.nn.functional.normalize.
@@ -186,17 +187,11 @@ def key_similarity_scores_triton(
     )
     inputs = (
         arena.k,
-        tables.req_to_token,
-        tables.block_offsets,
-        tables.packed_pages,
-        plan.slots,
-        plan.seq_lens,
-        plan.fold_old,
+        *walk_inputs(tables, plan),
         plan.tail_blocks,
         plan.entry_base,
         partial,
     )
-    strides = (tables.req_to_token.stride(0), tables.packed_pages.stride(0))
     axes = {
         "LH": heads,
         "D": arena.head_dim,
@@ -207,8 +202,8 @@ def key_similarity_scores_triton(
     }
     for first in range(0, num_requests, chunk):
         grid = (min(chunk, num_requests - first) * heads, splits)
-        anchor_kernel[grid](*inputs, *strides, first, **axes)
-        similarity_kernel[grid](*inputs, scores, *strides, first, **axes)
+        anchor_kernel[grid](*inputs, *tables.row_strides, first, **axes)
+        similarity_kernel[grid](*inputs, scores, *tables.row_strides, first, **axes)
     return scores
 
 

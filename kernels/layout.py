@@ -74,6 +74,11 @@ class BlockTables(NamedTuple):
     block_offsets: torch.Tensor
     packed_pages: torch.Tensor
 
+    @property
+    def row_strides(self) -> tuple[int, int]:
+        """Cells from one slot's row to the next, of tokens and of packed pages."""
+        return self.req_to_token.stride(0), self.packed_pages.stride(0)
+
 
 class PassPlan(NamedTuple):
     """One batch of eviction passes over R requests, as device vectors and host totals.

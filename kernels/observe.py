@@ -34,7 +34,7 @@ from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.observe_kernels import score_kernel
-from sglang_kvc.kernels.plan_heads import programs_per_head
+from sglang_kvc.kernels.plan_heads import programs_per_head, walk_inputs
 from sglang_kvc.kernels.pool import pool_scores, pool_scores_ref, pool_scores_triton
 from sglang_kvc.kernels.query_lse import LOG2E, fill_lse
 
@@ -181,20 +181,14 @@ def observe_scores_triton(
         arena.k,
         arena.v,
         arena.score,
-        tables.req_to_token,
-        tables.block_offsets,
-        tables.packed_pages,
-        plan.slots,
-        plan.seq_lens,
-        plan.fold_old,
+        *walk_inputs(tables, plan),
         plan.query_start,
         plan.tail_blocks,
         plan.is_first,
         plan.repeated,
         plan.entry_base,
         scores,
-        tables.req_to_token.stride(0),
-        tables.packed_pages.stride(0),
+        *tables.row_strides,
         sm_scale * LOG2E,
         ROWS=score_rows,
         TILE=config.score_tile,

@@ -1,7 +1,7 @@
 """Walk the heads of a pass plan: what the ops share that score every resident entry.
 
-`plan_heads_ref` for the references (one head at a time, no padding), `plan_head` and
-`load_rows` for the Triton kernels. Both restate the workspace layout of
+`plan_heads_ref` for the references (one head at a time, no padding), `walk_inputs`,
+`plan_head` and `load_rows` for the Triton kernels. Both restate the workspace layout of
 `layout.PassPlan`: a head's cells are its packed entries, its tail, then padding.
 """
 
@@ -57,6 +57,18 @@ def plan_heads_ref(
             start = base + PAGE_SIZE * (offsets[lh] + lh * tail_blocks)
             cells = slice(start, start + own.shape[0])
             yield PlanHead(slot, seq_len, lh, not is_first, own, cells)
+
+
+def walk_inputs(tables: BlockTables, plan: PassPlan) -> tuple[torch.Tensor, ...]:
+    """What kernels that walk a plan take in a row, from req_to_token to folds."""
+    return (
+        tables.req_to_token,
+        tables.block_offsets,
+        tables.packed_pages,
+        plan.slots,
+        plan.seq_lens,
+        plan.fold_old,
+    )
 
 
 def programs_per_head(rows: int, work_items: int) -> int:

@@ -38,6 +38,7 @@ from sglang_kvc.kernels.plan_heads import (
     plan_head,
     plan_heads_ref,
     programs_per_head,
+    walk_inputs,
 )
 
 SEED_LIMIT = 1 << 31
@@ -206,18 +207,12 @@ def random_scores_triton(
     scores = torch.empty(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     random_kernel[(rows, programs_per_head(rows, tiles))](
         arena.score,
-        tables.req_to_token,
-        tables.block_offsets,
-        tables.packed_pages,
-        plan.slots,
-        plan.seq_lens,
-        plan.fold_old,
+        *walk_inputs(tables, plan),
         plan.tail_blocks,
         plan.is_first,
         plan.entry_base,
         scores,
-        tables.req_to_token.stride(0),
-        tables.packed_pages.stride(0),
+        *tables.row_strides,
         seed,
         LH=arena.heads_per_page,
         S=PAGE_SIZE,

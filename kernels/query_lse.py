@@ -16,7 +16,7 @@ from sglang_kvc.kernels.observe_rows import (
     query_rows,
     ring_cell,
 )
-from sglang_kvc.kernels.plan_heads import plan_head, programs_per_head
+from sglang_kvc.kernels.plan_heads import plan_head, programs_per_head, walk_inputs
 
 LOG2E = 1.4426950408889634
 
@@ -183,19 +183,13 @@ def fill_lse(
         lse_kernel[(rows, splits)](
             query_ring,
             arena.k,
-            tables.req_to_token,
-            tables.block_offsets,
-            tables.packed_pages,
-            plan.slots,
-            plan.seq_lens,
-            plan.fold_old,
+            *walk_inputs(tables, plan),
             plan.query_start,
             plan.tail_blocks,
             plan.entry_base,
             plan.recorded,
             partial,
-            tables.req_to_token.stride(0),
-            tables.packed_pages.stride(0),
+            *tables.row_strides,
             first,
             sm_scale * LOG2E,
             ROWS=lse_rows,

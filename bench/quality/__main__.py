@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.quality.plan import Wish
+from bench.quality.plan import SAMPLES_LEFT, Wish
 from bench.quality.presets import RUNS, Preset
 from bench.quality.run import Asker
 from bench.quality.systems import (
@@ -112,7 +112,7 @@ def default_data() -> Path | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure; the exit status is 3 if samples are left."""
+    """Measure; the exit status, `SAMPLES_LEFT` if some are."""
     from bench.quality.run import Runner
 
     wish, store = read_wish(args)
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         store.close()
     print(f"{left} samples are left" if left else "all done")
-    return 3 if left else 0
+    return SAMPLES_LEFT if left else 0
 
 
 def run_heads(args: argparse.Namespace) -> int:

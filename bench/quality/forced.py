@@ -114,21 +114,37 @@ def _write(one: Mapping[str, Any], notes: Mapping[int, _Note]) -> None:
     columns = list(zip(*(notes[at] for at in sorted(notes)), strict=True))
     seen, *top = (torch.stack(column).tolist() for column in columns)
     logprobs, agree, divergence = map(list, zip(*seen, strict=True))
-    reference = Reference(*top) if top else None
-    if reference is not None:
-        rows = zip(reference.ids, reference.logprobs, strict=True)
-        for (ids, values), token, own in zip(
-            rows, one["tokens"], logprobs, strict=False
-        ):
-            # The dictated token counts however unlikely it is.
-            if token not in ids:
-                ids[-1], values[-1] = token, own
+    reference = refer(*top, one["tokens"], logprobs) if top else None
     path = Path(one["out"])
     part = path.with_suffix(".part")
     part.write_text(
         json.dumps(asdict(Thoughts(logprobs, agree, divergence, reference)))
     )
     part.replace(path)
+
+
+def refer(
+    ids: list[list[int]],
+    values: list[list[float]],
+    tokens: Sequence[int],
+    own: Sequence[float],
+) -> Reference:
+    """The most likely tokens as a reference.
+
+    Parameters
+    ----------
+    ids, values : [positions, `TOP`]
+        The most likely tokens and their log-probabilities; changed in place.
+    tokens, own : sequences
+        The dictated tokens and theirs.
+    """
+    # There may be fewer positions than tokens, see `_write`.
+    rows = zip(ids, values, tokens, own, strict=False)
+    for row_ids, row_values, token, value in rows:
+        # The dictated token counts however unlikely it is.
+        if token not in row_ids:
+            row_ids[-1], row_values[-1] = token, value
+    return Reference(ids, values)
 
 
 def read(one: Mapping[str, Any]) -> Thoughts:

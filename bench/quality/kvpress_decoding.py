@@ -141,16 +141,12 @@ def _references(
     # [step, sample, token]
     ids = torch.stack([b.indices for b in best]).tolist()
     logprobs = torch.stack([b.values for b in best]).tolist()
-    made = []
-    for i, tokens in enumerate(targets):
-        reference = forced.Reference(
+    return [
+        forced.refer(
             [step[i] for step in ids[: len(tokens)]],
             [step[i] for step in logprobs[: len(tokens)]],
+            tokens,
+            thoughts[i].logprobs,
         )
-        for at, token in enumerate(tokens):
-            # The dictated token counts however unlikely it is.
-            if token not in reference.ids[at]:
-                reference.ids[at][-1] = token
-                reference.logprobs[at][-1] = thoughts[i].logprobs[at]
-        made.append(reference)
-    return made
+        for i, tokens in enumerate(targets)
+    ]

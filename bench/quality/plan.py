@@ -10,6 +10,9 @@ from bench.quality.records import Cell, Key
 from bench.quality.systems import Setting, System
 from bench.quality.tasks import OWN_LENGTH, Task
 
+SAMPLES_LEFT = 3
+"""Exit status of a run that had to stop."""
+
 
 @dataclass(frozen=True)
 class Wish:

@@ -21,11 +21,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.quality.plan import is_asked
+from bench.quality.plan import SAMPLES_LEFT, is_asked
 from bench.quality.systems import PRESETS, RATES, parse_setting, parse_systems
 
-SAMPLES_LEFT, KILLED = 3, 124
-"""Exit statuses: what `run` says when it had to stop, and what `timeout` says."""
+KILLED = 124
+"""Exit status of `timeout`."""
 POLL = 0.2
 PATIENCE = 60.0
 """Seconds after the deadline until a process that does not end is killed."""
