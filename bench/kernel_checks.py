@@ -28,7 +28,7 @@ from sglang_kvc.options import KVCompressOptions
 
 DEFAULTS = KVCompressOptions()
 METRIC, WINDOW, SINKS = DEFAULTS.metric, DEFAULTS.window, DEFAULTS.sinks
-POOL = (DEFAULTS.pool_back, DEFAULTS.pool_ahead)
+POOL = (DEFAULTS.pool_back, DEFAULTS.pool_ahead, DEFAULTS.pool_decay)
 POWER = 2
 SCORE_TOLERANCE = 1e-3
 PLAIN = "observe, no value norms"

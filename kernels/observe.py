@@ -119,7 +119,11 @@ def observe_scores_ref(
 
 
 class ObserveConfig(NamedTuple):
-    """Tiles of the two sweeps: queries x keys, and how the second one is run."""
+    """Tiles of the two sweeps: queries x keys, and how the second one is run.
+
+    `score_registers` caps the registers of a thread where that lets a multiprocessor
+    hold three programs, not two: those of four warps, heads of up to 128 dimensions.
+    """
 
     lse_rows: int
     lse_tile: int
@@ -127,9 +131,10 @@ class ObserveConfig(NamedTuple):
     score_tile: int
     score_warps: int
     score_stages: int
+    score_registers: int | None = None
 
 
-_CONFIG = ObserveConfig(128, 32, 256, 64, 4, 3)
+_CONFIG = ObserveConfig(128, 32, 256, 64, 4, 3, 168)
 _WIDE_CONFIG = ObserveConfig(32, 32, 32, 32, 4, 2)
 
 
@@ -175,6 +180,8 @@ def observe_scores_triton(
     rows = num_requests * heads
     score_rows = min(row_tile, config.score_rows)
     tiles = -(-plan.max_blocks * PAGE_SIZE // config.score_tile)
+    warps = config.score_warps * (2 if score_rows > 128 else 1)
+    three_fit = warps == 4 and sizes["DP"] <= 128
     score_kernel[(rows, programs_per_head(rows, tiles))](
         query_ring,
         query_lse,
@@ -194,8 +201,9 @@ def observe_scores_triton(
         TILE=config.score_tile,
         POWER=power,
         NORMS=value_norms,
-        num_warps=config.score_warps * (2 if score_rows > 128 else 1),
+        num_warps=warps,
         num_stages=config.score_stages,
+        maxnreg=config.score_registers if three_fit else None,
         **sizes,
     )
     return scores

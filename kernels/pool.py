@@ -1,8 +1,11 @@
-"""Max-pool new scores along key positions: out[i] = max of s[i - back .. i + ahead].
+"""Max-pool new scores along key positions, the less the farther away:
+
+    out[i] = max of s[j] * decay ** |i - j| over j in i - back .. i + ahead
 
 A query that looks for something attends to where the text says what follows; the rest
 of it gets its turn only while it is read. Pooling lets what lies up to `back` behind a
-match, and a little ahead of it, stay with it.
+match, and a little ahead of it, stay with it. A match far above the rest keeps all of
+that at any decay; of many that are about equal each keeps its nearest first.
 
 Only the tail of a request is pooled, and only where the plan says so: its entries are
 consecutive text. Neighbours belong to the same head, to the tail and to positions <
@@ -16,6 +19,8 @@ tensor                  shape                  meaning
 ======================  =====================  =========================================
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -26,12 +31,26 @@ from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
 from sglang_kvc.kernels.plan_heads import plan_head
 
 
+def pool_rows_ref(
+    rows: torch.Tensor, back: int, ahead: int, decay: float
+) -> torch.Tensor:
+    """Pool each row of `rows` [heads, n], scores >= 0, by itself."""
+    n = rows.shape[1]
+    padded = F.pad(rows, (back, ahead))
+    near = (
+        padded[:, back + shift : back + shift + n] * decay ** abs(shift)
+        for shift in range(-back, ahead + 1)
+    )
+    return functools.reduce(torch.maximum, near)
+
+
 def pool_scores_ref(
     scores: torch.Tensor,
     plan: PassPlan,
     tables: BlockTables,
     back: int,
     ahead: int,
+    decay: float,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Plain torch form of `pool_scores`."""
@@ -53,8 +72,7 @@ def pool_scores_ref(
         offsets = tables.block_offsets[slot, 1 : num_heads_per_page + 1].long()
         start = base + PAGE_SIZE * (offsets + head * tail_blocks)
         index = start[:, None] + torch.arange(seq_len - fold, device=scores.device)
-        own = F.pad(scores[index], (back, ahead), value=float("-inf"))
-        pooled[index] = F.max_pool1d(own, back + 1 + ahead, stride=1)
+        pooled[index] = pool_rows_ref(scores[index], back, ahead, decay)
     return pooled
 
 
@@ -73,13 +91,14 @@ def pool_kernel(
     S: tl.constexpr,
     BACK: tl.constexpr,
     AHEAD: tl.constexpr,
+    DECAY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (R * LH, P): program (x, y) writes blocks y, y + P, ... of head x % LH of
     request x // LH: the window maximum of tail entries to be pooled, else a copy.
 
-    Pointers: scores, pooled [num_entries] fp32; plan vectors [R] int64. Lanes outside
-    the tail count as -inf; each entry is written by one program.
+    Pointers: scores, pooled [num_entries] fp32 >= 0; plan vectors [R] int64. Lanes
+    outside the tail count as 0; each entry is written by one program.
     """
     x = tl.program_id(0)
     r = x // LH
@@ -91,14 +110,18 @@ def pool_kernel(
 
     for i in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
         entry = i + tl.arange(0, BLOCK)
-        best = tl.load(scores + base + entry, mask=entry < size, other=0.0)
-        for shift in range(-BACK, AHEAD + 1):
-            near = entry + shift
-            inside = (near >= packed_len) & (near < reach)
-            inside = inside & (entry >= packed_len) & (entry < reach)
-            best = tl.maximum(
-                best, tl.load(scores + base + near, mask=inside, other=float("-inf"))
-            )
+        own = scores + base + entry
+        best = tl.load(own, mask=entry < size, other=0.0)
+        tail = (entry >= packed_len) & (entry < reach)
+        # Unrolled: distances, and so the factors, are known to the compiler.
+        for back in tl.static_range(1, BACK + 1):
+            inside = tail & (entry - back >= packed_len)
+            near = tl.load(own - back, mask=inside, other=0.0)
+            best = tl.maximum(best, near * DECAY**back)
+        for ahead in tl.static_range(1, AHEAD + 1):
+            inside = tail & (entry + ahead < reach)
+            near = tl.load(own + ahead, mask=inside, other=0.0)
+            best = tl.maximum(best, near * DECAY**ahead)
         tl.store(pooled + base + entry, best, mask=entry < size)
 
 
@@ -108,6 +131,7 @@ def pool_scores_triton(
     tables: BlockTables,
     back: int,
     ahead: int,
+    decay: float,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Triton form of `pool_scores`."""
@@ -128,6 +152,7 @@ def pool_scores_triton(
         S=PAGE_SIZE,
         BACK=back,
         AHEAD=ahead,
+        DECAY=decay,
         BLOCK=block,
         num_warps=4,
     )
@@ -140,18 +165,20 @@ def pool_scores(
     tables: BlockTables,
     back: int,
     ahead: int,
+    decay: float,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Smooth the scores of new text: a new tensor, or `scores` if there is none.
 
     Parameters
     ----------
-    scores : [plan.num_entries] fp32 from `observe_scores`.
+    scores : [plan.num_entries] fp32 >= 0 from `observe_scores`.
     plan, tables : the tables as they were when the scores were made.
     back, ahead : how far before and behind an entry its window reaches.
+    decay : in (0, 1], what is left of a score one entry away.
     num_heads_per_page : L * H.
     """
     if not (back or ahead) or not plan.any_pooled:
         return scores
     op = pool_scores_triton if use_triton(scores) else pool_scores_ref
-    return op(scores, plan, tables, back, ahead, num_heads_per_page)
+    return op(scores, plan, tables, back, ahead, decay, num_heads_per_page)

@@ -36,7 +36,7 @@ def run_pass(
     context: ScoreContext,
     dest_pages: torch.Tensor,
     *,
-    pool: tuple[int, int],
+    pool: tuple[int, int, float],
     sinks: int,
     groups: int = 1,
     floor_blocks: int = 0,
@@ -48,7 +48,7 @@ def run_pass(
     scorer : which KVs are worth keeping.
     context : what it looks at; arena and tables are written.
     dest_pages : [pages kept] int64, fresh pages for the survivors in plan order.
-    pool : how far a window of `pool_scores` reaches back and ahead.
+    pool : `back`, `ahead` and `decay` of `pool_scores`.
     sinks : as in `KVCompressOptions`.
     groups, floor_blocks : as in `select_entries`.
 
@@ -194,7 +194,7 @@ class PassRunner:
             self.scorer,
             context,
             dest_pages,
-            pool=(options.pool_back, options.pool_ahead),
+            pool=(options.pool_back, options.pool_ahead, options.pool_decay),
             sinks=sinks,
             groups=groups,
             floor_blocks=floor_blocks,

@@ -44,10 +44,16 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "pool_back": (
         int,
         "TOKENS",
-        "A token of a prompt is worth as much as the best of this many before it, 0 to "
-        f"{MAX_POOL}: what follows a match is kept with it.",
+        "A token of a prompt shares in the worth of the best of this many before it, "
+        f"0 to {MAX_POOL}: what follows a match is kept with it.",
     ),
     "pool_ahead": (int, "TOKENS", f"The same for those behind it, 0 to {MAX_POOL}."),
+    "pool_decay": (
+        float,
+        "X",
+        "What another token's worth counts for, per token of distance: above 0, at "
+        "most 1, which is all of it.",
+    ),
     "metric": (
         str,
         "{" + ",".join(METRICS) + "}",

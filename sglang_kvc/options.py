@@ -85,6 +85,19 @@ def check_rate(name: str, value: Any) -> None:
         )
 
 
+def check_share(name: str, value: Any) -> None:
+    """Raise unless `value` is a real number in ``(0, 1]``.
+
+    Raises
+    ------
+    ConfigError
+        With the name, the rule and the value found.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:
+        raise ConfigError(f"{name} must be a number above 0, at most 1, got {value!r}.")
+
+
 @dataclass(frozen=True)
 class KVCompressOptions:
     """Server-wide settings.
@@ -108,6 +121,8 @@ class KVCompressOptions:
     pool_back, pool_ahead : int
         A KV of a prompt takes the highest score of those up to `pool_back` positions
         before it and `pool_ahead` behind it, see `kernels.pool`; 0 and 0: its own.
+    pool_decay : float
+        What is left of such a score one position away, in (0, 1]; 1: all of it.
     metric : str
         What a KV is worth, one of `METRICS`: the sum of squared (l2) or of plain (l1)
         attention probabilities; squared ones times the norm of the value; how far the
@@ -137,6 +152,7 @@ class KVCompressOptions:
     sinks: int = 4
     pool_back: int = 32
     pool_ahead: int = 3
+    pool_decay: float = 0.9
     metric: str = "value_norm"
     allocation: str = "joint"
     head_floor: int = 0
@@ -151,6 +167,7 @@ class KVCompressOptions:
         check_int("sinks", self.sinks, 0)
         check_int("pool_back", self.pool_back, 0, MAX_POOL)
         check_int("pool_ahead", self.pool_ahead, 0, MAX_POOL)
+        check_share("pool_decay", self.pool_decay)
         for name, valid in CHOICES.items():
             if getattr(self, name) not in valid:
                 raise ConfigError(

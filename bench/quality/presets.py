@@ -19,6 +19,7 @@ FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "windows": ("window", (16, 32, 64, 128, 256)),
     "pool-back": ("pool_back", (0, 3, 16, 32, 64)),
     "pool-ahead": ("pool_ahead", (0, 3, 16, 32)),
+    "pool-decay": ("pool_decay", (0.8, 0.9, 0.95, 1.0)),
     "protected": ("protected", (32, 64)),
     "sinks": ("sinks", (0, 4, 16)),
     "metric": ("metric", ("l2", "l1", "value_norm")),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from sglang_kvc.kernels.pool import pool_rows_ref
 from sglang_kvc.kernels.select import cheapest_by_row
 from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
 
@@ -24,6 +25,7 @@ class Candidate:
     window : queries observed, at most `MAX_WINDOW`.
     back, ahead : a KV takes the highest score of those up to `back` before it and
         `ahead` behind it: what follows a match is kept with it.
+    decay : what is left of such a score one position away.
     power : on the probabilities.
     reduce : sum or max over the queries.
     share : divide by the mean of the head's scores.
@@ -39,6 +41,7 @@ class Candidate:
     window: int = KVCompressOptions.window
     back: int = KVCompressOptions.pool_back
     ahead: int = KVCompressOptions.pool_ahead
+    decay: float = KVCompressOptions.pool_decay
     power: int = 2
     reduce: str = "sum"
     share: bool = False
@@ -64,6 +67,7 @@ CANDIDATES = (
     *(Candidate(window=window) for window in (16, 32, 64, 128, 256)),
     *(Candidate(back=back) for back in (0, 3, 16, 48, 64, 96)),
     *(Candidate(ahead=ahead) for ahead in (0, 8, 32)),
+    *(Candidate(decay=decay) for decay in (0.8, 0.95, 1.0)),
     *(Candidate(window=64, back=back) for back in (3, 64)),
     Candidate(power=1),
     Candidate(reduce="max"),
@@ -141,9 +145,7 @@ class Observer:
         score = torch.cat(masses)
         if candidate.share or candidate.distinct:
             score = score / score.mean(1, keepdim=True)
-        back, ahead = candidate.back, candidate.ahead
-        padded = functional.pad(score[None], (back, ahead))
-        score = functional.max_pool1d(padded, back + ahead + 1, stride=1)[0]
+        score = pool_rows_ref(score, candidate.back, candidate.ahead, candidate.decay)
         if candidate.distinct:
             distance = torch.cat(distances)
             score = score + candidate.distinct * distance / distance.mean(

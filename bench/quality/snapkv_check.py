@@ -176,6 +176,7 @@ def ask_engine(
         "protected": args.window,
         "pool_back": args.pool // 2,
         "pool_ahead": args.pool // 2,
+        "pool_decay": 1.0,
         "min_budget": args.budget,
         "chunks": "never",
     }

@@ -73,6 +73,7 @@ class Oracle:
         self.window, self.protected = options.window, options.protected
         self.sinks = options.sinks
         self.back, self.ahead = options.pool_back, options.pool_ahead
+        self.decay = options.pool_decay
 
     def start(
         self, ids: list[int], policy: Policy | None = None, slot: int = 0
@@ -269,8 +270,11 @@ class Oracle:
             # Pooled together with what a short rest of the last chunk has scored.
             own = self.scores[:, self.fold :].clone()
             for p in range(own.shape[1]):
-                near = own[:, max(p - self.back, 0) : p + self.ahead + 1]
-                self.scores[:, self.fold + p] = near.max(dim=1).values
+                first = max(p - self.back, 0)
+                near = own[:, first : p + self.ahead + 1]
+                places = range(first, first + near.shape[1])
+                share = torch.tensor([self.decay ** abs(p - j) for j in places])
+                self.scores[:, self.fold + p] = (near * share).max(dim=1).values
 
     def _score_entries(self) -> None:
         """Score what is visible by keys, places or draws; no query is looked at."""

@@ -175,8 +175,10 @@ def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> N
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("reach", [(0, 1), (3, 3), (32, 3), (1, 63), (128, 0)])
-def test_pooling_equals_reference(reach: tuple[int, int], device: str) -> None:
+@pytest.mark.parametrize(
+    "reach", [(0, 1, 1.0), (3, 3, 0.5), (32, 3, 0.9), (1, 63, 0.97), (128, 0, 0.3)]
+)
+def test_pooling_equals_reference(reach: tuple[int, int, float], device: str) -> None:
     case = make_case(3, 2, 2, 1, 16, [37, 90, 16], [0, 48, 0], device=device)
     plan = make_plan(case)
     scores = torch.rand(plan.num_entries, device=device)
@@ -195,13 +197,14 @@ def test_reference_against_loops() -> None:
         torch.testing.assert_close(out, truth.float())
 
 
-def test_pooling_reference_against_a_loop() -> None:
+@pytest.mark.parametrize("decay", [1.0, 0.75])
+def test_pooling_reference_against_a_loop(decay: float) -> None:
     """Tails of requests 0 and 2 are pooled; packed entries and request 1 are copied."""
     case = make_case(3, 1, 2, 1, 16, [37, 40, 75], [0, 16, 32])
     plan = make_plan(case)
     assert plan.pool_tail.tolist() == [1, 0, 1]
     scores = torch.rand(plan.num_entries)
-    pooled = pool_scores(scores, plan, case.tables, 5, 2, 2)
+    pooled = pool_scores(scores, plan, case.tables, 5, 2, decay, 2)
     expected = scores.clone()
     for r in (0, 2):
         offsets = case.tables.block_offsets[case.slots[r]].tolist()
@@ -211,7 +214,9 @@ def test_pooling_reference_against_a_loop() -> None:
             tail = case.seq_lens[r] - case.folds[r]
             for i in range(tail):
                 near = range(max(i - 5, 0), min(i + 3, tail))
-                expected[first + i] = max(scores[first + j] for j in near)
+                expected[first + i] = max(
+                    scores[first + j] * decay ** abs(i - j) for j in near
+                )
     assert torch.equal(pooled, expected)
 
 

@@ -48,6 +48,7 @@ def test_ceil_to_page(tokens: int, pages: int) -> None:
         *[("sinks", value) for value in (-1, 4.0)],
         *[("pool_back", value) for value in (-1, 129, 3.5)],
         *[("pool_ahead", value) for value in (-1, 129, True)],
+        *[("pool_decay", value) for value in (0, -0.5, 1.01, math.nan, "1", True)],
         *[("metric", value) for value in ("l3", None, "L2")],
         *[("allocation", value) for value in ("heads", None)],
         *[("head_floor", value) for value in (-1, 16.0)],
@@ -66,6 +67,8 @@ def test_bad_value_is_named(field: str, bad: Any) -> None:
         {"window": 256},
         {"pool_back": 0, "pool_ahead": 0},
         {"pool_back": 128, "pool_ahead": 128},
+        {"pool_decay": 1},
+        {"pool_decay": 1e-9},
         {"sinks": 0, "protected": 1, "min_budget": 1},
         {"metric": "l1"},
         {"metric": "key_similarity", "allocation": "head"},
@@ -139,6 +142,7 @@ def test_command_line() -> None:
     argv += " --kv-compress-window 8 --kv-compress-protected 16"
     argv += " --kv-compress-interval 128 --kv-compress-sinks 0"
     argv += " --kv-compress-pool-back 48 --kv-compress-pool-ahead 1"
+    argv += " --kv-compress-pool-decay 0.5"
     argv += " --kv-compress-metric l1 --kv-compress-allocation layer"
     argv += " --kv-compress-head-floor 32"
     assert parse(*argv.split()) == KVCompressOptions(
@@ -150,6 +154,7 @@ def test_command_line() -> None:
         sinks=0,
         pool_back=48,
         pool_ahead=1,
+        pool_decay=0.5,
         metric="l1",
         allocation="layer",
         head_floor=32,
