@@ -150,7 +150,7 @@ class KVCompressOptions:
     protected: int = 32
     interval: int = 64
     sinks: int = 4
-    pool_back: int = 32
+    pool_back: int = 64
     pool_ahead: int = 3
     pool_decay: float = 0.9
     metric: str = "value_norm"

@@ -17,7 +17,7 @@ TUNING_SEED, REPORTED_SEED = 1, 0
 TUNE = "tune"
 FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "windows": ("window", (16, 32, 64, 128, 256)),
-    "pool-back": ("pool_back", (0, 3, 16, 32, 64)),
+    "pool-back": ("pool_back", (0, 3, 16, 32, 64, 96)),
     "pool-ahead": ("pool_ahead", (0, 3, 16, 32)),
     "pool-decay": ("pool_decay", (0.8, 0.9, 0.95, 1.0)),
     "protected": ("protected", (32, 64)),
