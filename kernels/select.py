@@ -36,6 +36,7 @@ from sglang_kvc.kernels.select_kernels import (
 )
 
 DIGITS, ROUNDS = 256, 4
+SHORT_BLOCK, LONG_BLOCK = 512, 2048
 
 
 class SelectedEntries(NamedTuple):
@@ -142,6 +143,9 @@ def select_entries_triton(
         torch.empty(plan.num_kept, dtype=torch.float32, device=device),
         torch.empty(num_requests, arena_heads + 1, **ints),
     )
+    # Entries that a program looks at together: many of long heads, few where most of
+    # a block would lie behind the end of a short one.
+    block = LONG_BLOCK if plan.num_entries >= LONG_BLOCK * rows else SHORT_BLOCK
     axes = {"LH": arena_heads, "S": PAGE_SIZE}
     for step in range(ROUNDS):
         count_kernel[(rows,)](
@@ -162,7 +166,7 @@ def select_entries_triton(
             floor_blocks,
             GROUPS=groups,
             FIRST=step == 0,
-            BLOCK=1024,
+            BLOCK=block,
             num_warps=4,
             **axes,
         )
@@ -200,7 +204,7 @@ def select_entries_triton(
         selected.scores,
         *tables.row_strides,
         sinks,
-        BLOCK=1024,
+        BLOCK=block,
         num_warps=4,
         **axes,
     )

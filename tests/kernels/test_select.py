@@ -121,7 +121,9 @@ def test_ties_are_dealt_across_scan_blocks(device: str) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("layers", "seq_len", "keep"), [(67, 40, 1), (1, 1100, 9)], ids=["heads", "entries"]
+    ("layers", "seq_len", "keep"),
+    [(67, 40, 1), (1, 1100, 9), (1, 4500, 9)],
+    ids=["heads", "entries", "long heads"],
 )
 def test_more_than_one_block_of_a_scan(
     layers: int, seq_len: int, keep: int, device: str
