@@ -65,10 +65,10 @@ class Candidate:
 
 CANDIDATES = (
     *(Candidate(window=window) for window in (16, 32, 64, 128, 256)),
-    *(Candidate(back=back) for back in (0, 3, 16, 48, 64, 96)),
+    *(Candidate(back=back) for back in (0, 3, 16, 32, 48, 96)),
     *(Candidate(ahead=ahead) for ahead in (0, 8, 32)),
     *(Candidate(decay=decay) for decay in (0.8, 0.95, 1.0)),
-    *(Candidate(window=64, back=back) for back in (3, 64)),
+    *(Candidate(window=64, back=back) for back in (3, 32)),
     Candidate(power=1),
     Candidate(reduce="max"),
     Candidate(share=True),
