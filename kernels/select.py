@@ -120,6 +120,13 @@ def cheapest_by_row(
     return torch.bincount(row_of_price[cheapest], minlength=len(prices))
 
 
+def scan_block(entries: int, heads: int) -> int:
+    """Entries that a program looks at together: many of long heads, few where most of
+    a block would lie behind the end of a short one. A kernel each.
+    """
+    return LONG_BLOCK if entries >= LONG_BLOCK * heads else SHORT_BLOCK
+
+
 def select_entries_triton(
     scores: torch.Tensor,
     arena_heads: int,
@@ -143,9 +150,7 @@ def select_entries_triton(
         torch.empty(plan.num_kept, dtype=torch.float32, device=device),
         torch.empty(num_requests, arena_heads + 1, **ints),
     )
-    # Entries that a program looks at together: many of long heads, few where most of
-    # a block would lie behind the end of a short one.
-    block = LONG_BLOCK if plan.num_entries >= LONG_BLOCK * rows else SHORT_BLOCK
+    block = scan_block(plan.num_entries, rows)
     axes = {"LH": arena_heads, "S": PAGE_SIZE}
     for step in range(ROUNDS):
         count_kernel[(rows,)](

@@ -67,6 +67,12 @@ def run_pass(
     return selected
 
 
+WARM_UP_TOKENS = (20 * PAGE_SIZE, 512 * PAGE_SIZE)
+"""Prompts of the passes that compile kernels: a short one and one that splits its keys,
+and whose heads are scanned in long blocks.
+"""
+
+
 class PassRunner:
     """Launches the passes of a step on the current (forward) stream."""
 
@@ -122,13 +128,11 @@ class PassRunner:
         """
         heads = self.runtime.arena.heads_per_page
         pages = torch.zeros(1, dtype=torch.int64, device=self.runtime.device)
-        # A short pass and one that splits its keys take different kernels, and so do
-        # passes between chunks.
+        # Passes between chunks take kernels of their own.
         group_counts = {self.groups}
         if self.runtime.chunk_rule.chunk_size:
             group_counts.add(self.chunk_groups)
-        sizes = (20 * PAGE_SIZE, 512 * PAGE_SIZE)
-        for tokens, groups in product(sizes, sorted(group_counts)):
+        for tokens, groups in product(WARM_UP_TOKENS, sorted(group_counts)):
             length = min(tokens, self.max_tokens // (2 * PAGE_SIZE) * PAGE_SIZE)
             request = PassRequest(
                 slot=0,
