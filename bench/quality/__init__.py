@@ -13,6 +13,7 @@
 * `heads`, `heads_report`: what every layer and head keeps
 * `side_by_side`: several of these runs on one GPU
 * `simulate`: a scout, many ways to choose at once in Hugging Face, never a result
+* `missed`: another, what the full cache's answers look at and a rate evicts
 * `kvpress_systems`, `kvpress_answers`, `hf_decoding`: other methods, in Hugging Face
 * `snapkv_check`: ours against one of them, exactly
 

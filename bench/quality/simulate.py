@@ -45,10 +45,17 @@ FULL = "full"
 class Simulator:
     """A model and what is to be tried on it."""
 
-    def __init__(self, model: str, rates: list[float], device: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        rates: list[float],
+        device: str,
+        observer: Observer | None = None,
+    ) -> None:
         from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-        self.observer, self.rates, self.device = Observer(), rates, device
+        self.observer, self.rates = observer or Observer(), rates
+        self.device = device
         AttentionInterface.register("kv_simulate", self.observer)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)

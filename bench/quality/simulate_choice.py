@@ -45,7 +45,7 @@ class Candidate:
     power: int = 2
     reduce: str = "sum"
     share: bool = False
-    value_norm: bool = False
+    value_norm: bool = KVCompressOptions.metric == "value_norm"
     distinct: float = 0.0
     allocation: str = "joint"
     floor: float = 0.0
@@ -67,20 +67,22 @@ CANDIDATES = (
     *(Candidate(window=window) for window in (16, 32, 64, 128, 256)),
     *(Candidate(back=back) for back in (0, 3, 16, 32, 48, 96)),
     *(Candidate(ahead=ahead) for ahead in (0, 8, 32)),
-    *(Candidate(decay=decay) for decay in (0.8, 0.95, 1.0)),
+    *(Candidate(decay=decay) for decay in (0.7, 0.8, 0.85, 0.95, 1.0)),
     *(Candidate(window=64, back=back) for back in (3, 32)),
     Candidate(power=1),
     Candidate(reduce="max"),
     Candidate(share=True),
     *(Candidate(distinct=distinct) for distinct in (0.1, 0.3, 1, 3, 1000)),
-    Candidate(value_norm=True),
-    Candidate(window=64, value_norm=True),
+    Candidate(value_norm=False),
+    Candidate(window=64, value_norm=False),
+    Candidate(window=64, reduce="max"),
     Candidate(allocation="layer"),
     Candidate(allocation="head"),
     Candidate(floor=0.25),
+    Candidate(floor=0.5),
     *(Candidate(protected=protected) for protected in (64, 128, 256)),
     Candidate(window=128, protected=128),
-    Candidate(window=128, protected=128, value_norm=True),
+    Candidate(window=128, protected=128, value_norm=False),
 )
 
 
@@ -120,6 +122,7 @@ class Observer:
             logits = (grouped @ key[:, :, None].transpose(3, 4)) * scaling
             hidden = ~self.visible[:, module.layer_idx, :, None, None, :n] | later
             probs = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+            self.decoded(module.layer_idx, probs)
             out = (probs @ value[:, :, None]).flatten(1, 2)
             return out.transpose(1, 2), None
         logits = (grouped[0, :, :, -window:] @ key[0, :, None].transpose(2, 3)).float()
@@ -133,6 +136,9 @@ class Observer:
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2), None
+
+    def decoded(self, layer: int, probs: torch.Tensor) -> None:
+        """Called with [batch, H, G, new, n] probabilities of decoded queries."""
 
     def scores(self, candidate: Candidate) -> torch.Tensor:
         """[L * H, n] scores of a prompt; attention is pooled, distances are not."""

@@ -1,0 +1,278 @@
+"""What answers look at and a rate evicts: which heads, which tokens, what is possible.
+
+    python -m bench.quality.missed --model DIR --tasks summary_lead qa_documents \\
+        --length 4096 --samples 4 --seed 1 --rates 4 8 --out build/missed.jsonl
+
+The answer is decoded with the full cache in Hugging Face, and the attention that it
+pays to the prompt is noted for every head. The kept set is chosen as served, by the
+prompt's last queries. *Missed* is the share of the attention behind the sinks that
+falls on what is evicted, mean over heads; *values* weighs it by the norm of the value
+and adds up all heads. *Possible* is what is missed if the answer's own attention
+chooses as many tokens: no metric can miss less. ``--candidates`` does the same for
+what `simulate` tries. Says what to look at, not what a rate costs: that is measured
+through the engine (`bench.quality run`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.quality.simulate import MAX_NEW, Simulator
+from bench.quality.simulate_choice import (
+    CANDIDATES,
+    SINKS,
+    Candidate,
+    Observer,
+    keep,
+)
+from bench.quality.tasks import TASKS, make_sample
+from bench.quality.tasks.corpus import DEFAULT_DATA, Corpus
+from bench.quality.tasks.sample import Sample, encode
+from bench.record import environment, read_lines, write_record
+from sglang_kvc.options import PAGE_SIZE
+
+TENTHS = 10
+DIGITS = 4
+SHIPPED = Candidate()
+"""The server's defaults."""
+
+
+class Watcher(Observer):
+    """Adds up what decoded queries pay to every token.
+
+    Attributes
+    ----------
+    paid : for each layer, [H, n] probabilities of the query heads of a group, their
+        mean, added up over the queries; decoded tokens are left out.
+    prompt : n.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = 0
+        self.paid: list[torch.Tensor] = []
+
+    def watch(self, prompt: int, layers: int) -> None:
+        """Begin with a prompt of so many tokens."""
+        self.prompt = prompt
+        self.paid = [torch.zeros(())] * layers
+
+    def decoded(self, layer: int, probs: torch.Tensor) -> None:
+        """Add the queries of a layer."""
+        own = probs[0, ..., : self.prompt].float()
+        self.paid[layer] = self.paid[layer] + own.mean(1).sum(1).cpu()
+
+
+class Answer(NamedTuple):
+    """What the decoded tokens of an answer looked at.
+
+    Attributes
+    ----------
+    paid : [LH, n] mean probability that a decoded query gave to a token of the prompt.
+    norms : [LH, n] norms of the values.
+    tokens : how many tokens were decoded.
+    """
+
+    paid: torch.Tensor
+    norms: torch.Tensor
+    tokens: int
+
+
+def values_missed(answer: Answer, stays: torch.Tensor) -> float:
+    """Share of probability times norm that is evicted, all heads, sinks left out."""
+    weighed = (answer.paid * answer.norms)[:, SINKS:]
+    lost = weighed.masked_fill(stays[:, SINKS:], 0)
+    return round((lost.sum() / weighed.sum().clamp_min(1e-9)).item(), DIGITS)
+
+
+def shares(paid: torch.Tensor, stays: torch.Tensor) -> dict[str, Any]:
+    """What is missed of the attention behind the sinks.
+
+    Parameters
+    ----------
+    paid : [LH, n] attention of the answer.
+    stays : [LH, n] bool, what is kept.
+
+    Returns
+    -------
+    dict : ``missed``, the mean over heads; ``heads`` [LH], each head's; ``tenths``, how
+        the missed attention is spread over the prompt, first part first, sum 1.
+    """
+    beyond = paid.clone()
+    beyond[:, :SINKS] = 0
+    lost = beyond.masked_fill(stays, 0)
+    heads = lost.sum(1) / beyond.sum(1).clamp_min(1e-9)
+    by_token = (lost / beyond.sum(1, keepdim=True).clamp_min(1e-9)).mean(0)
+    tenths = torch.stack([part.sum() for part in by_token.tensor_split(TENTHS)])
+    return {
+        "missed": round(heads.mean().item(), DIGITS),
+        "heads": [round(value, DIGITS) for value in heads.tolist()],
+        "tenths": [
+            round(value, DIGITS)
+            for value in (tenths / tenths.sum().clamp_min(1e-9)).tolist()
+        ],
+    }
+
+
+class Missed:
+    """A model whose answers are watched."""
+
+    def __init__(
+        self, model: str, rates: list[float], candidates: Sequence[Candidate]
+    ) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.watcher, self.rates, self.candidates = Watcher(), rates, candidates
+        self.simulator = Simulator(model, rates, device, self.watcher)
+
+    def measure(self, sample: Sample) -> list[dict[str, Any]]:
+        """One record a rate; none if the model says nothing."""
+        ids = encode(self.simulator.tokenizer, sample)
+        answer = self._answer(ids, sample.max_new_tokens)
+        if not answer.tokens:
+            return []
+        layers, n = self.simulator.layers, len(ids)
+        # By name: what is scored once serves every rate.
+        scores = {one.name: self._scores(one) for one in (SHIPPED, *self.candidates)}
+        records = []
+        for rate in self.rates:
+            budget = math.ceil(n / rate / PAGE_SIZE) * PAGE_SIZE
+            stays = keep(scores[SHIPPED.name], layers, budget, SHIPPED)
+            best = keep(answer.paid, layers, budget, SHIPPED)
+            weighed = keep(answer.paid * answer.norms, layers, budget, SHIPPED)
+            tried = {
+                one.name: keep(scores[one.name], layers, budget, one)
+                for one in self.candidates
+            }
+            records.append(
+                {
+                    "rate": rate,
+                    "answer_tokens": answer.tokens,
+                    **shares(answer.paid, stays),
+                    "values": values_missed(answer, stays),
+                    "possible": shares(answer.paid, best)["missed"],
+                    "possible_values": values_missed(answer, weighed),
+                    "candidates": {
+                        name: values_missed(answer, own) for name, own in tried.items()
+                    },
+                }
+            )
+        return records
+
+    def _scores(self, candidate: Candidate) -> torch.Tensor:
+        return self.watcher.scores(candidate).cpu()
+
+    @torch.no_grad()
+    def _answer(self, ids: list[int], most: int) -> Answer:
+        """Decode with the full cache, watched."""
+        simulator, watcher = self.simulator, self.watcher
+        watcher.seen, watcher.visible = [], None
+        prompt = torch.tensor([ids], device=simulator.device)
+        out = simulator.model(prompt, use_cache=True, logits_to_keep=1)
+        norms = torch.cat([norms for _, norms, _ in watcher.seen]).cpu()
+        watcher.watch(len(ids), simulator.layers)
+        watcher.visible = torch.ones(
+            1,
+            simulator.layers,
+            len(norms) // simulator.layers,
+            len(ids) + MAX_NEW,
+            dtype=torch.bool,
+            device=simulator.device,
+        )
+        token, tokens = out.logits[0, -1].argmax(), 0
+        while tokens < min(most, MAX_NEW):
+            if token == simulator.tokenizer.eos_token_id:
+                break
+            out = simulator.model(
+                token.view(1, 1), past_key_values=out.past_key_values, use_cache=True
+            )
+            token, tokens = out.logits[0, -1].argmax(), tokens + 1
+        paid = torch.cat(watcher.paid) / tokens if tokens else torch.zeros_like(norms)
+        return Answer(paid, norms, tokens)
+
+
+def table(lines: list[dict[str, Any]], layers: int) -> str:
+    """Means by task and rate, in percent, and the layers that miss most."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        groups[line["task"], line["rate"]].append(line)
+    columns = ("missed", "possible", "values", "possible_values")
+    rows = [f"| task | rate | {' | '.join(columns)} | first tenth | worst layers |"]
+    rows.append("| --- " * (len(columns) + 4) + "|")
+    for (task, rate), own in sorted(groups.items()):
+        means = [100 * mean(line[name] for line in own) for name in columns]
+        first = 100 * mean(line["tenths"][0] for line in own)
+        heads = torch.tensor([line["heads"] for line in own]).mean(0)
+        by_layer = heads.view(layers, -1).mean(1)
+        worst = ", ".join(
+            f"{layer}: {100 * by_layer[layer]:.0f}"
+            for layer in by_layer.topk(min(4, layers)).indices.tolist()
+        )
+        cells = " | ".join(f"{value:.1f}" for value in (*means, first))
+        rows.append(f"| {task} | {rate:g} | {cells} | {worst} |")
+    return "\n".join(rows + _candidate_rows(groups))
+
+
+def _candidate_rows(
+    groups: dict[tuple[str, float], list[dict[str, Any]]],
+) -> list[str]:
+    """Values missed by what was tried, a column for each task and rate."""
+    names = list(next(iter(groups.values()))[0]["candidates"]) if groups else []
+    if not names:
+        return []
+    keys = sorted(groups)
+    head = " | ".join(f"{task} {rate:g}" for task, rate in keys)
+    rows = ["", f"| values missed | {head} |", "| --- " * (len(keys) + 1) + "|"]
+    for name in names:
+        cells = (
+            f"{100 * mean(line['candidates'][name] for line in groups[key]):.1f}"
+            for key in keys
+        )
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def main() -> None:
+    """Watch the answers, sample by sample; goes on where it stopped."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tasks", nargs="+", required=True, choices=list(TASKS))
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1, help="odd: not used in tables")
+    parser.add_argument("--rates", type=float, nargs="+", default=[4, 8])
+    parser.add_argument("--candidates", action="store_true", help="what simulate tries")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    candidates = CANDIDATES if args.candidates else ()
+    watched = Missed(args.model, args.rates, candidates)
+    corpus, origin = Corpus(args.data), environment()
+    lines = read_lines(args.out) if args.out.exists() else []
+    done = {(line["task"], line["index"], line["length"]) for line in lines}
+    for index in range(args.samples):
+        for task in args.tasks:
+            if (task, index, args.length) in done:
+                continue
+            tokenizer = watched.simulator.tokenizer
+            sample = make_sample(
+                TASKS[task], args.length, args.seed, index, tokenizer, corpus
+            )
+            about = {"task": task, "index": index, "length": args.length}
+            for record in watched.measure(sample):
+                line = {**about, "seed": args.seed, **record}
+                write_record(args.out, {**origin, "missed_attention": True, **line})
+                lines.append(line)
+                print(task, index, record["rate"], record["missed"], flush=True)
+    print(table(lines, watched.simulator.layers))
+
+
+if __name__ == "__main__":
+    main()
