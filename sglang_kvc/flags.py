@@ -58,8 +58,8 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         str,
         "{" + ",".join(METRICS) + "}",
         "What a KV is worth: squared (l2) or plain (l1) attention probabilities, "
-        "squared ones times the value's norm, the key's distance from the others, "
-        "recency, or a random draw.",
+        "either times the value's norm (value_norm, value_norm_l1), the key's distance "
+        "from the others, recency, or a random draw.",
     ),
     "allocation": (
         str,

@@ -16,7 +16,15 @@ from typing import Any
 from sglang_kvc.errors import ConfigError
 
 PAGE_SIZE = 16
-METRICS = ("l2", "l1", "value_norm", "key_similarity", "recency", "random")
+METRICS = (
+    "l2",
+    "l1",
+    "value_norm",
+    "value_norm_l1",
+    "key_similarity",
+    "recency",
+    "random",
+)
 ALLOCATIONS = ("joint", "layer", "head")
 CHUNK_MODES = ("auto", "always", "never")
 CHUNK_QUERIES = ("prompt", "chunk")
@@ -125,8 +133,9 @@ class KVCompressOptions:
         What is left of such a score one position away, in (0, 1]; 1: all of it.
     metric : str
         What a KV is worth, one of `METRICS`: the sum of squared (l2) or of plain (l1)
-        attention probabilities; squared ones times the norm of the value; how far the
-        key is from the head's mean key; recency; a random draw. See `scorers`.
+        attention probabilities; squared (value_norm) or plain ones (value_norm_l1)
+        times the norm of the value; how far the key is from the head's mean key;
+        recency; a random draw. See `scorers`.
     allocation : {"joint", "layer", "head"}
         Who shares a budget: all heads of all layers, the heads of a layer, or nobody.
     head_floor : int

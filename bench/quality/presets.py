@@ -22,7 +22,7 @@ FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "pool-decay": ("pool_decay", (0.8, 0.9, 0.95, 1.0)),
     "protected": ("protected", (32, 64)),
     "sinks": ("sinks", (0, 4, 16)),
-    "metric": ("metric", ("l2", "l1", "value_norm")),
+    "metric": ("metric", ("l2", "l1", "value_norm", "value_norm_l1")),
     "floor": ("head_floor", (0, 64, 128)),
     "allocation": ("allocation", ("joint", "layer", "head")),
 }

@@ -15,7 +15,8 @@ SCORERS: dict[str, Scorer] = {
     for scorer in (
         AttentionScorer("l2", power=2),
         AttentionScorer("l1", power=1),
-        ValueNormScorer("value_norm"),
+        ValueNormScorer("value_norm", power=2),
+        ValueNormScorer("value_norm_l1", power=1),
         KeySimilarityScorer("key_similarity"),
         RecencyScorer("recency"),
         RandomScorer("random"),

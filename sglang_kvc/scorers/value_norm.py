@@ -15,7 +15,7 @@ class ValueNormScorer(Scorer):
     observes: ClassVar[bool] = True
     accumulates: ClassVar[bool] = True
     pooled: ClassVar[bool] = True
-    power: int = 2
+    power: int
 
     def score(self, ctx: ScoreContext) -> torch.Tensor:
         return ctx.attention(self.power, value_norms=True)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from sglang_kvc.options import KVCompressOptions
 
 BLOCK = 16
-ATTENTION = ("l2", "l1", "value_norm")
+ATTENTION = ("l2", "l1", "value_norm", "value_norm_l1")
 SEED = 0
 
 
@@ -145,7 +145,7 @@ class Oracle:
         # A probe observes as the tokens before it would.
         back = self.window if self.probing else 0
         seen = attention(q_pos - back) if back else probs
-        power = 1 if self.policy.metric == "l1" else 2
+        power = 1 if self.policy.metric.endswith("l1") else 2
         for row in range(max(new - self.window, 0), new):
             mass = seen[:, row].view(self.heads, self.group, n).pow(power).sum(1)
             place = self.seen.setdefault(n - new + row - back, [])
@@ -260,7 +260,7 @@ class Oracle:
         for pos in range(start, self.length):
             rows = torch.cat(self.seen[pos])  # layers appended in order
             added[:, : rows.shape[1]] += rows
-        if self.policy.metric == "value_norm":
+        if self.policy.metric.startswith("value_norm"):
             added *= self._per_head(self.values).square().sum(2).sqrt()
         if repeated:
             self.scores = torch.maximum(self.scores, added)

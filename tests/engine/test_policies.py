@@ -28,6 +28,7 @@ POLICIES = [
     Policy("l2"),
     Policy("l1"),
     Policy("value_norm"),
+    Policy("value_norm_l1"),
     Policy("key_similarity"),
     Policy("recency"),
     Policy("random"),

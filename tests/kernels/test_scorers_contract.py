@@ -115,12 +115,12 @@ def test_stored_scores_count_as_declared(scorer: Scorer, device: str) -> None:
         torch.testing.assert_close(scores[later].double(), expected[later])
 
 
-@pytest.mark.parametrize("name", ["l1", "l2", "value_norm"])
+@pytest.mark.parametrize("name", ["l1", "l2", "value_norm", "value_norm_l1"])
 def test_attention_is_that_of_the_window(name: str, device: str) -> None:
     case = batch(device)
-    power = 1 if name == "l1" else 2
+    power = 1 if name.endswith("l1") else 2
     scores = SCORERS[name].score(context(case))
-    norms = name == "value_norm"
+    norms = name.startswith("value_norm")
     truth = oracles.observe(case, 80**-0.5, power, value_norms=norms)
     torch.testing.assert_close(scores.double(), truth, rtol=1e-5, atol=1e-6)
 
