@@ -9,9 +9,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Shared memory that one program may use on sm_90, bytes.
 MAX_SHARED = 227 * 1024
+# Bytes a thread. The scoring kernel's registers are capped (`ObserveConfig`) so that a
+# third program fits: on an H200 that gains more than these cost.
+MAX_SPILLED = {"score_kernel": 128}
 
 
-def test_kernels_compile_without_spills() -> None:
+def test_kernels_compile_and_spill_nothing_unawares() -> None:
     # A process of its own: this one may interpret Triton.
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -28,7 +31,7 @@ def test_kernels_compile_without_spills() -> None:
     # key similarity 2, positional 2.
     assert len(names) == 18, names
     for kernel in kernels:
-        assert kernel["spilled"] == 0, kernel
+        assert kernel["spilled"] <= MAX_SPILLED.get(kernel["kernel"], 0), kernel
         assert kernel["shared"] <= MAX_SHARED, kernel
         if kernel["kernel"] == "decode_tiles_kernel":
             # Pages, K and V: without the pipeliner it would wait for every tile.
