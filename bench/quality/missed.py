@@ -3,14 +3,14 @@
     python -m bench.quality.missed --model DIR --tasks summary_lead qa_documents \\
         --length 4096 --samples 4 --seed 1 --rates 4 8 --out build/missed.jsonl
 
-The answer is decoded with the full cache in Hugging Face, and the attention that it
-pays to the prompt is noted for every head. The kept set is chosen as served, by the
-prompt's last queries. *Missed* is the share of the attention behind the sinks that
-falls on what is evicted, mean over heads; *values* weighs it by the norm of the value
-and adds up all heads. *Possible* is what is missed if the answer's own attention
-chooses as many tokens: no metric can miss less. ``--candidates`` does the same for
-what `simulate` tries. Says what to look at, not what a rate costs: that is measured
-through the engine (`bench.quality run`).
+The answer is decoded with the full cache in Hugging Face (dictated, where text is
+continued), and the attention that it pays to the prompt is noted for every head. The
+kept set is chosen as served, by the prompt's last queries. *Missed* is the share of the
+attention behind the sinks that falls on what is evicted, mean over heads; *values*
+weighs it by the norm of the value and adds up all heads. *Possible* is what is missed
+if the answer's own attention chooses as many tokens: no metric can miss less.
+``--candidates`` does the same for what `simulate` tries. Says what to look at, not what
+a rate costs: that is measured through the engine (`bench.quality run`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bench.quality.simulate_choice import (
 )
 from bench.quality.tasks import TASKS, make_sample
 from bench.quality.tasks.corpus import DEFAULT_DATA, Corpus
-from bench.quality.tasks.sample import Sample, encode
+from bench.quality.tasks.sample import LIKELIHOOD, Sample, encode
 from bench.record import environment, read_lines, write_record
 from sglang_kvc.options import PAGE_SIZE
 
@@ -135,7 +135,7 @@ class Missed:
     def measure(self, sample: Sample) -> list[dict[str, Any]]:
         """One record a rate; none if the model says nothing."""
         ids = encode(self.simulator.tokenizer, sample)
-        answer = self._answer(ids, sample.max_new_tokens)
+        answer = self._answer(ids, sample)
         if not answer.tokens:
             return []
         layers, n = self.simulator.layers, len(ids)
@@ -160,7 +160,11 @@ class Missed:
                     "possible": shares(answer.paid, best)["missed"],
                     "possible_values": values_missed(answer, weighed),
                     "candidates": {
-                        name: values_missed(answer, own) for name, own in tried.items()
+                        name: {
+                            "values": values_missed(answer, own),
+                            "missed": shares(answer.paid, own)["missed"],
+                        }
+                        for name, own in tried.items()
                     },
                 }
             )
@@ -170,28 +174,31 @@ class Missed:
         return self.watcher.scores(candidate).cpu()
 
     @torch.no_grad()
-    def _answer(self, ids: list[int], most: int) -> Answer:
+    def _answer(self, ids: list[int], sample: Sample) -> Answer:
         """Decode with the full cache, watched."""
         simulator, watcher = self.simulator, self.watcher
         watcher.seen, watcher.visible = [], None
         prompt = torch.tensor([ids], device=simulator.device)
         out = simulator.model(prompt, use_cache=True, logits_to_keep=1)
         norms = torch.cat([norms for _, norms, _ in watcher.seen]).cpu()
+        most = min(sample.max_new_tokens, MAX_NEW)
+        text = torch.tensor([sample.targets[:-1]], device=simulator.device)
         watcher.watch(len(ids), simulator.layers)
         watcher.visible = torch.ones(
             1,
             simulator.layers,
             len(norms) // simulator.layers,
-            len(ids) + MAX_NEW,
+            len(ids) + max(most, text.shape[1]),
             dtype=torch.bool,
             device=simulator.device,
         )
-        token, tokens = out.logits[0, -1].argmax(), 0
-        while tokens < min(most, MAX_NEW):
-            if token == simulator.tokenizer.eos_token_id:
-                break
+        past, token, tokens = out.past_key_values, out.logits[0, -1].argmax(), 0
+        if sample.mode == LIKELIHOOD:
+            simulator.model(text, past_key_values=past, use_cache=True)
+            tokens, most = text.shape[1], 0
+        while tokens < most and token != simulator.tokenizer.eos_token_id:
             out = simulator.model(
-                token.view(1, 1), past_key_values=out.past_key_values, use_cache=True
+                token.view(1, 1), past_key_values=past, use_cache=True
             )
             token, tokens = out.logits[0, -1].argmax(), tokens + 1
         paid = torch.cat(watcher.paid) / tokens if tokens else torch.zeros_like(norms)
@@ -223,19 +230,20 @@ def table(lines: list[dict[str, Any]], layers: int) -> str:
 def _candidate_rows(
     groups: dict[tuple[str, float], list[dict[str, Any]]],
 ) -> list[str]:
-    """Values missed by what was tried, a column for each task and rate."""
+    """What the candidates miss, a column for each task and rate."""
     names = list(next(iter(groups.values()))[0]["candidates"]) if groups else []
-    if not names:
-        return []
     keys = sorted(groups)
-    head = " | ".join(f"{task} {rate:g}" for task, rate in keys)
-    rows = ["", f"| values missed | {head} |", "| --- " * (len(keys) + 1) + "|"]
-    for name in names:
-        cells = (
-            f"{100 * mean(line['candidates'][name] for line in groups[key]):.1f}"
-            for key in keys
-        )
-        rows.append(f"| {name} | {' | '.join(cells)} |")
+    rows = []
+    for what in ("values", "missed") if names else ():
+        head = " | ".join(f"{task} {rate:g}" for task, rate in keys)
+        rows += ["", f"| {what} | {head} |", "| --- " * (len(keys) + 1) + "|"]
+        for name in names:
+            means = (
+                mean(line["candidates"][name][what] for line in groups[key])
+                for key in keys
+            )
+            cells = " | ".join(f"{100 * value:.1f}" for value in means)
+            rows.append(f"| {name} | {cells} |")
     return rows
 
 
@@ -243,7 +251,9 @@ def main() -> None:
     """Watch the answers, sample by sample; goes on where it stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--tasks", nargs="+", required=True, choices=list(TASKS))
+    # What is asked later, of a context compressed before, has no prompt of its own.
+    tasks = [name for name, task in TASKS.items() if task.group != "reuse"]
+    parser.add_argument("--tasks", nargs="+", required=True, choices=tasks)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1, help="odd: not used in tables")

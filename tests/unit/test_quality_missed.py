@@ -54,8 +54,9 @@ def test_table_has_a_row_a_task_and_rate() -> None:
         "possible_values": 0.2,
         "tenths": [1.0] + [0.0] * 9,
         "heads": [0.0, 0.2, 0.8, 1.0],
-        "candidates": {"plain": 0.4},
+        "candidates": {"plain": {"values": 0.4, "missed": 0.5}},
     }
     rows = table([line, line], layers=2).splitlines()
     assert rows[2] == "| a | 4 | 50.0 | 25.0 | 40.0 | 20.0 | 100.0 | 1: 90, 0: 10 |"
-    assert rows[-1] == "| plain | 40.0 |"
+    assert rows[-5] == "| plain | 40.0 |"
+    assert rows[-1] == "| plain | 50.0 |"
