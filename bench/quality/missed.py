@@ -15,17 +15,20 @@ a rate costs: that is measured through the engine (`bench.quality run`).
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.quality.simulate import MAX_NEW, Simulator
+from bench.quality.simulate import (
+    MAX_NEW,
+    Simulator,
+    samples_left,
+    scout_arguments,
+)
 from bench.quality.simulate_choice import (
     CANDIDATES,
     SINKS,
@@ -33,14 +36,14 @@ from bench.quality.simulate_choice import (
     Observer,
     keep,
 )
-from bench.quality.tasks import TASKS, make_sample
-from bench.quality.tasks.corpus import DEFAULT_DATA, Corpus
+from bench.quality.tasks import TASKS
 from bench.quality.tasks.sample import LIKELIHOOD, Sample, encode
 from bench.record import environment, read_lines, write_record
 from sglang_kvc.options import PAGE_SIZE
 
 TENTHS = 10
 DIGITS = 4
+SHOWN = ("task", "index", "rate", "missed")
 SHIPPED = Candidate()
 """The server's defaults."""
 
@@ -108,10 +111,9 @@ def shares(paid: torch.Tensor, stays: torch.Tensor) -> dict[str, Any]:
     """
     beyond = paid.clone()
     beyond[:, :SINKS] = 0
-    lost = beyond.masked_fill(stays, 0)
-    heads = lost.sum(1) / beyond.sum(1).clamp_min(1e-9)
-    by_token = (lost / beyond.sum(1, keepdim=True).clamp_min(1e-9)).mean(0)
-    tenths = torch.stack([part.sum() for part in by_token.tensor_split(TENTHS)])
+    share = beyond.masked_fill(stays, 0) / beyond.sum(1, keepdim=True).clamp_min(1e-9)
+    heads = share.sum(1)
+    tenths = torch.stack([part.sum() for part in share.mean(0).tensor_split(TENTHS)])
     return {
         "missed": round(heads.mean().item(), DIGITS),
         "heads": [round(value, DIGITS) for value in heads.tolist()],
@@ -128,9 +130,8 @@ class Missed:
     def __init__(
         self, model: str, rates: list[float], candidates: Sequence[Candidate]
     ) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.watcher, self.rates, self.candidates = Watcher(), rates, candidates
-        self.simulator = Simulator(model, rates, device, self.watcher)
+        self.simulator = Simulator(model, rates, self.watcher)
 
     def measure(self, sample: Sample) -> list[dict[str, Any]]:
         """One record a rate; none if the model says nothing."""
@@ -249,39 +250,21 @@ def _candidate_rows(
 
 def main() -> None:
     """Watch the answers, sample by sample; goes on where it stopped."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
     # What is asked later, of a context compressed before, has no prompt of its own.
     tasks = [name for name, task in TASKS.items() if task.group != "reuse"]
-    parser.add_argument("--tasks", nargs="+", required=True, choices=tasks)
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=1, help="odd: not used in tables")
-    parser.add_argument("--rates", type=float, nargs="+", default=[4, 8])
+    parser = scout_arguments(__doc__, tasks, samples=4)
     parser.add_argument("--candidates", action="store_true", help="what simulate tries")
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    candidates = CANDIDATES if args.candidates else ()
-    watched = Missed(args.model, args.rates, candidates)
-    corpus, origin = Corpus(args.data), environment()
+    watched = Missed(args.model, args.rates, CANDIDATES if args.candidates else ())
+    simulator, origin = watched.simulator, environment()
     lines = read_lines(args.out) if args.out.exists() else []
-    done = {(line["task"], line["index"], line["length"]) for line in lines}
-    for index in range(args.samples):
-        for task in args.tasks:
-            if (task, index, args.length) in done:
-                continue
-            tokenizer = watched.simulator.tokenizer
-            sample = make_sample(
-                TASKS[task], args.length, args.seed, index, tokenizer, corpus
-            )
-            about = {"task": task, "index": index, "length": args.length}
-            for record in watched.measure(sample):
-                line = {**about, "seed": args.seed, **record}
-                write_record(args.out, {**origin, "missed_attention": True, **line})
-                lines.append(line)
-                print(task, index, record["rate"], record["missed"], flush=True)
-    print(table(lines, watched.simulator.layers))
+    for key, sample in samples_left(args, tuple(lines), simulator.tokenizer):
+        for record in watched.measure(sample):
+            line = {**key, **record}
+            write_record(args.out, {**origin, "missed_attention": True, **line})
+            lines.append(line)
+            print(*(line[name] for name in SHOWN), flush=True)
+    print(table(lines, simulator.layers))
 
 
 if __name__ == "__main__":

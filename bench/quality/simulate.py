@@ -16,6 +16,7 @@ import argparse
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,12 @@ class Simulator:
         self,
         model: str,
         rates: list[float],
-        device: str,
         observer: Observer | None = None,
     ) -> None:
         from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
         self.observer, self.rates = observer or Observer(), rates
-        self.device = device
+        self.device = device = "cuda" if torch.cuda.is_available() else "cpu"
         AttentionInterface.register("kv_simulate", self.observer)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
@@ -137,37 +137,50 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    """Try all candidates, sample by sample; goes on where it stopped."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def scout_arguments(
+    description: str | None, tasks: Sequence[str], samples: int
+) -> argparse.ArgumentParser:
+    """What every scout is told; `tasks` are its choices."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--tasks", nargs="+", required=True, choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", required=True, choices=tasks)
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=samples)
     parser.add_argument("--seed", type=int, default=1, help="odd: not used in tables")
     parser.add_argument("--rates", type=float, nargs="+", default=[4, 8])
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--deadline", type=float, default=math.inf, help="seconds")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    end = time.monotonic() + args.deadline
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    simulator = Simulator(args.model, args.rates, device)
-    corpus, origin = Corpus(args.data), environment()
-    lines = read_lines(args.out) if args.out.exists() else []
+    return parser
+
+
+def samples_left(
+    args: argparse.Namespace, lines: Sequence[dict[str, Any]], tokenizer: Any
+) -> Iterator[tuple[dict[str, Any], Sample]]:
+    """Samples that no line stands for, each with what names it, until the deadline."""
+    end, corpus = time.monotonic() + args.deadline, Corpus(args.data)
     done = {(line["task"], line["index"], line["length"]) for line in lines}
     for index in range(args.samples):
         for task in args.tasks:
             if time.monotonic() > end or (task, index, args.length) in done:
                 continue
-            sample = make_sample(
-                TASKS[task], args.length, args.seed, index, simulator.tokenizer, corpus
-            )
             key = {"task": task, "index": index, "length": args.length}
-            line = {**key, "seed": args.seed, "scores": simulator.scores(sample)}
-            write_record(args.out, {**origin, "simulated": True, **line})
-            lines.append(line)
-            print(task, index, line["scores"][FULL], flush=True)
+            sample = make_sample(
+                TASKS[task], args.length, args.seed, index, tokenizer, corpus
+            )
+            yield {**key, "seed": args.seed}, sample
+
+
+def main() -> None:
+    """Try all candidates, sample by sample; goes on where it stopped."""
+    args = scout_arguments(__doc__, list(TASKS), samples=8).parse_args()
+    simulator, origin = Simulator(args.model, args.rates), environment()
+    lines = read_lines(args.out) if args.out.exists() else []
+    for key, sample in samples_left(args, tuple(lines), simulator.tokenizer):
+        line = {**key, "scores": simulator.scores(sample)}
+        write_record(args.out, {**origin, "simulated": True, **line})
+        lines.append(line)
+        print(key["task"], key["index"], line["scores"][FULL], flush=True)
     print(table(lines))
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Shared memory that one program may use on sm_90, bytes.
 MAX_SHARED = 227 * 1024
-# Bytes a thread. The scoring kernel's registers are capped (`ObserveConfig`) so that a
-# third program fits: on an H200 that gains more than these cost.
-MAX_SPILLED = {"score_kernel": 128}
+# Where the scoring kernel's registers are capped (`ObserveConfig`), so that a third
+# program fits, it may spill as many bytes a thread: on an H200 the program gains more.
+CAPPED_REGISTERS, CAPPED_SPILL = 168, 128
 
 
 def test_kernels_compile_and_spill_nothing_unawares() -> None:
@@ -31,7 +31,9 @@ def test_kernels_compile_and_spill_nothing_unawares() -> None:
     # key similarity 2, positional 2.
     assert len(names) == 18, names
     for kernel in kernels:
-        assert kernel["spilled"] <= MAX_SPILLED.get(kernel["kernel"], 0), kernel
+        capped = kernel["kernel"] == "score_kernel"
+        capped = capped and kernel["registers"] == CAPPED_REGISTERS
+        assert kernel["spilled"] <= (CAPPED_SPILL if capped else 0), kernel
         assert kernel["shared"] <= MAX_SHARED, kernel
         if kernel["kernel"] == "decode_tiles_kernel":
             # Pages, K and V: without the pipeliner it would wait for every tile.
