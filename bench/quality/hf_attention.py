@@ -1,4 +1,4 @@
-"""Attention of one new token a row, over caches of which each row sees a part.
+"""Attention of new tokens over caches of which each row sees a part.
 
 With a mask, transformers' own ``sdpa`` copies keys and values for every query head, in
 every layer and step. Here the query heads of a group are queries of one KV head.
@@ -33,26 +33,27 @@ def attend(
 
     Parameters
     ----------
-    query : [rows, query heads, 1, head_dim]
+    query : [rows, query heads, tokens, head_dim]
     key, value : [rows, kv_heads, n, head_dim]
-    attention_mask : [rows, 1 or kv_heads, 1, n] bool or None
+    attention_mask : [rows or 1, 1 or kv_heads, tokens, n] bool or None
         What may be seen; None: everything.
 
     Returns
     -------
-    [rows, 1, query heads, head_dim], None
+    [rows, tokens, query heads, head_dim], None
     """
     from torch.nn.functional import scaled_dot_product_attention
 
     del module
     rows, heads, tokens, size = query.shape
-    if tokens != 1:
-        raise ValueError(f"one token a row, not {tokens}")
-    grouped = query.reshape(rows, key.shape[1], -1, size)
+    kv_heads = key.shape[1]
+    grouped = query.reshape(rows, kv_heads, -1, size)
+    if tokens > 1 and attention_mask is not None:
+        attention_mask = attention_mask.repeat(1, 1, heads // kv_heads, 1)
     out = scaled_dot_product_attention(
         grouped, key, value, attn_mask=attention_mask, scale=scaling
     )
-    return out.reshape(rows, 1, heads, size), None
+    return out.reshape(rows, heads, tokens, size).transpose(1, 2), None
 
 
 def visible(

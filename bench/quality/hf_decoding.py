@@ -77,7 +77,7 @@ class Prefilled:
 
 
 class Decoding:
-    """Prompts that are decoded together, one token a step; their caches are copied.
+    """Prompts that are decoded together; their caches are copied.
 
     Shorter caches are padded on the left, in each layer to the longest of that layer.
     To be used as a context: meanwhile the model's attention sees these caches.
@@ -88,7 +88,7 @@ class Decoding:
         Of transformers, one configuration for all layers.
     prompts : sequence of Prefilled
     steps : int
-        Most steps that will be made.
+        Most tokens that will be fed of each.
 
     Attributes
     ----------
@@ -141,27 +141,37 @@ class Decoding:
 
     def step(self, tokens: Sequence[int]) -> None:
         """Feed a token of each prompt."""
+        self.logits = self.read([[token] for token in tokens])[:, -1]
+
+    def read(self, tokens: Sequence[Sequence[int]]) -> Any:
+        """Feed tokens of each prompt, equally many; what follows each of them.
+
+        Returns
+        -------
+        [prompts, tokens, vocab] fp32
+        """
         import torch
 
-        ids = torch.tensor(tokens, device=self._model.device)[:, None]
-        self.logits = (
-            self._model(
-                input_ids=ids,
-                past_key_values=self._cache,
-                position_ids=self._positions,
-            )
-            .logits[:, -1]
-            .float()
-        )
-        self._positions = self._positions + 1
+        ids = torch.tensor(tokens, device=self._model.device)
+        places = self._positions + torch.arange(ids.shape[1], device=ids.device)
+        logits = self._model(
+            input_ids=ids, past_key_values=self._cache, position_ids=places
+        ).logits.float()
+        self._positions = self._positions + ids.shape[1]
+        return logits
 
     def _see(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # transformers would make one mask for all layers.
+        before = self._cache.get_seq_length(module.layer_idx)
+        new = kwargs["hidden_states"].shape[1]
         mask = self._masks[module.layer_idx]
         if mask is not None:
-            mask = mask[..., : self._cache.get_seq_length(module.layer_idx) + 1]
+            mask = mask[..., : before + new]
+        if new > 1:
+            causal = self._positions.new_ones(new, before + new).tril(before) > 0
+            mask = causal[None, None] if mask is None else mask & causal
         return args, kwargs | {"attention_mask": mask}
 
 

@@ -1,9 +1,8 @@
-"""Answers and likelihoods of prompts that share the steps of their decoding."""
+"""Answers of prompts that share the steps of their decoding, and likelihoods."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import Any
 
 from bench.quality import forced
@@ -82,7 +81,7 @@ def think(
     samples: Sequence[Sample],
     references: Sequence[forced.Reference] | None,
 ) -> list[forced.Thoughts]:
-    """What the model thinks of each sample's targets.
+    """What the model thinks of each sample's targets, a prompt at a time.
 
     Parameters
     ----------
@@ -91,62 +90,34 @@ def think(
     """
     import torch
 
-    targets = [sample.targets for sample in samples]
-    jobs = [
-        forced.job(tokens, references[i] if references else None)
-        for i, tokens in enumerate(targets)
-    ]
-    steps = max(map(len, targets))
-    # Stays on the device until all is decoded.
-    seen: list[Any] = []
-    best: list[Any] = []
-    with torch.inference_mode(), Decoding(model, prompts, steps) as state:
-        for at in range(steps):
-            own = state.logits.log_softmax(-1)
-            going = _going(targets, at)
-            some = [jobs[i] for i in going]
-            seen.append(forced.observe(own[going], some, [at] * len(going)))
-            if references is None:
-                best.append(own.topk(forced.TOP))
-            if at + 1 < steps:
-                # A text that is over goes on with any token.
-                state.step([t[min(at, len(t) - 1)] for t in targets])
-    values: list[list[Any]] = [[] for _ in samples]
-    for at, rows in enumerate(seen):
-        for i, value in zip(_going(targets, at), rows.tolist(), strict=True):
-            values[i].append(value)
     thoughts = []
-    for rows in values:
-        logprobs, agree, kl = (list(column) for column in zip(*rows, strict=True))
-        thoughts.append(forced.Thoughts(logprobs, agree, kl))
-    if references is None:
-        made = _references(best, targets, thoughts)
-        return [replace(t, reference=r) for t, r in zip(thoughts, made, strict=True)]
+    with torch.inference_mode():
+        for i, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
+            tokens = sample.targets
+            own = _dictated(model, prompt, tokens).log_softmax(-1)
+            job = forced.job(tokens, references[i] if references else None)
+            places = range(len(tokens))
+            rows = forced.observe(own, [job] * len(tokens), places).tolist()
+            logprobs, agree, kl = (list(column) for column in zip(*rows, strict=True))
+            reference = None
+            if references is None:
+                best = own.topk(forced.TOP)
+                ids, values = best.indices.tolist(), best.values.tolist()
+                reference = forced.refer(ids, values, tokens, logprobs)
+            thoughts.append(forced.Thoughts(logprobs, agree, kl, reference))
     return thoughts
 
 
-def _going(targets: Sequence[Sequence[int]], at: int) -> list[int]:
-    """Places of the texts that have a token there."""
-    return [i for i, tokens in enumerate(targets) if at < len(tokens)]
+def _dictated(model: Any, prompt: Prefilled, tokens: Sequence[int]) -> Any:
+    """Logits that each of the tokens was chosen from, [tokens, vocab].
 
-
-def _references(
-    best: Sequence[Any],
-    targets: Sequence[Sequence[int]],
-    thoughts: Sequence[forced.Thoughts],
-) -> list[forced.Reference]:
-    """Distributions of the texts, from the most likely tokens of each step."""
+    Nothing is evicted meanwhile, so they can be read at once; a row by itself, whose
+    logits are as large as the cache of a prompt.
+    """
     import torch
 
-    # [step, sample, token]
-    ids = torch.stack([b.indices for b in best]).tolist()
-    logprobs = torch.stack([b.values for b in best]).tolist()
-    return [
-        forced.refer(
-            [step[i] for step in ids[: len(tokens)]],
-            [step[i] for step in logprobs[: len(tokens)]],
-            tokens,
-            thoughts[i].logprobs,
-        )
-        for i, tokens in enumerate(targets)
-    ]
+    first = prompt.logits[None]
+    if len(tokens) == 1:
+        return first
+    with Decoding(model, [prompt], len(tokens)) as state:
+        return torch.cat([first, state.read([tokens[:-1]])[0]])

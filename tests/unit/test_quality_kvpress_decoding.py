@@ -176,10 +176,20 @@ def test_rows_of_several_methods_decode_as_alone(model: Any) -> None:
         (1, False),
     }
     said = [prompt(100 + place)[:STEPS] for place in range(len(rows))]
-    for one, row, tokens in zip(
-        together(model, rows, said), expected, said, strict=True
-    ):
-        close(one, alone(model, row, tokens))
+    truth = [
+        alone(model, row, tokens) for row, tokens in zip(expected, said, strict=True)
+    ]
+    for one, other in zip(together(model, rows, said), truth, strict=True):
+        close(one, other)
+    # Tokens that are known can be read at once, in one piece or several.
+    for piece in (STEPS, 2):
+        with Decoding(model, rows, STEPS) as state:
+            read = [
+                state.read([tokens[at : at + piece] for tokens in said])
+                for at in range(0, STEPS, piece)
+            ]
+        for one, other in zip(torch.cat(read, 1), truth, strict=True):
+            close(one, other)
 
 
 @torch.inference_mode()
