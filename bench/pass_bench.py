@@ -105,6 +105,7 @@ def pass_batch(
             query_start=max(seq_len - WINDOW, 0),
             packed_pages=packed,
             evict_blocks=(packed + (new - fold) // PAGE_SIZE - case.keep_pages) * heads,
+            evict_most=(packed + (new - fold) // PAGE_SIZE - case.keep_pages) * heads,
             protected=max(new - (seq_len - DEFAULTS.protected), 0),
             is_first=not case.packed,
             repeated=False,

@@ -98,6 +98,8 @@ class PassPlan(NamedTuple):
     tail_blocks : ceil((seq_len - fold_old) / S), the partly filled page included.
     fold_blocks : (fold_new - fold_old) / S tail blocks a head that compete.
     evict_blocks : blocks to free, over all heads.
+    evict_most : blocks that could go, over all heads, if every group that a bound is
+        set for lost all that it may; see `select_entries`.
     protected : last entries a head below fold_new that must stay, tokens.
     is_first : 1 for a first pass (stored scores are ignored).
     repeated : 1 if earlier passes have observed the same queries: of the stored and
@@ -118,6 +120,7 @@ class PassPlan(NamedTuple):
     tail_blocks: torch.Tensor
     fold_blocks: torch.Tensor
     evict_blocks: torch.Tensor
+    evict_most: torch.Tensor
     protected: torch.Tensor
     is_first: torch.Tensor
     repeated: torch.Tensor

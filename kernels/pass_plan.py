@@ -13,7 +13,7 @@ class PassRequest(TypedDict):
 
     ``packed_pages`` is the number of pages that hold its packed blocks before the pass
     (0 if it was never compressed). ``evict_blocks`` is over all heads and must leave
-    whole pages.
+    whole pages, and so is ``evict_most``, which is no less.
     """
 
     slot: int
@@ -23,6 +23,7 @@ class PassRequest(TypedDict):
     query_start: int
     packed_pages: int
     evict_blocks: int
+    evict_most: int
     protected: int
     is_first: bool
     repeated: bool
@@ -57,6 +58,12 @@ def _check(request: PassRequest, heads_per_page: int) -> None:
             f"evict_blocks must free whole pages of {heads_per_page} blocks out of "
             f"{held}, got {evict} blocks"
         )
+    most = request["evict_most"]
+    if most % heads_per_page or not evict <= most <= held * heads_per_page:
+        raise ValueError(
+            f"evict_most must be whole pages of {heads_per_page} blocks, {evict} "
+            f"blocks or more out of {held} pages, got {most}"
+        )
 
 
 def build_plan(
@@ -68,7 +75,7 @@ def build_plan(
     ----------
     requests : at least one; plain Python integers.
     heads_per_page : L * H.
-    device : where the plan's vectors go. One copy of [15, R] int64 (R rounded up to
+    device : where the plan's vectors go. One copy of [16, R] int64 (R rounded up to
         even), asynchronous on CUDA: from pinned memory, which the caching host
         allocator keeps until the copy has run.
 
@@ -94,6 +101,7 @@ def build_plan(
                 tail_blocks,
                 (request["fold_new"] - fold_old) // PAGE_SIZE,
                 request["evict_blocks"],
+                request["evict_most"],
                 request["protected"],
                 int(request["is_first"]),
                 int(request["repeated"]),

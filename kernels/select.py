@@ -11,6 +11,10 @@ consecutive heads, and every group loses E / groups blocks. One group is the pap
 joint allocation, L groups keep as much in every layer, L * H groups in every head. A
 head is left its last `floor_blocks` blocks, or all it has if that is less.
 
+What a group may lose can be bounded while heads of all groups compete: a first
+selection evicts all that each of `bound_groups` may lose, and no head loses more in the
+second than it did in the first. Within a group both take the cheapest first.
+
 ======================  =====================  =========================================
 tensor                  shape                  meaning
 ======================  =====================  =========================================
@@ -57,6 +61,7 @@ def select_entries_ref(
     sinks: int,
     groups: int = 1,
     floor_blocks: int = 0,
+    bound_groups: int = 0,
 ) -> SelectedEntries:
     """Plain torch form of `select_entries`; sorts, one request at a time."""
     device = scores.device
@@ -72,14 +77,23 @@ def select_entries_ref(
         plan.fold_new,
         plan.tail_blocks,
         plan.evict_blocks,
+        plan.evict_most,
         plan.protected,
         plan.entry_base,
         plan.keep_base,
     )
     requests = zip(*(column.tolist() for column in columns), strict=True)
-    for r, (slot, fold_old, fold_new, tail, evict, protected, base, keep) in enumerate(
-        requests
-    ):
+    for r, (
+        slot,
+        fold_old,
+        fold_new,
+        tail,
+        evict,
+        most,
+        protected,
+        base,
+        keep,
+    ) in enumerate(requests):
         rows, valid, _, _ = head_rows_ref(tables, slot, fold_old, fold_new, arena_heads)
         counts = valid.sum(1)
         entry = torch.arange(rows.shape[1], device=device)[None]
@@ -94,13 +108,10 @@ def select_entries_ref(
 
         prices = ascending[:, PAGE_SIZE - 1 :: PAGE_SIZE]
         block = torch.arange(prices.shape[1], device=device)
-        exists = block < (counts[:, None] // PAGE_SIZE - floor_blocks)
-        evicted = torch.cat(
-            [
-                cheapest_by_row(prices[heads], exists[heads], evict // groups)
-                for heads in torch.arange(arena_heads, device=device).chunk(groups)
-            ]
-        )
+        caps = counts // PAGE_SIZE - floor_blocks
+        if bound_groups:
+            caps = _cheapest_by_head(prices, block < caps[:, None], most, bound_groups)
+        evicted = _cheapest_by_head(prices, block < caps[:, None], evict, groups)
 
         stays = entry >= PAGE_SIZE * evicted[:, None]
         survives = torch.zeros_like(valid).scatter_(1, order, stays) & valid
@@ -120,6 +131,14 @@ def cheapest_by_row(
     return torch.bincount(row_of_price[cheapest], minlength=len(prices))
 
 
+def _cheapest_by_head(
+    prices: torch.Tensor, exists: torch.Tensor, count: int, groups: int
+) -> torch.Tensor:
+    """`cheapest_by_row` of groups of consecutive heads that lose equally many."""
+    pairs = zip(prices.chunk(groups), exists.chunk(groups), strict=True)
+    return torch.cat([cheapest_by_row(*pair, count // groups) for pair in pairs])
+
+
 def scan_block(entries: int, heads: int) -> int:
     """Entries that a program looks at together: many of long heads, few where most of
     a block would lie behind the end of a short one. A kernel each.
@@ -135,8 +154,9 @@ def select_entries_triton(
     sinks: int,
     groups: int = 1,
     floor_blocks: int = 0,
+    bound_groups: int = 0,
 ) -> SelectedEntries:
-    """Triton form of `select_entries`; 7 launches, whatever the sizes."""
+    """Triton form of `select_entries`; 7 launches, 14 with a bound, for any sizes."""
     device = scores.device
     num_requests = plan.slots.shape[0]
     rows = num_requests * arena_heads
@@ -144,7 +164,6 @@ def select_entries_triton(
     # Tensors of their own are aligned: rows of one would make Triton compile anew.
     prefix, below, evicted = (torch.empty(rows, **ints) for _ in range(3))
     histogram = torch.empty(rows, DIGITS, **ints)
-    priced = torch.zeros(ROUNDS, num_requests * groups, DIGITS, **ints)
     selected = SelectedEntries(
         torch.empty(plan.num_kept, **ints),
         torch.empty(plan.num_kept, dtype=torch.float32, device=device),
@@ -152,45 +171,60 @@ def select_entries_triton(
     )
     block = scan_block(plan.num_entries, rows)
     axes = {"LH": arena_heads, "S": PAGE_SIZE}
-    for step in range(ROUNDS):
-        count_kernel[(rows,)](
-            scores,
+
+    def deal(wanted: torch.Tensor, groups: int, caps: torch.Tensor | None) -> None:
+        """Write `evicted` and the block offsets; `caps`: most that a head may lose."""
+        priced = torch.zeros(ROUNDS, num_requests * groups, DIGITS, **ints)
+        most = evicted if caps is None else caps
+        for step in range(ROUNDS):
+            count_kernel[(rows,)](
+                scores,
+                tables.block_offsets,
+                plan.slots,
+                plan.tail_blocks,
+                plan.fold_blocks,
+                wanted,
+                plan.protected,
+                plan.entry_base,
+                prefix,
+                below,
+                histogram,
+                priced,
+                most,
+                8 * (ROUNDS - 1 - step),
+                sinks,
+                floor_blocks,
+                GROUPS=groups,
+                FIRST=step == 0,
+                CAPPED=caps is not None,
+                BLOCK=block,
+                num_warps=4,
+                **axes,
+            )
+        deal_kernel[(num_requests * groups,)](
             tables.block_offsets,
             plan.slots,
-            plan.tail_blocks,
             plan.fold_blocks,
-            plan.evict_blocks,
-            plan.protected,
-            plan.entry_base,
-            prefix,
+            wanted,
             below,
             histogram,
             priced,
-            8 * (ROUNDS - 1 - step),
-            sinks,
+            evicted,
+            selected.block_offsets,
+            most,
             floor_blocks,
             GROUPS=groups,
-            FIRST=step == 0,
-            BLOCK=block,
+            CAPPED=caps is not None,
+            BLOCK=min(32, triton.next_power_of_2(arena_heads // groups)),
             num_warps=4,
             **axes,
         )
-    deal_kernel[(num_requests * groups,)](
-        tables.block_offsets,
-        plan.slots,
-        plan.fold_blocks,
-        plan.evict_blocks,
-        below,
-        histogram,
-        priced,
-        evicted,
-        selected.block_offsets,
-        floor_blocks,
-        GROUPS=groups,
-        BLOCK=min(32, triton.next_power_of_2(arena_heads // groups)),
-        num_warps=4,
-        **axes,
-    )
+
+    caps = None
+    if bound_groups:
+        deal(plan.evict_most, bound_groups, None)
+        caps = evicted.clone()
+    deal(plan.evict_blocks, groups, caps)
     survivors_kernel[(rows,)](
         scores,
         tables.req_to_token,
@@ -224,6 +258,7 @@ def select_entries(
     sinks: int,
     groups: int = 1,
     floor_blocks: int = 0,
+    bound_groups: int = 0,
 ) -> SelectedEntries:
     """Choose the survivors of every request of the plan.
 
@@ -237,6 +272,8 @@ def select_entries(
     groups : 1, L or L * H: heads compete inside as many equal groups. With more than
         one, every group must hold enough blocks to lose its share.
     floor_blocks : blocks that a head keeps at least; what remains must suffice.
+    bound_groups : no group of so many equal ones loses more than its part of
+        ``plan.evict_most``; 0: no bound. Each must hold enough to lose that.
 
     Returns
     -------
@@ -244,4 +281,6 @@ def select_entries(
         allow, forced ones go too, in the same order, so that sizes always hold.
     """
     op = select_entries_triton if use_triton(scores) else select_entries_ref
-    return op(scores, arena_heads, tables, plan, sinks, groups, floor_blocks)
+    return op(
+        scores, arena_heads, tables, plan, sinks, groups, floor_blocks, bound_groups
+    )

@@ -4,7 +4,8 @@ The bits of a non-negative fp32, read as int32, order like the number. A thresho
 found from its highest 8 bits down: count the entries that agree with the digits chosen
 so far by their next digit, choose the digit in which the threshold lies, repeat; four
 rounds fix all bits. The price of a head's k-th block is its (S * k + S - 1)-th score,
-so a head with c scores up to u has c // S blocks priced up to u, at most `cap`.
+so a head with c scores up to u has c // S blocks priced up to u, at most `cap`: what it
+holds beyond its floor, or what another selection lets it lose (CAPPED).
 
 Heads compete inside their *group*: LH // GROUPS consecutive heads of a request. One
 program handles x = r * LH + lh, a head of a request, or y = r * GROUPS + g, a group.
@@ -75,6 +76,7 @@ def count_kernel(
     below,
     histogram,
     priced,
+    caps,
     shift,
     sinks,
     floor_blocks,
@@ -82,6 +84,7 @@ def count_kernel(
     GROUPS: tl.constexpr,
     S: tl.constexpr,
     FIRST: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (R * LH): program x counts its head's digits at `shift` and adds the blocks
@@ -90,9 +93,10 @@ def count_kernel(
     Pointers: scores [num_entries] fp32; block_offsets [slots, LH + 1] int32; plan
     vectors [R] int64; prefix and below [R * LH] int32, the digits chosen so far and the
     head's entries below them; histogram [R * LH, DIGITS] int32; priced [ROUNDS,
-    R * GROUPS, DIGITS] int32, 0 before the first round. Each round first takes in the
-    one before (FIRST: there is none): every program of a group finds the same digit.
-    Sums of integers do not depend on the order in which programs add.
+    R * GROUPS, DIGITS] int32, 0 before the first round; caps [R * LH] int32, read if
+    CAPPED. Each round first takes in the one before (FIRST: there is none): every
+    program of a group finds the same digit. Sums of integers do not depend on the order
+    in which programs add.
     """
     x = tl.program_id(0)
     r = x // LH
@@ -130,7 +134,7 @@ def count_kernel(
     tl.store(own, counts)
     tl.store(prefix + x, chosen)
     tl.store(below + x, lower)
-    cap = tl.maximum(blocks - floor_blocks, 0)
+    cap = tl.load(caps + x) if CAPPED else tl.maximum(blocks - floor_blocks, 0)
     blocks_priced = _blocks_priced(lower + tl.cumsum(counts, 0), cap, S)
     tl.atomic_add(sums, blocks_priced, sem="relaxed")
 
@@ -146,10 +150,12 @@ def deal_kernel(
     priced,
     evicted,
     new_offsets,
+    caps,
     floor_blocks,
     LH: tl.constexpr,
     GROUPS: tl.constexpr,
     S: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (R * GROUPS): program y turns the counts of the last round into evicted
@@ -184,7 +190,10 @@ def deal_kernel(
         tl.store(below + first + j, lower, mask=mask)
         held = tl.load(offsets + first_lh + j + 1, mask=mask, other=0)
         held -= tl.load(offsets + first_lh + j, mask=mask, other=0)
-        cap = tl.where(mask, tl.maximum(held + fold - floor_blocks, 0), 0)
+        if CAPPED:
+            cap = tl.load(caps + first + j, mask=mask, other=0)
+        else:
+            cap = tl.where(mask, tl.maximum(held + fold - floor_blocks, 0), 0)
         missing -= tl.sum(_blocks_priced(lower, cap, S), 0)
     tl.debug_barrier()
 
@@ -200,7 +209,10 @@ def deal_kernel(
         same = tl.load(histogram + (first + j) * DIGITS + choice, mask=mask, other=0)
         held = tl.load(offsets + first_lh + j + 1, mask=mask, other=0)
         held -= tl.load(offsets + first_lh + j, mask=mask, other=0)
-        cap = tl.where(mask, tl.maximum(held + fold - floor_blocks, 0), 0)
+        if CAPPED:
+            cap = tl.load(caps + first + j, mask=mask, other=0)
+        else:
+            cap = tl.where(mask, tl.maximum(held + fold - floor_blocks, 0), 0)
         cheaper = _blocks_priced(lower, cap, S)
         tied = _blocks_priced(lower + same, cap, S) - cheaper
         share = missing - (tl.cumsum(tied, 0) - tied)

@@ -157,6 +157,7 @@ def make_plan(
     query_start: Sequence[int] | None = None,
     recorded: Sequence[bool] | None = None,
     repeated: Sequence[bool] | None = None,
+    spare: float = 0.0,
 ) -> PassPlan:
     """Plan one eviction pass over all requests of `case`.
 
@@ -167,6 +168,7 @@ def make_plan(
     query_start : [R]; 0 by default, so that the ring's w last queries count.
     recorded : [R]; False by default: no log2-sum-exp2 was recorded.
     repeated : [R]; False by default: new and stored scores are added.
+    spare : part of what is kept that a group with a bound could lose as well.
     """
     heads = case.arena.heads_per_page
     requests: list[PassRequest] = []
@@ -184,6 +186,7 @@ def make_plan(
                 "query_start": query_start[r] if query_start else 0,
                 "packed_pages": case.packed_pages[r],
                 "evict_blocks": (held - keep) * heads,
+                "evict_most": (held - keep + int(keep * spare)) * heads,
                 "protected": protected,
                 "is_first": case.folds[r] == 0,
                 "repeated": bool(repeated[r]) if repeated else False,

@@ -8,7 +8,7 @@ host because a pass keeps exactly budget / 16 * L * H blocks.
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -27,6 +27,7 @@ from sglang_kvc.memory import (
 from sglang_kvc.scorers import ScoreContext, Scorer, get_scorer
 
 if TYPE_CHECKING:
+    from sglang_kvc.options import KVCompressOptions
     from sglang_kvc.request_state import PassRecord
     from sglang_kvc.runtime import KVCompressRuntime
 
@@ -40,6 +41,7 @@ def run_pass(
     sinks: int,
     groups: int = 1,
     floor_blocks: int = 0,
+    bound_groups: int = 0,
 ) -> SelectedEntries:
     """Score, pool, select, pack and commit the requests of ``context.plan``.
 
@@ -50,7 +52,7 @@ def run_pass(
     dest_pages : [pages kept] int64, fresh pages for the survivors in plan order.
     pool : `back`, `ahead` and `decay` of `pool_scores`.
     sinks : as in `KVCompressOptions`.
-    groups, floor_blocks : as in `select_entries`.
+    groups, floor_blocks, bound_groups : as in `select_entries`.
 
     Returns
     -------
@@ -61,10 +63,19 @@ def run_pass(
     scores = scorer.score(context)
     if scorer.pooled:
         scores = pool_scores(scores, plan, tables, *pool, heads)
-    selected = select_entries(scores, heads, tables, plan, sinks, groups, floor_blocks)
+    selected = select_entries(
+        scores, heads, tables, plan, sinks, groups, floor_blocks, bound_groups
+    )
     pack_entries(arena, selected, dest_pages, plan)
     commit_tables(tables, arena, selected, plan, dest_pages, scores)
     return selected
+
+
+class Sharing(NamedTuple):
+    """Who competes in a pass, as `select_entries` wants it."""
+
+    groups: int
+    bound_groups: int = 0
 
 
 WARM_UP_TOKENS = (20 * PAGE_SIZE, 512 * PAGE_SIZE)
@@ -81,8 +92,12 @@ class PassRunner:
         self.sm_scale = sm_scale
         self.scorer = get_scorer(runtime.options.metric)
         options, num_groups = runtime.options, runtime.shape.num_groups
-        self.groups = num_groups(options.allocation)
-        self.chunk_groups = num_groups(options.chunk_allocation)
+        self.prompt_sharing = self.sharing = Sharing(num_groups(options.allocation))
+        self.chunk_sharing = Sharing(num_groups(options.chunk_allocation))
+        if options.layer_share:
+            # Layers hold equally much until a prompt is complete, not afterwards.
+            self.sharing = Sharing(num_groups("layer"))
+            self.prompt_sharing = Sharing(1, num_groups("layer"))
         if runtime.arena.score.numel() >= 1 << 31:
             raise ConfigError(
                 "the arena holds 2**31 KVs or more per layer and head in total, which "
@@ -100,11 +115,11 @@ class PassRunner:
         """Run every pass of a step; alike ones that fit together share a launch."""
         group: list[PassRecord] = []
         held = 0
-        for record in sorted(records, key=lambda record: record.between_chunks):
+        for record in sorted(records, key=self._sharing):
             need = self._head_bytes(record)
             if group and (
                 held + need > self.max_bytes
-                or record.between_chunks != group[0].between_chunks
+                or self._sharing(record) != self._sharing(group[0])
             ):
                 self._run_group(group)
                 group, held = [], 0
@@ -112,6 +127,11 @@ class PassRunner:
             held += need
         if group:
             self._run_group(group)
+
+    def _sharing(self, record: PassRecord) -> Sharing:
+        if record.between_chunks:
+            return self.chunk_sharing
+        return self.prompt_sharing if record.pool_tail else self.sharing
 
     def _head_bytes(self, record: PassRecord) -> int:
         """Workspace of a pass, bytes per head on average."""
@@ -129,10 +149,10 @@ class PassRunner:
         heads = self.runtime.arena.heads_per_page
         pages = torch.zeros(1, dtype=torch.int64, device=self.runtime.device)
         # Passes between chunks take kernels of their own.
-        group_counts = {self.groups}
+        kinds = {self.prompt_sharing, self.sharing}
         if self.runtime.chunk_rule.chunk_size:
-            group_counts.add(self.chunk_groups)
-        for tokens, groups in product(WARM_UP_TOKENS, sorted(group_counts)):
+            kinds.add(self.chunk_sharing)
+        for tokens, sharing in product(WARM_UP_TOKENS, sorted(kinds)):
             length = min(tokens, self.max_tokens // (2 * PAGE_SIZE) * PAGE_SIZE)
             request = PassRequest(
                 slot=0,
@@ -142,6 +162,7 @@ class PassRunner:
                 query_start=max(length - self.runtime.options.window, 0),
                 packed_pages=0,
                 evict_blocks=(length // PAGE_SIZE - 1) * heads,
+                evict_most=(length // PAGE_SIZE - 1) * heads,
                 protected=0,
                 is_first=True,
                 repeated=False,
@@ -149,7 +170,7 @@ class PassRunner:
                 recorded=False,
             )
             # One page is less than sinks and a floor may take.
-            self._launch([request], pages, sinks=0, groups=groups, floor_blocks=0)
+            self._launch([request], pages, sharing, sinks=0, floor_blocks=0)
             # The pass has packed the padding slot: it must be empty again, also for
             # the next round, whose workspace is sized for an unpacked request.
             self.runtime.reset_slots([0])
@@ -157,14 +178,13 @@ class PassRunner:
     def _run_group(self, records: list[PassRecord]) -> None:
         heads = self.runtime.arena.heads_per_page
         options = self.runtime.options
-        requests = [_plan_request(r, heads, options.protected) for r in records]
+        requests = [_plan_request(r, heads, options) for r in records]
         pages = torch.cat([r.target[::PAGE_SIZE] // PAGE_SIZE for r in records])
-        groups = self.chunk_groups if records[0].between_chunks else self.groups
         selected = self._launch(
             requests,
             pages,
+            self._sharing(records[0]),
             sinks=options.sinks,
-            groups=groups,
             floor_blocks=-(-options.head_floor // PAGE_SIZE),
         )
         for record, blocks in zip(records, selected.block_offsets, strict=True):
@@ -179,9 +199,9 @@ class PassRunner:
         self,
         requests: list[PassRequest],
         dest_pages: torch.Tensor,
+        sharing: Sharing,
         *,
         sinks: int,
-        groups: int,
         floor_blocks: int,
     ) -> SelectedEntries:
         runtime, options = self.runtime, self.runtime.options
@@ -200,15 +220,20 @@ class PassRunner:
             dest_pages,
             pool=(options.pool_back, options.pool_ahead, options.pool_decay),
             sinks=sinks,
-            groups=groups,
             floor_blocks=floor_blocks,
+            **sharing._asdict(),
         )
 
 
-def _plan_request(record: PassRecord, heads: int, protected: int) -> PassRequest:
+def _plan_request(
+    record: PassRecord, heads: int, options: KVCompressOptions
+) -> PassRequest:
     """Host numbers of one pass, in the terms of `layout.PassPlan`."""
     fold_blocks = (record.fold_new - record.fold_old) // PAGE_SIZE
     freed_pages = (record.budget_old - record.budget) // PAGE_SIZE + fold_blocks
+    kept_pages = record.budget // PAGE_SIZE
+    # A layer must be able to keep what its heads must.
+    share = max(int(options.layer_share * kept_pages), options.floor // PAGE_SIZE)
     return PassRequest(
         slot=record.slot,
         seq_len=record.seq_len,
@@ -217,7 +242,8 @@ def _plan_request(record: PassRecord, heads: int, protected: int) -> PassRequest
         query_start=record.query_start,
         packed_pages=record.budget_old // PAGE_SIZE,
         evict_blocks=freed_pages * heads,
-        protected=max(record.fold_new - (record.seq_len - protected), 0),
+        evict_most=(freed_pages + kept_pages - share) * heads,
+        protected=max(record.fold_new - (record.seq_len - options.protected), 0),
         is_first=record.is_first,
         repeated=record.repeated,
         pool_tail=record.pool_tail,

@@ -68,6 +68,12 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "or nobody (head: as much for every head).",
     ),
     "head_floor": (int, "TOKENS", "Tokens that every head keeps (rounded up to 16)."),
+    "layer_share": (
+        float,
+        "X",
+        "With joint budgets: the part of an equal share of a prompt that every layer "
+        "keeps at least, 0 to 1.",
+    ),
     "chunks": (
         str,
         "{" + ",".join(CHUNK_MODES) + "}",

@@ -118,7 +118,9 @@ def pass_workspace_tokens(context_len: int, pool_tokens: int) -> int:
 def count_bytes(shape: ModelShape, options: KVCompressOptions) -> int:
     """Bytes per head of what `select_entries` counts, for one request at most."""
     allocations = {options.allocation, options.chunk_allocation}
-    groups = COUNT_BYTES_PER_GROUP * max(map(shape.num_groups, allocations))
+    # A bound on what layers lose is a selection by layer before the joint one.
+    count = max(map(shape.num_groups, allocations)) + (options.layer_share > 0)
+    groups = COUNT_BYTES_PER_GROUP * count
     return COUNT_BYTES_PER_HEAD + -(-groups // shape.heads_per_page)
 
 

@@ -140,6 +140,10 @@ class KVCompressOptions:
         Who shares a budget: all heads of all layers, the heads of a layer, or nobody.
     head_floor : int
         Tokens that every head keeps whatever the others are worth.
+    layer_share : float
+        With joint budgets: the part of an equal share of a prompt that every layer
+        keeps at least, 0 to 1, which is ``allocation="layer"``. Above 0, what is
+        decoded later takes the place of something in its own layer.
     chunks : {"auto", "always", "never"}
         Whether a long prompt is compressed between its chunks, see `chunking`.
     chunk_queries : {"prompt", "chunk"}
@@ -165,6 +169,7 @@ class KVCompressOptions:
     metric: str = "value_norm"
     allocation: str = "joint"
     head_floor: int = 0
+    layer_share: float = 0.0
     chunks: str = "auto"
     chunk_queries: str = "prompt"
 
@@ -184,6 +189,14 @@ class KVCompressOptions:
                     f"got {getattr(self, name)!r}."
                 )
         check_int("head_floor", self.head_floor, 0)
+        if self.layer_share != 0:
+            check_share("layer_share", self.layer_share)
+            if self.allocation != "joint":
+                raise ConfigError(
+                    f"layer_share={self.layer_share} bounds what joint budgets take "
+                    f"from a layer; with allocation={self.allocation} there is nothing "
+                    "to bound. Leave one of them out."
+                )
         self.check_budget("min_budget", self.min_budget)
         if self.budget is not None:
             self.check_budget("budget", self.budget)

@@ -35,6 +35,7 @@ class Candidate:
         then kept for being unusual, whoever asks for it later.
     allocation : joint, layer or head.
     floor : part of the budget that every head keeps.
+    layer_share : part of the budget that every layer keeps, where it is joint.
     protected : last tokens that every head keeps.
     """
 
@@ -49,6 +50,7 @@ class Candidate:
     distinct: float = 0.0
     allocation: str = "joint"
     floor: float = 0.0
+    layer_share: float = KVCompressOptions.layer_share
     protected: int = KVCompressOptions.protected
 
     @property
@@ -80,6 +82,7 @@ CANDIDATES = (
     Candidate(allocation="head"),
     Candidate(floor=0.25),
     Candidate(floor=0.5),
+    *(Candidate(layer_share=share) for share in (0.5, 0.75)),
     *(Candidate(protected=protected) for protected in (64, 128, 256)),
     Candidate(window=128, protected=128),
     Candidate(window=128, protected=128, value_norm=False),
@@ -171,10 +174,15 @@ def keep(scores: torch.Tensor, layers: int, budget: int, c: Candidate) -> torch.
     price = price[:, : fold // PAGE_SIZE - int(budget * c.floor) // PAGE_SIZE]
     evict = (fold // PAGE_SIZE - budget // PAGE_SIZE) * heads
     groups = {"joint": 1, "layer": layers, "head": heads}[c.allocation]
-    lost = [
-        cheapest_by_row(own_prices, torch.ones_like(own_prices) > 0, evict // groups)
-        for own_prices in price.chunk(groups)
-    ]
+    exists = torch.ones_like(price, dtype=torch.bool)
+    if c.layer_share:
+        least = int(budget // PAGE_SIZE * c.layer_share) * heads // layers
+        spare = fold // PAGE_SIZE * heads // layers - least
+        pairs = zip(price.chunk(layers), exists.chunk(layers), strict=True)
+        most = torch.cat([cheapest_by_row(*pair, spare) for pair in pairs])
+        exists = torch.arange(price.shape[1], device=most.device) < most[:, None]
+    rivals = zip(price.chunk(groups), exists.chunk(groups), strict=True)
+    lost = [cheapest_by_row(*pair, evict // groups) for pair in rivals]
     stays = torch.ones(heads, n, dtype=torch.bool, device=scores.device)
     rank = (
         torch.arange(fold, device=scores.device) >= PAGE_SIZE * torch.cat(lost)[:, None]

@@ -4,8 +4,8 @@ No pages, no arena, no ring, no kernels of ours: every KV stays in the Hugging F
 cache, evicted ones are masked, scores are kept per logical position, and selection is
 a Python loop over heads and blocks. Paper: arXiv 2410.00161, Algorithm 1, eq. 6-10, 20.
 
-Metrics other than the paper's, allocations other than the joint one and the floor per
-head are written out here once more, from their definitions.
+Metrics other than the paper's, allocations other than the joint one, the floor per head
+and the share per layer are written out here once more, from their definitions.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Policy:
     metric: str = KVCompressOptions.metric
     allocation: str = "joint"
     head_floor: int = 0
+    layer_share: float = 0.0
 
 
 @dataclass
@@ -174,6 +175,11 @@ class Oracle:
             self._score_entries()
         total = self.layers * self.heads
         fold = self.length // BLOCK * BLOCK
+        allocation = allocation or self.policy.allocation
+        share = self.policy.layer_share
+        if share and allocation == "joint" and self.fold and not pool_tail:
+            # After the prompt each layer loses as much as it has gained.
+            allocation, share = "layer", 0
         flat = self.visible.view(total, -1)
         competing = [[p for p in range(fold) if flat[h, p]] for h in range(total)]
         floor_blocks = -(-self.policy.head_floor // BLOCK)
@@ -193,14 +199,28 @@ class Oracle:
         held = sum(len(c) for c in competing) // BLOCK
         evict = held - budget // BLOCK * total
         groups = {"joint": 1, "layer": self.layers, "head": total}
-        size = total // groups[allocation or self.policy.allocation]
+        size = total // groups[allocation]
+        bounds = [inf] * total
+        if share and allocation == "joint":
+            forced = self.sinks + self.protected
+            least = max(
+                int(share * (budget // BLOCK)), -(-forced // BLOCK), floor_blocks
+            )
+            for first in range(0, total, self.heads):
+                own = range(first, first + self.heads)
+                spare = sum(len(competing[h]) // BLOCK - least for h in own)
+                open_to_all = sorted(sum((candidates[h] for h in own), []))[:spare]
+                for h in own:
+                    candidates[h] = [block for block in open_to_all if block[1] == h]
+                    bounds[h] = open_to_all[-1][0]
         evicted, thresholds = [0] * total, []
         for first in range(0, total, size):
             rivals = sorted(sum(candidates[first : first + size], []))
             blocks = rivals[: evict * size // total]
             for _, h, _ in blocks:
                 evicted[h] += 1
-            thresholds += [blocks[-1][0]] * size
+            # In a layer that lost all it may, the last block is cheaper.
+            thresholds += [min(blocks[-1][0], b) for b in bounds[first : first + size]]
         kept = [sorted(ranked[h][BLOCK * evicted[h] :]) for h in range(total)]
         self.fold, self.observed = fold, self.length
         self.ranked = ranked

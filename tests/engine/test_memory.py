@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sglang_kvc.eviction import PassRunner
 from sglang_kvc.prefill_warmup import prefill_once
 from sglang_kvc.request_state import ceil_page, floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
@@ -118,15 +119,17 @@ def test_bad_request_fails_alone(fresh: InProcessScheduler, model_path: str) -> 
     assert len(out["good"].ids) == 8
 
 
-@pytest.mark.parametrize("head_floor", [0, 64])
+@pytest.mark.parametrize("changed", [{}, {"head_floor": 64}, {"layer_share": 0.5}])
 def test_warm_up_leaves_the_padding_slot_empty(
-    fresh: InProcessScheduler, monkeypatch: pytest.MonkeyPatch, head_floor: int
+    fresh: InProcessScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, float],
 ) -> None:
     """What compiles the kernels on a GPU runs here too, and leaves no trace."""
     runtime = fresh.allocator.get_kvcache().runtime
-    options = dataclasses.replace(runtime.options, head_floor=head_floor)
+    options = dataclasses.replace(runtime.options, **changed)
     monkeypatch.setattr(runtime, "options", options)
-    runtime.passes.warm_up()
+    PassRunner(runtime, runtime.passes.sm_scale).warm_up()
     assert not runtime.tables.fold_lens[0]
     assert not runtime.tables.block_offsets[0].any()
 

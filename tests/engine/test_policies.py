@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import pytest
 
 from sglang_kvc.eviction import PassRunner
+from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.request_state import ceil_page, floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.oracle import Oracle, Policy
@@ -36,6 +37,7 @@ POLICIES = [
     Policy(allocation="head"),
     # Four blocks; sinks and protected tokens alone keep three.
     Policy(head_floor=60),
+    Policy(layer_share=0.8),
 ]
 # fp32 sums in another order; what needs no sum is exact.
 TIE = 1e-3
@@ -50,7 +52,8 @@ def oracle(model_path: str, scheduler: InProcessScheduler) -> Oracle:
 
 
 @pytest.fixture(
-    params=POLICIES, ids=lambda p: f"{p.metric}-{p.allocation}-{p.head_floor}"
+    params=POLICIES,
+    ids=lambda p: f"{p.metric}-{p.allocation}-{p.head_floor}-{p.layer_share}",
 )
 def policy(
     fresh: InProcessScheduler, request: pytest.FixtureRequest
@@ -106,3 +109,6 @@ def _check_shares(
     assert (layers == {budget * heads}) == (level or policy.allocation != "joint")
     if policy.head_floor:
         assert min(sizes) == ceil_page(policy.head_floor)
+    if policy.layer_share:
+        least = int(policy.layer_share * (budget // PAGE_SIZE)) * PAGE_SIZE * heads
+        assert min(layers) == least < budget * heads

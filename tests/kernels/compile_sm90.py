@@ -115,7 +115,9 @@ def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> No
     recency_scores_triton(arena, tables, plan)
     random_scores_triton(arena, tables, plan, 0)
     scores = pool_scores_triton(scores, plan, tables, 32, 3, 0.9, arena.heads_per_page)
-    selected = select_entries_triton(scores, arena.heads_per_page, tables, plan, 4)
+    count = arena.heads_per_page
+    select_entries_triton(scores, count, tables, plan, 4, bound_groups=layers)
+    selected = select_entries_triton(scores, count, tables, plan, 4)
     pages = torch.zeros(99, dtype=torch.int64)
     pack_entries_triton(arena, selected, pages, plan)
     commit_tables_triton(tables, arena, selected, plan, pages, scores)

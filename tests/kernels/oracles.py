@@ -148,10 +148,12 @@ def select(
     sinks: int,
     groups: int = 1,
     floor_blocks: int = 0,
+    bounds: tuple[int, list[int]] | None = None,
 ) -> tuple[list[int], list[float], list[list[int]]]:
     """Literal Algorithm 1: (source rows, scores, block offsets), lists and sorts.
 
-    It runs once for each group of heads.
+    It runs once for each group of heads. `bounds`: so many other groups, and the most
+    blocks that they may lose together, by request, in equal parts.
     """
     heads = case.arena.heads_per_page
     values = scores.tolist()
@@ -175,6 +177,13 @@ def select(
             held.append((rows, own, ranked))
             tail = -(-(case.seq_lens[r] - case.folds[r]) // S) * S
             start += n - (fold_new[r] - case.folds[r]) + tail
+        if bounds:
+            parts, most = bounds
+            size = heads // parts
+            for g in range(0, heads, size):
+                open_to_all = sorted(sum(prices[g : g + size], []))[: most[r] // parts]
+                for lh in range(g, g + size):
+                    prices[lh] = [block for block in open_to_all if block[1] == lh]
         evict = (total - keep_pages[r] * heads) // groups
         gone: list[int] = []
         for g in range(groups):

@@ -17,6 +17,7 @@ def request(**changes: int) -> PassRequest:
         "query_start": 149,
         "packed_pages": 4,
         "evict_blocks": 3 * 6,
+        "evict_most": 5 * 6,
         "protected": 27,
         "is_first": False,
         "repeated": True,
@@ -34,6 +35,7 @@ def test_layout_of_two_requests() -> None:
         fold_new=32,
         packed_pages=0,
         evict_blocks=6,
+        evict_most=6,
         is_first=True,
         pool_tail=True,
     )
@@ -71,6 +73,9 @@ def test_totals_match_the_entries_of_a_case() -> None:
         ({"fold_new": 192}, "fold_new <= seq_len, got 128, 192, 181"),
         ({"evict_blocks": 7}, "whole pages of 6 blocks out of 7, got 7"),
         ({"evict_blocks": 48}, "out of 7, got 48"),
+        ({"evict_most": 31}, "evict_most must be whole pages of 6 blocks"),
+        ({"evict_most": 12}, "18 blocks or more out of 7 pages, got 12"),
+        ({"evict_most": 48}, "out of 7 pages, got 48"),
     ],
 )
 def test_impossible_passes_are_refused(changes: dict[str, int], message: str) -> None:

@@ -105,6 +105,52 @@ def test_groups_and_floors(
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(("seq_lens", "folds", "packed", "keep"), GROUP_CASES)
+@pytest.mark.parametrize(
+    ("groups", "floor_blocks", "spare"), [(1, 0, 0.4), (1, 0, 1), (1, 1, 0), (3, 0, 1)]
+)
+@pytest.mark.parametrize("levels", [0, 3])
+def test_bounded_groups(
+    seq_lens: list[int],
+    folds: list[int],
+    packed: list[int],
+    keep: list[int],
+    groups: int,
+    floor_blocks: int,
+    spare: float,
+    levels: int,
+    device: str,
+) -> None:
+    """Heads compete freely, but no layer loses more than it may."""
+    case = make_case(
+        len(seq_lens), 3, 2, 1, 16, seq_lens, folds, packed, skew=0, device=device
+    )
+    plan = make_plan(case, keep, spare=spare)
+    scores = make_scores(plan.num_entries, levels, device)
+    # The first layer of the second request is worth nothing.
+    first = int(plan.entry_base[1])
+    scores[first : first + 32 * (packed[1] + int(plan.tail_blocks[1]))] = 0
+    args = (scores, 6, case.tables, plan, 2, groups, floor_blocks, 3)
+    selected = select_entries_triton(*args)
+    assert_equal(selected, select_entries_ref(*args))
+    most = plan.evict_most.tolist()
+    fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
+    options = {"groups": groups, "floor_blocks": floor_blocks, "bounds": (3, most)}
+    rows, kept, offsets = oracles.select(case, scores, fold_new, keep, 8, 2, **options)
+    assert selected.source_rows.tolist() == rows
+    assert selected.scores.tolist() == kept
+    assert selected.block_offsets.tolist() == offsets
+    held = torch.tensor(packed) + torch.tensor(fold_new) // PAGE_SIZE
+    held -= torch.tensor(folds) // PAGE_SIZE
+    by_layer = selected.block_offsets.diff(dim=1).unflatten(1, (3, 2)).sum(2).cpu()
+    least = 2 * held - plan.evict_most.cpu() // 3
+    assert (by_layer >= least[:, None]).all()
+    if groups == 1 and spare < 1:
+        assert by_layer[1, 0] == least[1]
+    assert int(by_layer.sum()) == 6 * sum(keep)
+
+
+@pytest.mark.interpreter
 def test_ties_are_dealt_across_scan_blocks(device: str) -> None:
     case = make_case(1, 67, 1, 1, 8, [32], device=device)
     plan = make_plan(case, [1], protected=0)

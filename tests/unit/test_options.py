@@ -52,6 +52,7 @@ def test_ceil_to_page(tokens: int, pages: int) -> None:
         *[("metric", value) for value in ("l3", None, "L2")],
         *[("allocation", value) for value in ("heads", None)],
         *[("head_floor", value) for value in (-1, 16.0)],
+        *[("layer_share", value) for value in (-0.1, 1.01, math.nan, "1", None)],
     ],
 )
 def test_bad_value_is_named(field: str, bad: Any) -> None:
@@ -73,6 +74,8 @@ def test_bad_value_is_named(field: str, bad: Any) -> None:
         {"metric": "l1"},
         {"metric": "key_similarity", "allocation": "head"},
         {"head_floor": 512},
+        {"layer_share": 1},
+        {"layer_share": 0, "allocation": "layer"},
         {"budget": 48},
     ],
 )
@@ -93,6 +96,12 @@ def test_a_budget_holds_the_floor_of_every_head() -> None:
     assert KVCompressOptions(head_floor=100).floor == 112
     with pytest.raises(ConfigError, match="head_floor=513"):
         KVCompressOptions(head_floor=513)
+
+
+@pytest.mark.parametrize("allocation", ["layer", "head"])
+def test_a_share_of_layers_is_for_joint_budgets(allocation: str) -> None:
+    with pytest.raises(ConfigError, match=f"layer_share=0.5.*allocation={allocation}"):
+        KVCompressOptions(layer_share=0.5, allocation=allocation)
 
 
 def test_rate_and_budget_exclude_each_other() -> None:

@@ -49,6 +49,18 @@ def test_a_floor_is_kept_by_every_head() -> None:
     assert lean.sum() == fed.sum() == 96 * LAYERS * HEADS
 
 
+def test_a_share_is_kept_by_every_layer() -> None:
+    def by_layer(candidate: Candidate) -> list[int]:
+        kept = keep(scores(), LAYERS, 96, candidate)[:, : N // PAGE_SIZE * PAGE_SIZE]
+        return [int(n) for n in kept.unflatten(0, (LAYERS, HEADS)).sum((1, 2))]
+
+    half = by_layer(Candidate(layer_share=0.9))
+    # Five of six pages a head.
+    assert by_layer(Candidate())[0] < half[0] == 80 * HEADS < half[1]
+    assert sum(half) == 96 * LAYERS * HEADS
+    assert by_layer(Candidate(layer_share=1)) == by_layer(Candidate(allocation="layer"))
+
+
 def test_more_tokens_may_be_protected() -> None:
     stays = keep(scores(), LAYERS, 96, Candidate(protected=80))
     assert stays[:, N - 80 :].all()
