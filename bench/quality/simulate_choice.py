@@ -122,11 +122,14 @@ class Observer:
         last = torch.arange(n - window, n)[:, None]
         later = (torch.arange(n) > last).to(key.device)
         if self.visible is not None:
-            logits = (grouped @ key[:, :, None].transpose(3, 4)) * scaling
+            # Queries of a group as rows of one product: else keys are copied for each.
+            shape = grouped.shape[2:4]
+            logits = (grouped.flatten(2, 3) @ key.transpose(2, 3)) * scaling
             hidden = ~self.visible[:, module.layer_idx, :, None, None, :n] | later
-            probs = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+            logits = logits.unflatten(2, shape).masked_fill_(hidden, float("-inf"))
+            probs = logits.softmax(-1)
             self.decoded(module.layer_idx, probs)
-            out = (probs @ value[:, :, None]).flatten(1, 2)
+            out = (probs.flatten(2, 3) @ value).unflatten(2, shape).flatten(1, 2)
             return out.transpose(1, 2), None
         logits = (grouped[0, :, :, -window:] @ key[0, :, None].transpose(2, 3)).float()
         logits = (logits * scaling).masked_fill_(later, float("-inf"))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from bench.quality.simulate import _likelihoods, table
 from bench.quality.simulate_choice import (
@@ -74,6 +75,36 @@ def test_likelihood_begins_with_what_sees_the_compressed_cache() -> None:
     (value,) = _likelihoods(logits, sample)  # type: ignore[arg-type]
     probs = logits[0].softmax(-1)
     assert value == pytest.approx((probs[0, 1] * probs[1, 2]).sqrt().item())
+
+
+@torch.inference_mode()
+def test_what_is_not_visible_counts_for_nothing() -> None:
+    """Several new tokens over a cache with holes, as attention with a mask sees it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    observer = Observer()
+    AttentionInterface.register("kv_simulate_test", observer)
+    ids = torch.randint(32, (1, 12))
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()
+    hidden = [2, 5, 6]
+    # One layer: nothing that follows a hole was computed from it.
+    mask[9:, hidden] = False
+    bias = torch.zeros(1, 1, 12, 12).masked_fill(~mask, torch.finfo(torch.float32).min)
+    expected = model(ids, attention_mask=bias).logits[0, 9:]
+    model.set_attn_implementation("kv_simulate_test")
+    out = model(ids[:, :9], use_cache=True)
+    observer.visible = torch.ones(1, 1, 2, 12, dtype=torch.bool)
+    observer.visible[..., hidden] = False
+    found = model(ids[:, 9:], past_key_values=out.past_key_values).logits[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_back_keeps_what_follows_a_match() -> None:
