@@ -33,11 +33,8 @@ import triton
 from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
-from sglang_kvc.kernels.select_kernels import (
-    count_kernel,
-    deal_kernel,
-    survivors_kernel,
-)
+from sglang_kvc.kernels.select_kernels import count_kernel, deal_kernel
+from sglang_kvc.kernels.select_survivors import survivors_kernel
 
 DIGITS, ROUNDS = 256, 4
 SHORT_BLOCK, LONG_BLOCK = 512, 2048

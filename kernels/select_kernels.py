@@ -14,15 +14,13 @@ program handles x = r * LH + lh, a head of a request, or y = r * GROUPS + g, a g
 import triton
 import triton.language as tl
 
-from sglang_kvc.kernels.addressing import entry_rows
-
 INF_BITS = tl.constexpr(0x7F800000)
 DIGITS = tl.constexpr(256)
 ROUNDS = tl.constexpr(4)
 
 
 @triton.jit
-def _ordered_bits(score, entry, n, sinks, protected):
+def ordered_bits(score, entry, n, sinks, protected):
     """Sort keys of a head's entries: score bits, +inf where the entry is forced.
 
     Anything but a positive number counts as 0, so that the keys have no sign bit.
@@ -32,7 +30,7 @@ def _ordered_bits(score, entry, n, sinks, protected):
 
 
 @triton.jit
-def _count_digits(scores, n, sinks, protected, prefix, shift, BLOCK: tl.constexpr):
+def count_digits(scores, n, sinks, protected, prefix, shift, BLOCK: tl.constexpr):
     """Count, by their digit at `shift`, the n entries whose higher digits are
     `prefix`'s. `scores` points at the head's first entry. Returns [DIGITS] int32.
     """
@@ -41,7 +39,7 @@ def _count_digits(scores, n, sinks, protected, prefix, shift, BLOCK: tl.constexp
         entry = i + tl.arange(0, BLOCK)
         score = tl.load(scores + entry, mask=entry < n, other=0.0)
         # Two shifts: one by 32 would be undefined in the first round.
-        key = _ordered_bits(score, entry, n, sinks, protected) >> shift
+        key = ordered_bits(score, entry, n, sinks, protected) >> shift
         candidate = (entry < n) & (key >> 8 == (prefix >> shift) >> 8)
         counts += tl.histogram(key & (DIGITS - 1), DIGITS, mask=candidate)
     return counts
@@ -120,7 +118,7 @@ def count_kernel(
         lower = tl.load(below + x)
         lower += tl.sum(tl.where(digit < choice, tl.load(own), 0), 0)
         chosen = tl.load(prefix + x) | (choice << (shift + 8))
-    counts = _count_digits(
+    counts = count_digits(
         scores + base,
         blocks * S,
         sinks,
@@ -223,95 +221,3 @@ def deal_kernel(
         tl.store(out + first_lh + j + 1, total, mask=mask)
         kept_before += tl.sum(kept, 0)
         missing -= tl.sum(tied, 0)
-
-
-@triton.jit(do_not_specialize=["sinks"])
-def survivors_kernel(
-    scores,
-    req_to_token,
-    block_offsets,
-    packed_pages,
-    slots,
-    folds,
-    tail_blocks,
-    fold_blocks,
-    protected,
-    entry_base,
-    keep_base,
-    evicted,
-    new_offsets,
-    source_rows,
-    kept_scores,
-    token_table_stride,
-    page_table_stride,
-    sinks,
-    LH: tl.constexpr,
-    S: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid (R * LH): program x finds its head's S * evicted[x] lowest entries and
-    writes the others, in order, to the head's part of the kept list.
-
-    Pointers: tables as in ``layout``; plan vectors [R] int64; source_rows int32 and
-    kept_scores fp32 [num_kept]. Parts of heads are disjoint and filled exactly.
-    """
-    x = tl.program_id(0)
-    r = x // LH
-    lh = x % LH
-    slot = tl.load(slots + r)
-    fold_len = tl.load(folds + r).to(tl.int32)
-    first_block = tl.load(block_offsets + slot * (LH + 1) + lh)
-    held = tl.load(block_offsets + slot * (LH + 1) + lh + 1) - first_block
-    n = (held + tl.load(fold_blocks + r).to(tl.int32)) * S
-    keep_last = tl.load(protected + r).to(tl.int32)
-    scores += (
-        tl.load(entry_base + r) + (first_block + lh * tl.load(tail_blocks + r)) * S
-    )
-
-    # The `wanted`-th lowest key and how many keys are below it.
-    wanted = tl.load(evicted + x) * S
-    digit = tl.arange(0, DIGITS)
-    threshold = 0
-    below = 0
-    if wanted > 0:
-        for step in range(ROUNDS):
-            shift = 24 - 8 * step
-            counts = _count_digits(scores, n, sinks, keep_last, threshold, shift, BLOCK)
-            reached = below + tl.cumsum(counts, 0)
-            choice = tl.sum((reached < wanted).to(tl.int32), 0)
-            below += tl.sum(tl.where(digit < choice, counts, 0), 0)
-            threshold = threshold | (choice << shift)
-
-    new_block = tl.load(new_offsets + r.to(tl.int64) * (LH + 1) + lh)
-    out = tl.load(keep_base + r) + new_block * S
-    tokens = req_to_token + slot * token_table_stride
-    pages = packed_pages + slot * page_table_stride
-    ties_before = 0
-    kept_before = 0
-    for i in range(0, n, BLOCK):
-        entry = i + tl.arange(0, BLOCK)
-        valid = entry < n
-        score = tl.load(scores + entry, mask=valid, other=0.0)
-        key = _ordered_bits(score, entry, n, sinks, keep_last)
-        tie = (valid & (key == threshold)).to(tl.int32)
-        tie_rank = ties_before + tl.cumsum(tie, 0) - tie
-        gone = (key < threshold) | ((tie > 0) & (tie_rank < wanted - below))
-        keep = valid & (gone == 0)
-        kept = keep.to(tl.int32)
-        rank = kept_before + tl.cumsum(kept, 0) - kept
-        row = entry_rows(
-            entry,
-            keep,
-            lh,
-            held * S,
-            fold_len,
-            first_block,
-            tokens,
-            pages,
-            LH,
-            S,
-        )
-        tl.store(source_rows + out + rank, row, mask=keep)
-        tl.store(kept_scores + out + rank, score, mask=keep)
-        ties_before += tl.sum(tie, 0)
-        kept_before += tl.sum(kept, 0)
