@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sglang_kvc.errors import ConfigError
+from sglang_kvc.kernels.distinct import add_distinct
+from sglang_kvc.kernels.key_similarity import key_similarity_scores
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.kernels.observe import pool_scores
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
@@ -39,6 +41,8 @@ def run_pass(
     *,
     pool: tuple[int, int, float],
     sinks: int,
+    distinct: float = 0.0,
+    units: torch.Tensor | None = None,
     groups: int = 1,
     floor_blocks: int = 0,
     bound_groups: int = 0,
@@ -51,7 +55,8 @@ def run_pass(
     context : what it looks at; arena and tables are written.
     dest_pages : [pages kept] int64, fresh pages for the survivors in plan order.
     pool : `back`, `ahead` and `decay` of `pool_scores`.
-    sinks : as in `KVCompressOptions`.
+    sinks, distinct : as in `KVCompressOptions`.
+    units : of `add_distinct`, with `distinct`.
     groups, floor_blocks, bound_groups : as in `select_entries`.
 
     Returns
@@ -63,6 +68,11 @@ def run_pass(
     scores = scorer.score(context)
     if scorer.pooled:
         scores = pool_scores(scores, plan, tables, *pool, heads)
+    if distinct:
+        assert units is not None
+        unlike = key_similarity_scores(arena, tables, plan) if plan.any_pooled else None
+        add_distinct(scores, unlike, units, plan, tables, distinct, heads)
+        del unlike
     selected = select_entries(
         scores, heads, tables, plan, sinks, groups, floor_blocks, bound_groups
     )
@@ -220,6 +230,8 @@ class PassRunner:
             dest_pages,
             pool=(options.pool_back, options.pool_ahead, options.pool_decay),
             sinks=sinks,
+            distinct=options.distinct,
+            units=runtime.distinct_units,
             floor_blocks=floor_blocks,
             **sharing._asdict(),
         )

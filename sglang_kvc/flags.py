@@ -61,6 +61,13 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "either times the value's norm (value_norm, value_norm_l1), the key's distance "
         "from the others, recency, or a random draw.",
     ),
+    "distinct": (
+        float,
+        "X",
+        "What a key that is unlike the others of its head adds to the worth of a "
+        "prompt's KV, in units of the mean worth: keeps what the question did not look "
+        "at and nothing else stands for.",
+    ),
     "allocation": (
         str,
         "{" + ",".join(ALLOCATIONS) + "}",

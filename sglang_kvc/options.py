@@ -16,15 +16,8 @@ from typing import Any
 from sglang_kvc.errors import ConfigError
 
 PAGE_SIZE = 16
-METRICS = (
-    "l2",
-    "l1",
-    "value_norm",
-    "value_norm_l1",
-    "key_similarity",
-    "recency",
-    "random",
-)
+ATTENTION_METRICS = ("l2", "l1", "value_norm", "value_norm_l1")
+METRICS = (*ATTENTION_METRICS, "key_similarity", "recency", "random")
 ALLOCATIONS = ("joint", "layer", "head")
 CHUNK_MODES = ("auto", "always", "never")
 CHUNK_QUERIES = ("prompt", "chunk")
@@ -106,6 +99,19 @@ def check_share(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be a number above 0, at most 1, got {value!r}.")
 
 
+def check_factor(name: str, value: Any) -> None:
+    """Raise unless `value` is a finite real number >= 0.
+
+    Raises
+    ------
+    ConfigError
+        With the name, the rule and the value found.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise ConfigError(f"{name} must be a finite number >= 0, got {value!r}.")
+
+
 @dataclass(frozen=True)
 class KVCompressOptions:
     """Server-wide settings.
@@ -136,6 +142,10 @@ class KVCompressOptions:
         attention probabilities; squared (value_norm) or plain ones (value_norm_l1)
         times the norm of the value; how far the key is from the head's mean key;
         recency; a random draw. See `scorers`.
+    distinct : float
+        What a key that is unlike the others of its head adds to the worth of a prompt's
+        KV, as a multiple of the request's mean worth, for a key of mean unlikeness; see
+        `kernels.distinct`. Only with attention as the metric.
     allocation : {"joint", "layer", "head"}
         Who shares a budget: all heads of all layers, the heads of a layer, or nobody.
     head_floor : int
@@ -167,6 +177,7 @@ class KVCompressOptions:
     pool_ahead: int = 3
     pool_decay: float = 0.9
     metric: str = "value_norm"
+    distinct: float = 0.0
     allocation: str = "joint"
     head_floor: int = 0
     layer_share: float = 0.0
@@ -188,6 +199,13 @@ class KVCompressOptions:
                     f"{name} must be one of {', '.join(valid)}, "
                     f"got {getattr(self, name)!r}."
                 )
+        check_factor("distinct", self.distinct)
+        if self.distinct and self.metric not in ATTENTION_METRICS:
+            raise ConfigError(
+                f"distinct={self.distinct} adds to what attention says; "
+                f"metric={self.metric} does not ask it. Leave one of them out, or use "
+                f"one of {', '.join(ATTENTION_METRICS)}."
+            )
         check_int("head_floor", self.head_floor, 0)
         if self.layer_share != 0:
             check_share("layer_share", self.layer_share)

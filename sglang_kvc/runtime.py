@@ -79,6 +79,7 @@ class KVCompressRuntime:
             device=self.device,
         )
         self.query_lse = torch.zeros(self.query_ring.shape[:-1], device=self.device)
+        self.distinct_units = torch.zeros(slots, device=self.device)
         self.passes = PassRunner(self, sm_scale)
         self.scheduler = PassScheduler(options, slots)
         self.prefill_folds: list[tuple[int, int]] = []

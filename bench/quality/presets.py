@@ -24,6 +24,7 @@ FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "sinks": ("sinks", (0, 4, 16)),
     "metric": ("metric", ("l2", "l1", "value_norm", "value_norm_l1")),
     "floor": ("head_floor", (0, 64, 128)),
+    "distinct": ("distinct", (0.0, 0.3, 1.0, 3.0)),
     "layer-share": ("layer_share", (0.0, 0.5, 0.75)),
     "allocation": ("allocation", ("joint", "layer", "head")),
 }

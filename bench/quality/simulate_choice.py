@@ -30,8 +30,8 @@ class Candidate:
     reduce : sum or max over the queries.
     share : divide by the mean of the head's scores.
     value_norm : weigh by the norm of the value.
-    distinct : add this many times the key's distance from the head's mean key, in
-        units of the mean distance; implies `share`. What no query has looked at is
+    distinct : add this many times the mean score of all heads times the key's distance
+        from its head's mean key over the mean distance. What no query has looked at is
         then kept for being unusual, whoever asks for it later.
     allocation : joint, layer or head.
     floor : part of the budget that every head keeps.
@@ -47,7 +47,7 @@ class Candidate:
     reduce: str = "sum"
     share: bool = False
     value_norm: bool = KVCompressOptions.metric == "value_norm"
-    distinct: float = 0.0
+    distinct: float = KVCompressOptions.distinct
     allocation: str = "joint"
     floor: float = 0.0
     layer_share: float = KVCompressOptions.layer_share
@@ -74,7 +74,7 @@ CANDIDATES = (
     Candidate(power=1),
     Candidate(reduce="max"),
     Candidate(share=True),
-    *(Candidate(distinct=distinct) for distinct in (0.1, 0.3, 1, 3, 1000)),
+    *(Candidate(distinct=distinct) for distinct in (0.1, 0.3, 1, 3)),
     Candidate(value_norm=False),
     Candidate(window=64, value_norm=False),
     Candidate(window=64, reduce="max"),
@@ -155,14 +155,13 @@ class Observer:
             masses.append(mass * norms if candidate.value_norm else mass)
             distances.append(distance)
         score = torch.cat(masses)
-        if candidate.share or candidate.distinct:
+        if candidate.share:
             score = score / score.mean(1, keepdim=True)
         score = pool_rows_ref(score, candidate.back, candidate.ahead, candidate.decay)
         if candidate.distinct:
             distance = torch.cat(distances)
-            score = score + candidate.distinct * distance / distance.mean(
-                1, keepdim=True
-            )
+            unit = candidate.distinct * score.mean()
+            score = score + unit * distance / distance.mean()
         return score
 
 

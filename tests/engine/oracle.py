@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from sglang_kvc.options import KVCompressOptions
+from sglang_kvc.options import ATTENTION_METRICS, KVCompressOptions
 
 BLOCK = 16
-ATTENTION = ("l2", "l1", "value_norm", "value_norm_l1")
 SEED = 0
 
 
@@ -28,6 +27,7 @@ class Policy:
     """What a KV is worth and who shares a budget, named as the server's options."""
 
     metric: str = KVCompressOptions.metric
+    distinct: float = 0.0
     allocation: str = "joint"
     head_floor: int = 0
     layer_share: float = 0.0
@@ -169,7 +169,7 @@ class Oracle:
         are pooled among themselves. `repeated`: the queries are those of earlier
         passes, so the larger score counts. `allocation`: default, the policy's.
         """
-        if self.policy.metric in ATTENTION:
+        if self.policy.metric in ATTENTION_METRICS:
             self._add_attention(pool_tail or self.fold == 0, repeated)
         else:
             self._score_entries()
@@ -295,18 +295,33 @@ class Oracle:
                 places = range(first, first + near.shape[1])
                 share = torch.tensor([self.decay ** abs(p - j) for j in places])
                 self.scores[:, self.fold + p] = (near * share).max(dim=1).values
+        if self.policy.distinct:
+            self._add_distinct(pooled)
+
+    def _add_distinct(self, prompt: bool) -> None:
+        """What is folded now gains by its key if it is prompt, else by the mean."""
+        new = slice(self.fold, self.length // BLOCK * BLOCK)
+        if prompt:
+            visible = self.visible.view(len(self.scores), -1)
+            unlike = torch.zeros_like(self.scores)
+            for h, seen in enumerate(visible):
+                places = seen.nonzero().flatten().tolist()
+                unlike[h, places] = torch.tensor(self._unlike(h, places))
+            mean = self.scores[visible].double().mean()
+            self.unit = float(self.policy.distinct * mean)
+            gain = self.unit * unlike / unlike[visible].double().mean()
+            self.scores[:, new] += gain[:, new].float()
+        else:
+            self.scores[:, new] += self.unit
 
     def _score_entries(self) -> None:
         """Score what is visible by keys, places or draws; no query is looked at."""
-        keys = self._per_head(self.keys)
-        visible = self.visible.view(len(keys), -1)
-        for h in range(len(keys)):
+        total = self.layers * self.heads
+        visible = self.visible.view(total, -1)
+        for h in range(total):
             entries = [p for p in range(self.length) if visible[h, p]]
             if self.policy.metric == "key_similarity":
-                own = keys[h, entries].double()
-                own /= own.norm(dim=1, keepdim=True)
-                mean = own.mean(0)
-                score = (1 - own @ mean / mean.norm()).clamp(min=0).tolist()
+                score = self._unlike(h, entries)
             elif self.policy.metric == "recency":
                 score = [1 / (len(entries) - i) for i in range(len(entries))]
             elif self.policy.metric == "random":
@@ -316,6 +331,13 @@ class Oracle:
             else:
                 raise ValueError(f"the oracle knows no metric {self.policy.metric!r}")
             self.scores[h, entries] = torch.tensor(score, dtype=torch.float32)
+
+    def _unlike(self, head: int, entries: list[int]) -> list[float]:
+        """How unlike their mean direction keys of a head are, by KeyDiff."""
+        own = self._per_head(self.keys)[head, entries].double()
+        own /= own.norm(dim=1, keepdim=True)
+        mean = own.mean(0)
+        return (1 - own @ mean / mean.norm()).clamp(min=0).tolist()
 
     def _per_head(self, by_layer: dict[int, torch.Tensor]) -> torch.Tensor:
         """The cache of all layers, [heads, length, head_dim]."""

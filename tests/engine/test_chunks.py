@@ -10,7 +10,7 @@ import torch
 
 from sglang_kvc.request_state import floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
-from tests.engine.oracle import Oracle, explain_difference
+from tests.engine.oracle import Oracle, Policy, explain_difference
 from tests.engine.texts import prompt
 from tests.engine.tracer import PassTracer
 
@@ -31,11 +31,18 @@ def chunked(fresh: InProcessScheduler) -> Iterator[InProcessScheduler]:
 
 
 @pytest.mark.parametrize(
-    ("queries", "rest"), [("prompt", 90), ("prompt", 20), ("chunk", 90)]
+    ("queries", "rest", "policy"),
+    [
+        ("prompt", 90, Policy()),
+        ("prompt", 20, Policy()),
+        ("chunk", 90, Policy()),
+        ("prompt", 90, Policy(distinct=0.5)),
+    ],
 )
 def test_every_chunk_keeps_what_the_oracle_keeps(
     queries: str,
     rest: int,
+    policy: Policy,
     chunked: InProcessScheduler,
     model_path: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -45,7 +52,8 @@ def test_every_chunk_keeps_what_the_oracle_keeps(
     With a rest shorter than the window the last probe is short, too.
     """
     runtime = chunked.allocator.get_kvcache().runtime
-    options = runtime.options
+    options = dataclasses.replace(runtime.options, **dataclasses.asdict(policy))
+    monkeypatch.setattr(runtime, "options", options)
     monkeypatch.setattr(runtime.scheduler, "probes", queries == "prompt")
     oracle = Oracle(model_path, options)
     length = 3 * CHUNK + rest
@@ -64,7 +72,7 @@ def test_every_chunk_keeps_what_the_oracle_keeps(
     differing, tokens = 0, iter(out.ids)
     for kept, end in zip(passes, [*ends, last_fold], strict=True):
         if end == CHUNK:
-            oracle.start(ids[:end])
+            oracle.start(ids[:end], policy)
         elif end <= length:
             oracle.extend(ids[oracle.length : end])
         while oracle.length < end:

@@ -38,6 +38,7 @@ POLICIES = [
     # Four blocks; sinks and protected tokens alone keep three.
     Policy(head_floor=60),
     Policy(layer_share=0.8),
+    Policy(distinct=0.5),
 ]
 # fp32 sums in another order; what needs no sum is exact.
 TIE = 1e-3
@@ -53,7 +54,7 @@ def oracle(model_path: str, scheduler: InProcessScheduler) -> Oracle:
 
 @pytest.fixture(
     params=POLICIES,
-    ids=lambda p: f"{p.metric}-{p.allocation}-{p.head_floor}-{p.layer_share}",
+    ids=lambda p: "-".join(map(str, dataclasses.astuple(p))),
 )
 def policy(
     fresh: InProcessScheduler, request: pytest.FixtureRequest

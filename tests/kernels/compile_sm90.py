@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from sglang_kvc.kernels.append import append_kv_triton
 from sglang_kvc.kernels.decode_attention import NewTokens, decode_attention_triton
 from sglang_kvc.kernels.decode_schedule import default_config
+from sglang_kvc.kernels.distinct import add_distinct_triton
 from sglang_kvc.kernels.head_tables import head_tables_triton
 from sglang_kvc.kernels.key_similarity import key_similarity_scores_triton
 from sglang_kvc.kernels.observe import observe_scores_triton, pool_scores_triton
@@ -116,6 +117,8 @@ def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> No
     random_scores_triton(arena, tables, plan, 0)
     scores = pool_scores_triton(scores, plan, tables, 32, 3, 0.9, arena.heads_per_page)
     count = arena.heads_per_page
+    units = torch.zeros(9)
+    add_distinct_triton(scores, scores, units, plan, tables, 0.5, count)
     select_entries_triton(scores, count, tables, plan, 4, bound_groups=layers)
     selected = select_entries_triton(scores, count, tables, plan, 4)
     pages = torch.zeros(99, dtype=torch.int64)

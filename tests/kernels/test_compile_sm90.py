@@ -27,9 +27,9 @@ def test_kernels_compile_and_spill_nothing_unawares() -> None:
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = {kernel["kernel"] for kernel in kernels}
-    # append 1, decode 2, observe 3, pool 1, select 3, pack 3, head tables 1;
+    # append 1, decode 2, observe 3, pool 1, distinct 2, select 3, pack 3, head table 1,
     # key similarity 2, positional 2.
-    assert len(names) == 18, names
+    assert len(names) == 20, names
     for kernel in kernels:
         capped = kernel["kernel"] == "score_kernel"
         capped = capped and kernel["registers"] == CAPPED_REGISTERS

@@ -52,6 +52,7 @@ def test_ceil_to_page(tokens: int, pages: int) -> None:
         *[("metric", value) for value in ("l3", None, "L2")],
         *[("allocation", value) for value in ("heads", None)],
         *[("head_floor", value) for value in (-1, 16.0)],
+        *[("distinct", value) for value in (-0.1, math.nan, math.inf, "1", True)],
         *[("layer_share", value) for value in (-0.1, 1.01, math.nan, "1", None)],
     ],
 )
@@ -75,6 +76,9 @@ def test_bad_value_is_named(field: str, bad: Any) -> None:
         {"metric": "key_similarity", "allocation": "head"},
         {"head_floor": 512},
         {"layer_share": 1},
+        {"distinct": 3},
+        {"distinct": 0.5, "metric": "l1"},
+        {"distinct": 0, "metric": "recency"},
         {"layer_share": 0, "allocation": "layer"},
         {"budget": 48},
     ],
@@ -96,6 +100,12 @@ def test_a_budget_holds_the_floor_of_every_head() -> None:
     assert KVCompressOptions(head_floor=100).floor == 112
     with pytest.raises(ConfigError, match="head_floor=513"):
         KVCompressOptions(head_floor=513)
+
+
+@pytest.mark.parametrize("metric", ["key_similarity", "recency", "random"])
+def test_distinct_keys_add_to_attention(metric: str) -> None:
+    with pytest.raises(ConfigError, match=f"distinct=1 .*metric={metric}.*value_norm"):
+        KVCompressOptions(distinct=1, metric=metric)
 
 
 @pytest.mark.parametrize("allocation", ["layer", "head"])
