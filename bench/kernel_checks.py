@@ -9,6 +9,8 @@ import torch
 from bench.batches import Shape
 from bench.timing import CheckError, require_close, require_equal
 from sglang_kvc.kernels.append import append_kv, append_kv_ref
+from sglang_kvc.kernels.distinct import add_distinct, add_distinct_ref
+from sglang_kvc.kernels.key_similarity import key_similarity_scores
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.kernels.observe import (
     observe_scores,
@@ -33,6 +35,8 @@ POWER = 2
 SCORE_TOLERANCE = 1e-3
 PLAIN = "observe, no value norms"
 """The stage ``observe`` of the paper's metric, which leaves values out."""
+DISTINCT = "distinct"
+"""What ``--kv-compress-distinct`` adds behind ``pool``."""
 
 
 def small_case(device: str, shape: Shape) -> Case:
@@ -91,6 +95,13 @@ def check_pass(device: str, shape: Shape) -> dict[str, str]:
     got = pool_scores(raw, plan, ours.tables, *POOL, heads)
     scores = pool_scores_ref(raw, plan, theirs.tables, *POOL, heads)
     compare("pool", require_equal, got, scores)
+
+    unlike = key_similarity_scores(ours.arena, ours.tables, plan)
+    units = torch.zeros(len(ours.tables.fold_lens), device=device)
+    got, want, rest = scores.clone(), scores.clone(), (plan, ours.tables, 1.0, heads)
+    add_distinct(got, unlike, units, *rest)
+    add_distinct_ref(want, unlike, units.clone(), *rest)
+    compare(DISTINCT, require_close, got[:, None], want[:, None], SCORE_TOLERANCE)
 
     chosen = select_entries(scores, heads, ours.tables, plan, SINKS)
     selected = select_entries_ref(scores, heads, theirs.tables, plan, SINKS)

@@ -15,6 +15,7 @@ import torch
 from bench.batches import Batch, Shape, head_blocks, make_batch
 from bench.kernel_checks import (
     DEFAULTS,
+    DISTINCT,
     METRIC,
     PLAIN,
     POOL,
@@ -25,6 +26,8 @@ from bench.kernel_checks import (
 )
 from bench.timing import CheckError, Clock, Report
 from sglang_kvc.eviction import run_pass
+from sglang_kvc.kernels.distinct import add_distinct
+from sglang_kvc.kernels.key_similarity import key_similarity_scores
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, PassPlan
 from sglang_kvc.kernels.observe import pool_scores
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
@@ -142,6 +145,7 @@ class Stages:
         self.raw = self.observe()
         self.scores = self.pool()
         self.selected = self.select()
+        self.units = torch.zeros(len(batch.tables.fold_lens), device=ring.device)
 
     def restore(self) -> None:
         """Undo `commit_tables`: another pass finds the tables as they were."""
@@ -165,6 +169,18 @@ class Stages:
     def pool(self) -> torch.Tensor:
         """Scores, smoothed in a first pass."""
         return pool_scores(self.raw, self.plan, self.tables, *POOL, self.heads)
+
+    def distinct(self) -> None:
+        """Add what keys say; on raw scores, which nothing after this reads."""
+        arena, tables, plan = self.arena, self.tables, self.plan
+        unlike = key_similarity_scores(arena, tables, plan) if plan.any_pooled else None
+        add_distinct(self.raw, unlike, self.units, plan, tables, 1.0, self.heads)
+
+    def select_bounded(self) -> Any:
+        """The survivors, every layer keeping its share."""
+        layers = self.arena.k.shape[1]
+        where = (self.heads, self.tables, self.plan, SINKS)
+        return select_entries(self.scores, *where, bound_groups=layers)
 
     def select(self) -> Any:
         """The survivors."""
@@ -238,6 +254,11 @@ def _bench_case(
     others = {PLAIN: (run.observe_plain, entries * (row_bytes + 4))}
     if case.packed:
         others["observe, none recorded"] = (run.observe_unrecorded, 0)
+    else:
+        # Layers hold equally much before a first pass only.
+        others["select, layers bounded"] = (run.select_bounded, 0)
+    # Last: it changes the raw scores. Keys are read twice, of a prompt only.
+    others[DISTINCT] = (run.distinct, 0 if case.packed else entries * 2 * row_bytes)
     for stage, (work, nbytes) in {**stages, **others}.items():
         if stage in wrong:
             continue
