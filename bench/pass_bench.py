@@ -99,6 +99,7 @@ def pass_batch(
         blocks, [fold] * case.requests, lens, pages, device, case.requests
     )
     new = seq_len // PAGE_SIZE * PAGE_SIZE
+    folded = (new - fold) // PAGE_SIZE
     requests = [
         PassRequest(
             slot=slot,
@@ -107,8 +108,8 @@ def pass_batch(
             fold_new=new,
             query_start=max(seq_len - WINDOW, 0),
             packed_pages=packed,
-            evict_blocks=(packed + (new - fold) // PAGE_SIZE - case.keep_pages) * heads,
-            evict_most=(packed + (new - fold) // PAGE_SIZE - case.keep_pages) * heads,
+            evict_blocks=(freed := packed + folded - case.keep_pages) * heads,
+            evict_most=freed * heads,
             protected=max(new - (seq_len - DEFAULTS.protected), 0),
             is_first=not case.packed,
             repeated=False,

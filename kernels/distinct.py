@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.dispatch import use_triton
+from sglang_kvc.kernels.key_similarity import TINY
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
-from sglang_kvc.kernels.plan_heads import plan_head
+from sglang_kvc.kernels.plan_heads import plan_head, plan_tails_ref
 
 
 def add_distinct_ref(
@@ -39,35 +40,18 @@ def add_distinct_ref(
     num_heads_per_page: int,
 ) -> None:
     """Plain torch form of `add_distinct`; one request at a time."""
-    columns = (
-        plan.slots,
-        plan.seq_lens,
-        plan.fold_old,
-        plan.tail_blocks,
-        plan.fold_blocks,
-        plan.pool_tail,
-        plan.entry_base,
-    )
-    requests = zip(*(column.tolist() for column in columns), strict=True)
-    head = torch.arange(num_heads_per_page, device=scores.device)
-    for slot, seq_len, fold, tail_blocks, fold_blocks, pool_tail, base in requests:
-        # All heads have equally many tail entries, behind their packed ones.
-        offsets = tables.block_offsets[slot, : num_heads_per_page + 1].long()
-        starts = base + PAGE_SIZE * (offsets[1:] + head * tail_blocks)
-        new = starts[:, None] + torch.arange(
-            PAGE_SIZE * fold_blocks, device=starts.device
-        )
-        if not pool_tail:
-            scores[new] += units[slot]
+    for tail in plan_tails_ref(tables, plan, num_heads_per_page):
+        new = tail.starts[:, None] + torch.arange(tail.folded, device=scores.device)
+        if not tail.pooled:
+            scores[new] += units[tail.slot]
             continue
         assert unlike is not None
-        last = int(starts[-1]) + seq_len - fold
         # Padding counts for nothing: it is 0 in both.
-        count = PAGE_SIZE * int(offsets[-1]) + len(starts) * (seq_len - fold)
-        total, lengths = scores[base:last].sum(), unlike[base:last].sum()
-        units[slot] = weight * total / count
-        if lengths > 0:
-            scores[new] += weight * total / lengths * unlike[new]
+        cells = slice(tail.first, int(tail.starts[-1]) + tail.length)
+        worth = weight * scores[cells].sum()
+        length = unlike[cells].sum().clamp_min(TINY.value)
+        units[tail.slot] = worth / tail.entries
+        scores[new] += worth / length * unlike[new]
 
 
 @triton.jit
@@ -86,9 +70,9 @@ def sums_kernel(
     S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (R * LH): program x sums scores, unlikeness and entries of its head.
+    """Grid (R * LH): program x sums the scores and the unlikeness of its head.
 
-    Pointers: scores and unlike [num_entries] fp32; sums [3, R * LH] fp32; plan vectors
+    Pointers: scores and unlike [num_entries] fp32; sums [2, R * LH] fp32; plan vectors
     [R] int64.
     """
     x = tl.program_id(0)
@@ -104,10 +88,8 @@ def sums_kernel(
         entry = i + tl.arange(0, BLOCK)
         score += tl.load(scores + base + entry, mask=entry < reach, other=0.0)
         length += tl.load(unlike + base + entry, mask=entry < reach, other=0.0)
-    rows = tl.num_programs(0)
     tl.store(sums + x, tl.sum(score, 0))
-    tl.store(sums + rows + x, tl.sum(length, 0))
-    tl.store(sums + 2 * rows + x, reach.to(tl.float32))
+    tl.store(sums + tl.num_programs(0) + x, tl.sum(length, 0))
 
 
 @triton.jit(do_not_specialize=["weight"])
@@ -139,25 +121,21 @@ def add_kernel(
     x = tl.program_id(0)
     r = x // LH
     lh = x % LH
-    slot, _, _, packed_len, _, _, base = plan_head(
+    slot, _, _, packed_len, n, _, base = plan_head(
         block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
     )
     pooled = tl.load(pool_tail + r) != 0
-    rows = tl.num_programs(0)
     h = tl.arange(0, LHP)
     inside = (h < LH) & pooled
     own = sums + r * LH + h
     worth = weight * tl.sum(tl.load(own, mask=inside, other=0.0), 0)
-    length = tl.sum(tl.load(own + rows, mask=inside, other=0.0), 0)
-    count = tl.sum(tl.load(own + 2 * rows, mask=inside, other=0.0), 0)
-    if pooled:
-        if (lh == 0) & (tl.program_id(1) == 0):
-            tl.store(units + slot, worth / count)
-        scale = tl.where(length > 0, worth / tl.where(length > 0, length, 1.0), 0.0)
-        unit = scale * 0
-    else:
-        scale = worth * 0
-        unit = tl.load(units + slot)
+    own += tl.num_programs(0)
+    length = tl.sum(tl.load(own, mask=inside, other=0.0), 0)
+    scale = worth / tl.maximum(length, TINY)
+    unit = tl.load(units + slot, mask=pooled == 0, other=0.0)
+    if pooled & (lh == 0) & (tl.program_id(1) == 0):
+        packed = tl.load(block_offsets + slot * (LH + 1) + LH) * S
+        tl.store(units + slot, worth / (packed + LH * (n - packed_len)))
 
     first = scores + base + packed_len
     more = tl.load(fold_blocks + r).to(tl.int32) * S
@@ -181,7 +159,7 @@ def add_distinct_triton(
     """Triton form of `add_distinct`; one launch, two where a prompt is pooled."""
     block, rows = 1024, plan.slots.shape[0] * num_heads_per_page
     axes = {"LH": num_heads_per_page, "S": PAGE_SIZE, "BLOCK": block, "num_warps": 4}
-    sums = torch.empty(3 * rows, dtype=torch.float32, device=scores.device)
+    sums = torch.empty(2 * rows, dtype=torch.float32, device=scores.device)
     where = (tables.block_offsets, plan.slots, plan.seq_lens, plan.fold_old)
     if unlike is not None:
         sums_kernel[(rows,)](

@@ -1,6 +1,6 @@
 """Walk the heads of a pass plan: what the ops share that score every resident entry.
 
-`plan_heads_ref` for the references (one head at a time, no padding), `walk_inputs`,
+`plan_heads_ref` and `plan_tails_ref` for the references (no padding), `walk_inputs`,
 `plan_head` and `load_rows` for the Triton kernels. Both restate the workspace layout of
 `layout.PassPlan`: a head's cells are its packed entries, its tail, then padding.
 """
@@ -57,6 +57,53 @@ def plan_heads_ref(
             start = base + PAGE_SIZE * (offsets[lh] + lh * tail_blocks)
             cells = slice(start, start + own.shape[0])
             yield PlanHead(slot, seq_len, lh, not is_first, own, cells)
+
+
+class PlanTail(NamedTuple):
+    """The tails of one request of a plan: what follows its packed entries.
+
+    Attributes
+    ----------
+    slot : the request's.
+    pooled : whether they are pooled.
+    first : where the request's cells begin.
+    starts : [heads] int64, where the tail of each head begins.
+    length : entries of each tail; padding is left out.
+    folded : of them, those that the pass folds.
+    entries : of the request, packed ones included, over all heads.
+    """
+
+    slot: int
+    pooled: bool
+    first: int
+    starts: torch.Tensor
+    length: int
+    folded: int
+    entries: int
+
+
+def plan_tails_ref(
+    tables: BlockTables, plan: PassPlan, heads_per_page: int
+) -> Iterator[PlanTail]:
+    """Yield the tails of every request of `plan`: all heads have equally long ones."""
+    columns = (
+        plan.slots,
+        plan.seq_lens,
+        plan.fold_old,
+        plan.tail_blocks,
+        plan.fold_blocks,
+        plan.pool_tail,
+        plan.entry_base,
+    )
+    requests = zip(*(column.tolist() for column in columns), strict=True)
+    head = torch.arange(heads_per_page, device=plan.slots.device)
+    for slot, seq_len, fold, tail_blocks, fold_blocks, pooled, base in requests:
+        offsets = tables.block_offsets[slot, 1 : heads_per_page + 1].long()
+        starts = base + PAGE_SIZE * (offsets + head * tail_blocks)
+        length = seq_len - fold
+        entries = PAGE_SIZE * int(offsets[-1]) + heads_per_page * length
+        folded = PAGE_SIZE * fold_blocks
+        yield PlanTail(slot, bool(pooled), base, starts, length, folded, entries)
 
 
 def walk_inputs(tables: BlockTables, plan: PassPlan) -> tuple[torch.Tensor, ...]:

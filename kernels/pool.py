@@ -28,7 +28,7 @@ import triton.language as tl
 
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
-from sglang_kvc.kernels.plan_heads import plan_head
+from sglang_kvc.kernels.plan_heads import plan_head, plan_tails_ref
 
 
 def pool_rows_ref(
@@ -55,24 +55,11 @@ def pool_scores_ref(
 ) -> torch.Tensor:
     """Plain torch form of `pool_scores`."""
     pooled = scores.clone()
-    columns = (
-        plan.slots,
-        plan.seq_lens,
-        plan.fold_old,
-        plan.tail_blocks,
-        plan.pool_tail,
-        plan.entry_base,
-    )
-    requests = zip(*(column.tolist() for column in columns), strict=True)
-    head = torch.arange(num_heads_per_page, device=scores.device)
-    for slot, seq_len, fold, tail_blocks, pool_tail, base in requests:
-        if not pool_tail:
-            continue
-        # All heads have equally many tail entries, behind their packed ones.
-        offsets = tables.block_offsets[slot, 1 : num_heads_per_page + 1].long()
-        start = base + PAGE_SIZE * (offsets + head * tail_blocks)
-        index = start[:, None] + torch.arange(seq_len - fold, device=scores.device)
-        pooled[index] = pool_rows_ref(scores[index], back, ahead, decay)
+    for tail in plan_tails_ref(tables, plan, num_heads_per_page):
+        if tail.pooled:
+            entry = torch.arange(tail.length, device=scores.device)
+            index = tail.starts[:, None] + entry
+            pooled[index] = pool_rows_ref(scores[index], back, ahead, decay)
     return pooled
 
 

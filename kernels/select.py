@@ -107,8 +107,8 @@ def select_entries_ref(
         block = torch.arange(prices.shape[1], device=device)
         caps = counts // PAGE_SIZE - floor_blocks
         if bound_groups:
-            caps = _cheapest_by_head(prices, block < caps[:, None], most, bound_groups)
-        evicted = _cheapest_by_head(prices, block < caps[:, None], evict, groups)
+            caps = cheapest_by_head(prices, block < caps[:, None], most, bound_groups)
+        evicted = cheapest_by_head(prices, block < caps[:, None], evict, groups)
 
         stays = entry >= PAGE_SIZE * evicted[:, None]
         survives = torch.zeros_like(valid).scatter_(1, order, stays) & valid
@@ -128,7 +128,7 @@ def cheapest_by_row(
     return torch.bincount(row_of_price[cheapest], minlength=len(prices))
 
 
-def _cheapest_by_head(
+def cheapest_by_head(
     prices: torch.Tensor, exists: torch.Tensor, count: int, groups: int
 ) -> torch.Tensor:
     """`cheapest_by_row` of groups of consecutive heads that lose equally many."""

@@ -164,6 +164,7 @@ class PassRunner:
             kinds.add(self.chunk_sharing)
         for tokens, sharing in product(WARM_UP_TOKENS, sorted(kinds)):
             length = min(tokens, self.max_tokens // (2 * PAGE_SIZE) * PAGE_SIZE)
+            evict = (length // PAGE_SIZE - 1) * heads
             request = PassRequest(
                 slot=0,
                 seq_len=length,
@@ -171,8 +172,8 @@ class PassRunner:
                 fold_new=length,
                 query_start=max(length - self.runtime.options.window, 0),
                 packed_pages=0,
-                evict_blocks=(length // PAGE_SIZE - 1) * heads,
-                evict_most=(length // PAGE_SIZE - 1) * heads,
+                evict_blocks=evict,
+                evict_most=evict,
                 protected=0,
                 is_first=True,
                 repeated=False,

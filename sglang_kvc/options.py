@@ -86,8 +86,10 @@ def check_rate(name: str, value: Any) -> None:
         )
 
 
-def check_share(name: str, value: Any) -> None:
-    """Raise unless `value` is a real number in ``(0, 1]``.
+def check_number(
+    name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False
+) -> None:
+    """Raise unless `value` is a finite real number from `low`, or above it, to `high`.
 
     Raises
     ------
@@ -95,21 +97,12 @@ def check_share(name: str, value: Any) -> None:
         With the name, the rule and the value found.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= 1:
-        raise ConfigError(f"{name} must be a number above 0, at most 1, got {value!r}.")
-
-
-def check_factor(name: str, value: Any) -> None:
-    """Raise unless `value` is a finite real number >= 0.
-
-    Raises
-    ------
-    ConfigError
-        With the name, the rule and the value found.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < math.inf:
-        raise ConfigError(f"{name} must be a finite number >= 0, got {value!r}.")
+    legal = number and low <= value <= high and value < math.inf
+    if not legal or (above and value == low):
+        rule = f"above {low}" if above else f">= {low}"
+        kind = "finite number" if high == math.inf else "number"
+        end = "" if high == math.inf else f", at most {high}"
+        raise ConfigError(f"{name} must be a {kind} {rule}{end}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -192,14 +185,14 @@ class KVCompressOptions:
         check_int("sinks", self.sinks, 0)
         check_int("pool_back", self.pool_back, 0, MAX_POOL)
         check_int("pool_ahead", self.pool_ahead, 0, MAX_POOL)
-        check_share("pool_decay", self.pool_decay)
+        check_number("pool_decay", self.pool_decay, 0, 1, above=True)
         for name, valid in CHOICES.items():
             if getattr(self, name) not in valid:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(valid)}, "
                     f"got {getattr(self, name)!r}."
                 )
-        check_factor("distinct", self.distinct)
+        check_number("distinct", self.distinct, 0)
         if self.distinct and self.metric not in ATTENTION_METRICS:
             raise ConfigError(
                 f"distinct={self.distinct} adds to what attention says; "
@@ -207,14 +200,13 @@ class KVCompressOptions:
                 f"one of {', '.join(ATTENTION_METRICS)}."
             )
         check_int("head_floor", self.head_floor, 0)
-        if self.layer_share != 0:
-            check_share("layer_share", self.layer_share)
-            if self.allocation != "joint":
-                raise ConfigError(
-                    f"layer_share={self.layer_share} bounds what joint budgets take "
-                    f"from a layer; with allocation={self.allocation} there is nothing "
-                    "to bound. Leave one of them out."
-                )
+        check_number("layer_share", self.layer_share, 0, 1)
+        if self.layer_share and self.allocation != "joint":
+            raise ConfigError(
+                f"layer_share={self.layer_share} bounds what joint budgets take from a "
+                f"layer; with allocation={self.allocation} there is nothing to bound. "
+                "Leave one of them out."
+            )
         self.check_budget("min_budget", self.min_budget)
         if self.budget is not None:
             self.check_budget("budget", self.budget)

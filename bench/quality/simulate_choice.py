@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from sglang_kvc.kernels.pool import pool_rows_ref
-from sglang_kvc.kernels.select import cheapest_by_row
+from sglang_kvc.kernels.select import cheapest_by_head
 from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
 
 SINKS = KVCompressOptions.sinks
@@ -179,15 +179,11 @@ def keep(scores: torch.Tensor, layers: int, budget: int, c: Candidate) -> torch.
     exists = torch.ones_like(price, dtype=torch.bool)
     if c.layer_share:
         least = int(budget // PAGE_SIZE * c.layer_share) * heads // layers
-        spare = fold // PAGE_SIZE * heads // layers - least
-        pairs = zip(price.chunk(layers), exists.chunk(layers), strict=True)
-        most = torch.cat([cheapest_by_row(*pair, spare) for pair in pairs])
+        spare = fold // PAGE_SIZE * heads - least * layers
+        most = cheapest_by_head(price, exists, spare, layers)
         exists = torch.arange(price.shape[1], device=most.device) < most[:, None]
-    rivals = zip(price.chunk(groups), exists.chunk(groups), strict=True)
-    lost = [cheapest_by_row(*pair, evict // groups) for pair in rivals]
+    lost = cheapest_by_head(price, exists, evict, groups)
     stays = torch.ones(heads, n, dtype=torch.bool, device=scores.device)
-    rank = (
-        torch.arange(fold, device=scores.device) >= PAGE_SIZE * torch.cat(lost)[:, None]
-    )
+    rank = torch.arange(fold, device=scores.device) >= PAGE_SIZE * lost[:, None]
     stays[:, :fold].scatter_(1, order, rank)
     return stays

@@ -334,7 +334,8 @@ class Oracle:
 
     def _unlike(self, head: int, entries: list[int]) -> list[float]:
         """How unlike their mean direction keys of a head are, by KeyDiff."""
-        own = self._per_head(self.keys)[head, entries].double()
+        layer, place = divmod(head, self.heads)
+        own = self.keys[layer][place, entries].double()
         own /= own.norm(dim=1, keepdim=True)
         mean = own.mean(0)
         return (1 - own @ mean / mean.norm()).clamp(min=0).tolist()

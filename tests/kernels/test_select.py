@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.kernels.layout import PAGE_SIZE, PassPlan
 from sglang_kvc.kernels.select import (
     SelectedEntries,
     select_entries,
@@ -65,39 +65,59 @@ GROUP_CASES = [
 ]
 
 
+GroupCase = tuple[list[int], list[int], list[int], list[int]]
+
+
+def select_by_all(
+    shape: GroupCase,
+    worthless: int,
+    levels: int,
+    device: str,
+    *,
+    spare: float = 0.0,
+    bound_groups: int = 0,
+    **options: int,
+) -> tuple[SelectedEntries, PassPlan]:
+    """Kernel, reference and literal algorithm agree on three layers of two heads.
+
+    `worthless`: first heads of the second request that nobody would keep anything of.
+    """
+    seq_lens, folds, packed, keep = shape
+    case = make_case(
+        len(seq_lens), 3, 2, 1, 16, seq_lens, folds, packed, skew=0, device=device
+    )
+    plan = make_plan(case, keep, spare=spare)
+    scores = make_scores(plan.num_entries, levels, device)
+    first = int(plan.entry_base[1])
+    held = 16 * (packed[1] + int(plan.tail_blocks[1]))
+    scores[first : first + worthless * held] = 0
+    args = (scores, 6, case.tables, plan, 2)
+    selected = select_entries_triton(*args, bound_groups=bound_groups, **options)
+    expected = select_entries_ref(*args, bound_groups=bound_groups, **options)
+    assert_equal(selected, expected)
+    fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
+    bounds = (bound_groups, plan.evict_most.tolist()) if bound_groups else None
+    rows, kept, offsets = oracles.select(
+        case, scores, fold_new, keep, 8, 2, bounds=bounds, **options
+    )
+    assert selected.source_rows.tolist() == rows
+    assert selected.scores.tolist() == kept
+    assert selected.block_offsets.tolist() == offsets
+    return selected, plan
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("seq_lens", "folds", "packed", "keep"), GROUP_CASES)
+@pytest.mark.parametrize("shape", GROUP_CASES)
 @pytest.mark.parametrize("groups", [1, 3, 6])
 @pytest.mark.parametrize("floor_blocks", [0, 1])
 @pytest.mark.parametrize("levels", [0, 3])
 def test_groups_and_floors(
-    seq_lens: list[int],
-    folds: list[int],
-    packed: list[int],
-    keep: list[int],
-    groups: int,
-    floor_blocks: int,
-    levels: int,
-    device: str,
+    shape: GroupCase, groups: int, floor_blocks: int, levels: int, device: str
 ) -> None:
-    """Joint, by layer, by head: kernel, reference and literal algorithm agree."""
-    case = make_case(
-        len(seq_lens), 3, 2, 1, 16, seq_lens, folds, packed, skew=0, device=device
-    )
-    plan = make_plan(case, keep)
-    scores = make_scores(plan.num_entries, levels, device)
-    # One head that nobody would keep anything of, but for its floor.
-    first = int(plan.entry_base[1])
-    scores[first : first + 16 * (packed[1] + int(plan.tail_blocks[1]))] = 0
-    args = (scores, 6, case.tables, plan, 2, groups, floor_blocks)
-    selected = select_entries_triton(*args)
-    assert_equal(selected, select_entries_ref(*args))
-    fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
+    """Joint, by layer, by head: every group keeps its share, every head its floor."""
+    *_, keep = shape
     options = {"groups": groups, "floor_blocks": floor_blocks}
-    rows, kept, offsets = oracles.select(case, scores, fold_new, keep, 8, 2, **options)
-    assert selected.source_rows.tolist() == rows
-    assert selected.scores.tolist() == kept
-    assert selected.block_offsets.tolist() == offsets
+    selected, _ = select_by_all(shape, 1, levels, device, **options)
     left = selected.block_offsets.diff(dim=1)
     assert left.min() >= min(floor_blocks, *keep)
     by_group = left.unflatten(1, (groups, -1)).sum(2)
@@ -105,16 +125,13 @@ def test_groups_and_floors(
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("seq_lens", "folds", "packed", "keep"), GROUP_CASES)
+@pytest.mark.parametrize("shape", GROUP_CASES)
 @pytest.mark.parametrize(
     ("groups", "floor_blocks", "spare"), [(1, 0, 0.4), (1, 0, 1), (1, 1, 0), (3, 0, 1)]
 )
 @pytest.mark.parametrize("levels", [0, 3])
 def test_bounded_groups(
-    seq_lens: list[int],
-    folds: list[int],
-    packed: list[int],
-    keep: list[int],
+    shape: GroupCase,
     groups: int,
     floor_blocks: int,
     spare: float,
@@ -122,25 +139,10 @@ def test_bounded_groups(
     device: str,
 ) -> None:
     """Heads compete freely, but no layer loses more than it may."""
-    case = make_case(
-        len(seq_lens), 3, 2, 1, 16, seq_lens, folds, packed, skew=0, device=device
-    )
-    plan = make_plan(case, keep, spare=spare)
-    scores = make_scores(plan.num_entries, levels, device)
-    # The first layer of the second request is worth nothing.
-    first = int(plan.entry_base[1])
-    scores[first : first + 32 * (packed[1] + int(plan.tail_blocks[1]))] = 0
-    args = (scores, 6, case.tables, plan, 2, groups, floor_blocks, 3)
-    selected = select_entries_triton(*args)
-    assert_equal(selected, select_entries_ref(*args))
-    most = plan.evict_most.tolist()
-    fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
-    options = {"groups": groups, "floor_blocks": floor_blocks, "bounds": (3, most)}
-    rows, kept, offsets = oracles.select(case, scores, fold_new, keep, 8, 2, **options)
-    assert selected.source_rows.tolist() == rows
-    assert selected.scores.tolist() == kept
-    assert selected.block_offsets.tolist() == offsets
-    held = torch.tensor(packed) + torch.tensor(fold_new) // PAGE_SIZE
+    seq_lens, folds, packed, keep = shape
+    options = {"groups": groups, "floor_blocks": floor_blocks, "bound_groups": 3}
+    selected, plan = select_by_all(shape, 2, levels, device, spare=spare, **options)
+    held = torch.tensor(packed) + torch.tensor(seq_lens) // PAGE_SIZE
     held -= torch.tensor(folds) // PAGE_SIZE
     by_layer = selected.block_offsets.diff(dim=1).unflatten(1, (3, 2)).sum(2).cpu()
     least = 2 * held - plan.evict_most.cpu() // 3
