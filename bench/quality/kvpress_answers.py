@@ -16,7 +16,7 @@ from bench.quality.asking import Answer, with_gold
 from bench.quality.hf_decoding import Prefilled, equal_shapes, joined, packed
 from bench.quality.kvpress_decoding import generate, think
 from bench.quality.kvpress_prefill import prefill
-from bench.quality.kvpress_presses import presses
+from bench.quality.kvpress_presses import observed_window, presses
 from bench.quality.samples import SampleKey
 from bench.quality.systems import FULL, FULL_PRESS, Setting
 from bench.quality.tasks.sample import LIKELIHOOD, Sample
@@ -145,7 +145,8 @@ class Answering:
         for label in group[0].labels:
             discard = 1 - label.setting.kept(tokens) / tokens
             whole = label.method == FULL_PRESS or discard <= 0
-            found[label] = None if whole else presses()[label.method](discard)
+            press = None if whole else presses()[label.method](discard)
+            found[label] = press if tokens > observed_window(press) else None
         if any(p.likely and p.sample.key not in self.references for p in group):
             found[WHOLE] = None
         return found

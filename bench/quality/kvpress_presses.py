@@ -30,3 +30,12 @@ def presses() -> dict[str, Callable[[float], Any]]:
         "streaming": lambda r: kp.StreamingLLMPress(compression_ratio=r, n_sink=4),
         "random": lambda r: kp.RandomPress(compression_ratio=r),
     }
+
+
+def observed_window(press: Any) -> int:
+    """Tokens at a prompt's end that a press observes and always keeps.
+
+    kvpress refuses prompts that have no more of them, of which nothing could be evicted.
+    """
+    inner = getattr(press, "press", press)
+    return int(getattr(inner, "window_size", 0))
