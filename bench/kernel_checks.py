@@ -30,7 +30,12 @@ from sglang_kvc.options import KVCompressOptions
 
 DEFAULTS = KVCompressOptions()
 METRIC, WINDOW, SINKS = DEFAULTS.metric, DEFAULTS.window, DEFAULTS.sinks
-POOL = (DEFAULTS.pool_back, DEFAULTS.pool_ahead, DEFAULTS.pool_decay)
+POOL = (
+    DEFAULTS.pool_back,
+    DEFAULTS.pool_ahead,
+    DEFAULTS.pool_decay,
+    DEFAULTS.pool_gain,
+)
 POWER = 2
 SCORE_TOLERANCE = 1e-3
 PLAIN = "observe, no value norms"

@@ -1,11 +1,13 @@
 """Max-pool new scores along key positions, the less the farther away:
 
-    out[i] = max of s[j] * decay ** |i - j| over j in i - back .. i + ahead
+    out[i] = max(s[i], gain * max of s[j] * decay ** |i - j| over j from i - back
+                 to i + ahead)
 
 A query that looks for something attends to where the text says what follows; the rest
 of it gets its turn only while it is read. Pooling lets what lies up to `back` behind a
 match, and a little ahead of it, stay with it. A match far above the rest keeps all of
-that at any decay; of many that are about equal each keeps its nearest first.
+that at any gain and decay; where many are about equal, what was looked at itself comes
+before what lies beside it, and that nearest first.
 
 Only the tail of a request is pooled, and only where the plan says so: its entries are
 consecutive text. Neighbours belong to the same head, to the tail and to positions <
@@ -32,13 +34,14 @@ from sglang_kvc.kernels.plan_heads import plan_head, plan_tails_ref
 
 
 def pool_rows_ref(
-    rows: torch.Tensor, back: int, ahead: int, decay: float
+    rows: torch.Tensor, back: int, ahead: int, decay: float, gain: float
 ) -> torch.Tensor:
     """Pool each row of `rows` [heads, n], scores >= 0, by itself."""
     n = rows.shape[1]
     padded = F.pad(rows, (back, ahead))
     near = (
-        padded[:, back + shift : back + shift + n] * decay ** abs(shift)
+        padded[:, back + shift : back + shift + n]
+        * (gain * decay ** abs(shift) if shift else 1)
         for shift in range(-back, ahead + 1)
     )
     return functools.reduce(torch.maximum, near)
@@ -51,6 +54,7 @@ def pool_scores_ref(
     back: int,
     ahead: int,
     decay: float,
+    gain: float,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Plain torch form of `pool_scores`."""
@@ -59,7 +63,7 @@ def pool_scores_ref(
         if tail.pooled:
             entry = torch.arange(tail.length, device=scores.device)
             index = tail.starts[:, None] + entry
-            pooled[index] = pool_rows_ref(scores[index], back, ahead, decay)
+            pooled[index] = pool_rows_ref(scores[index], back, ahead, decay, gain)
     return pooled
 
 
@@ -79,6 +83,7 @@ def pool_kernel(
     BACK: tl.constexpr,
     AHEAD: tl.constexpr,
     DECAY: tl.constexpr,
+    GAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (R * LH, P): program (x, y) writes blocks y, y + P, ... of head x % LH of
@@ -104,11 +109,11 @@ def pool_kernel(
         for back in tl.static_range(1, BACK + 1):
             inside = tail & (entry - back >= packed_len)
             near = tl.load(own - back, mask=inside, other=0.0)
-            best = tl.maximum(best, near * DECAY**back)
+            best = tl.maximum(best, near * (GAIN * DECAY**back))
         for ahead in tl.static_range(1, AHEAD + 1):
             inside = tail & (entry + ahead < reach)
             near = tl.load(own + ahead, mask=inside, other=0.0)
-            best = tl.maximum(best, near * DECAY**ahead)
+            best = tl.maximum(best, near * (GAIN * DECAY**ahead))
         tl.store(pooled + base + entry, best, mask=entry < size)
 
 
@@ -119,6 +124,7 @@ def pool_scores_triton(
     back: int,
     ahead: int,
     decay: float,
+    gain: float,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Triton form of `pool_scores`."""
@@ -140,6 +146,7 @@ def pool_scores_triton(
         BACK=back,
         AHEAD=ahead,
         DECAY=decay,
+        GAIN=gain,
         BLOCK=block,
         num_warps=4,
     )
@@ -153,6 +160,7 @@ def pool_scores(
     back: int,
     ahead: int,
     decay: float,
+    gain: float,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Smooth the scores of new text: a new tensor, or `scores` if there is none.
@@ -162,10 +170,11 @@ def pool_scores(
     scores : [plan.num_entries] fp32 >= 0 from `observe_scores`.
     plan, tables : the tables as they were when the scores were made.
     back, ahead : how far before and behind an entry its window reaches.
-    decay : in (0, 1], what is left of a score one entry away.
+    decay : in (0, 1], what is left of a score with every entry of distance.
+    gain : in (0, 1], what another entry's score counts for beside an entry's own.
     num_heads_per_page : L * H.
     """
     if not (back or ahead) or not plan.any_pooled:
         return scores
     op = pool_scores_triton if use_triton(scores) else pool_scores_ref
-    return op(scores, plan, tables, back, ahead, decay, num_heads_per_page)
+    return op(scores, plan, tables, back, ahead, decay, gain, num_heads_per_page)

@@ -39,7 +39,7 @@ def run_pass(
     context: ScoreContext,
     dest_pages: torch.Tensor,
     *,
-    pool: tuple[int, int, float],
+    pool: tuple[int, int, float, float],
     sinks: int,
     distinct: float = 0.0,
     units: torch.Tensor | None = None,
@@ -54,7 +54,7 @@ def run_pass(
     scorer : which KVs are worth keeping.
     context : what it looks at; arena and tables are written.
     dest_pages : [pages kept] int64, fresh pages for the survivors in plan order.
-    pool : `back`, `ahead` and `decay` of `pool_scores`.
+    pool : `back`, `ahead`, `decay` and `gain` of `pool_scores`.
     sinks, distinct : as in `KVCompressOptions`.
     units : of `add_distinct`, with `distinct`.
     groups, floor_blocks, bound_groups : as in `select_entries`.
@@ -229,7 +229,12 @@ class PassRunner:
             self.scorer,
             context,
             dest_pages,
-            pool=(options.pool_back, options.pool_ahead, options.pool_decay),
+            pool=(
+                options.pool_back,
+                options.pool_ahead,
+                options.pool_decay,
+                options.pool_gain,
+            ),
             sinks=sinks,
             distinct=options.distinct,
             units=runtime.distinct_units,

@@ -17,6 +17,8 @@ from sglang_kvc.options import (
     CHOICES,
     CHUNK_MODES,
     CHUNK_QUERIES,
+    DISTINCT,
+    LAYER_SHARE,
     MAX_POOL,
     MAX_WINDOW,
     METRICS,
@@ -54,6 +56,12 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "What another token's worth counts for, per token of distance: above 0, at "
         "most 1, which is all of it.",
     ),
+    "pool_gain": (
+        float,
+        "X",
+        "What another token's worth counts for at all, beside a token's own: above 0, "
+        "at most 1, which is as much.",
+    ),
     "metric": (
         str,
         "{" + ",".join(METRICS) + "}",
@@ -66,7 +74,8 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "X",
         "What a key that is unlike the others of its head adds to the worth of a "
         "prompt's KV, in units of the mean worth: keeps what the question did not look "
-        "at and nothing else stands for.",
+        f"at and nothing else stands for. Default: {DISTINCT} if attention is the "
+        "metric.",
     ),
     "allocation": (
         str,
@@ -79,7 +88,7 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         float,
         "X",
         "With joint budgets: the part of an equal share of a prompt that every layer "
-        "keeps at least, 0 to 1.",
+        f"keeps at least, 0 to 1. Default: {LAYER_SHARE}.",
     ),
     "chunks": (
         str,

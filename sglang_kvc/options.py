@@ -21,6 +21,8 @@ METRICS = (*ATTENTION_METRICS, "key_similarity", "recency", "random")
 ALLOCATIONS = ("joint", "layer", "head")
 CHUNK_MODES = ("auto", "always", "never")
 CHUNK_QUERIES = ("prompt", "chunk")
+DISTINCT, LAYER_SHARE = 0.1, 0.5
+"""Where they can be used: with attention as the metric, with joint budgets."""
 MAX_WINDOW = 256
 MAX_POOL = 128
 
@@ -129,7 +131,10 @@ class KVCompressOptions:
         A KV of a prompt takes the highest score of those up to `pool_back` positions
         before it and `pool_ahead` behind it, see `kernels.pool`; 0 and 0: its own.
     pool_decay : float
-        What is left of such a score one position away, in (0, 1]; 1: all of it.
+        What is left of such a score with every position of distance, in (0, 1]; 1: all
+        of it.
+    pool_gain : float
+        What such a score counts for at all, in (0, 1]; 1: as much as a KV's own.
     metric : str
         What a KV is worth, one of `METRICS`: the sum of squared (l2) or of plain (l1)
         attention probabilities; squared (value_norm) or plain ones (value_norm_l1)
@@ -138,7 +143,8 @@ class KVCompressOptions:
     distinct : float
         What a key that is unlike the others of its head adds to the worth of a prompt's
         KV, as a multiple of the request's mean worth, for a key of mean unlikeness; see
-        `kernels.distinct`. Only with attention as the metric.
+        `kernels.distinct`. Only with attention as the metric. None: `DISTINCT`, or 0
+        with other metrics.
     allocation : {"joint", "layer", "head"}
         Who shares a budget: all heads of all layers, the heads of a layer, or nobody.
     head_floor : int
@@ -146,7 +152,8 @@ class KVCompressOptions:
     layer_share : float
         With joint budgets: the part of an equal share of a prompt that every layer
         keeps at least, 0 to 1, which is ``allocation="layer"``. Above 0, what is
-        decoded later takes the place of something in its own layer.
+        decoded later takes the place of something in its own layer. None:
+        `LAYER_SHARE`, or 0 with other budgets.
     chunks : {"auto", "always", "never"}
         Whether a long prompt is compressed between its chunks, see `chunking`.
     chunk_queries : {"prompt", "chunk"}
@@ -168,12 +175,13 @@ class KVCompressOptions:
     sinks: int = 4
     pool_back: int = 64
     pool_ahead: int = 3
-    pool_decay: float = 0.9
+    pool_decay: float = 0.95
+    pool_gain: float = 0.03
     metric: str = "value_norm"
-    distinct: float = 0.0
+    distinct: float = None  # type: ignore[assignment]  # a number once it is made
     allocation: str = "joint"
     head_floor: int = 0
-    layer_share: float = 0.0
+    layer_share: float = None  # type: ignore[assignment]  # likewise
     chunks: str = "auto"
     chunk_queries: str = "prompt"
 
@@ -186,12 +194,15 @@ class KVCompressOptions:
         check_int("pool_back", self.pool_back, 0, MAX_POOL)
         check_int("pool_ahead", self.pool_ahead, 0, MAX_POOL)
         check_number("pool_decay", self.pool_decay, 0, 1, above=True)
+        check_number("pool_gain", self.pool_gain, 0, 1, above=True)
         for name, valid in CHOICES.items():
             if getattr(self, name) not in valid:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(valid)}, "
                     f"got {getattr(self, name)!r}."
                 )
+        self._resolve("distinct", DISTINCT, self.metric in ATTENTION_METRICS)
+        self._resolve("layer_share", LAYER_SHARE, self.allocation == "joint")
         check_number("distinct", self.distinct, 0)
         if self.distinct and self.metric not in ATTENTION_METRICS:
             raise ConfigError(
@@ -215,6 +226,11 @@ class KVCompressOptions:
                     f"rate={self.rate} and budget={self.budget} exclude each other; "
                     "give one of them."
                 )
+
+    def _resolve(self, name: str, default: float, usable: bool) -> None:
+        """Give a setting that depends on others its value if it has none."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, default if usable else 0.0)
 
     @property
     def floor(self) -> int:

@@ -11,12 +11,12 @@ from bench.quality.hf_attention import NAME, register, visible
 
 PREFILL_TOKENS = 65_536
 """Most tokens of prompts of equal length that are prefilled at once."""
-HELD_TOKENS = 1_048_576
+HELD_TOKENS = 524_288
 """Most tokens that all methods and settings together keep of prompts that wait for
-their decoding. With `DECODE_TOKENS`, 56 GiB on a model of 28 KiB a token."""
+their decoding. With `DECODE_TOKENS`, 28 GiB on a model of 28 KiB a token."""
 DECODE_ROWS = 512
 """Most rows that are decoded at once: a step's launches cost the same for one."""
-DECODE_TOKENS = 1_048_576
+DECODE_TOKENS = 524_288
 """Most tokens of the rows that are decoded at once, each padded to the longest."""
 
 

@@ -35,7 +35,7 @@ def presses() -> dict[str, Callable[[float], Any]]:
 def observed_window(press: Any) -> int:
     """Tokens at a prompt's end that a press observes and always keeps.
 
-    kvpress refuses prompts that have no more of them, of which nothing could be evicted.
+    kvpress refuses prompts without more of them; nothing of those could be evicted.
     """
     inner = getattr(press, "press", press)
     return int(getattr(inner, "window_size", 0))

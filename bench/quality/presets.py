@@ -20,11 +20,12 @@ FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "pool-back": ("pool_back", (0, 3, 16, 32, 64, 96)),
     "pool-ahead": ("pool_ahead", (0, 3, 16, 32)),
     "pool-decay": ("pool_decay", (0.8, 0.9, 0.95, 1.0)),
+    "pool-gain": ("pool_gain", (0.01, 0.03, 0.1, 0.3, 1.0)),
     "protected": ("protected", (32, 64)),
     "sinks": ("sinks", (0, 4, 16)),
     "metric": ("metric", ("l2", "l1", "value_norm", "value_norm_l1")),
     "floor": ("head_floor", (0, 64, 128)),
-    "distinct": ("distinct", (0.0, 0.3, 1.0, 3.0)),
+    "distinct": ("distinct", (0.0, 0.1, 0.3, 1.0)),
     "layer-share": ("layer_share", (0.0, 0.5, 0.75)),
     "allocation": ("allocation", ("joint", "layer", "head")),
 }

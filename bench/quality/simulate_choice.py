@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from sglang_kvc.kernels.pool import pool_rows_ref
 from sglang_kvc.kernels.select import cheapest_by_head
-from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
+from sglang_kvc.options import DISTINCT, LAYER_SHARE, PAGE_SIZE, KVCompressOptions
 
 SINKS = KVCompressOptions.sinks
 MAX_WINDOW = 256
@@ -25,7 +25,8 @@ class Candidate:
     window : queries observed, at most `MAX_WINDOW`.
     back, ahead : a KV takes the highest score of those up to `back` before it and
         `ahead` behind it: what follows a match is kept with it.
-    decay : what is left of such a score one position away.
+    decay, gain : what is left of such a score with every position of distance, and what
+        it counts for at all.
     power : on the probabilities.
     reduce : sum or max over the queries.
     share : divide by the mean of the head's scores.
@@ -43,14 +44,15 @@ class Candidate:
     back: int = KVCompressOptions.pool_back
     ahead: int = KVCompressOptions.pool_ahead
     decay: float = KVCompressOptions.pool_decay
+    gain: float = KVCompressOptions.pool_gain
     power: int = 2
     reduce: str = "sum"
     share: bool = False
     value_norm: bool = KVCompressOptions.metric == "value_norm"
-    distinct: float = KVCompressOptions.distinct
+    distinct: float = DISTINCT
     allocation: str = "joint"
     floor: float = 0.0
-    layer_share: float = KVCompressOptions.layer_share
+    layer_share: float = LAYER_SHARE
     protected: int = KVCompressOptions.protected
 
     @property
@@ -69,12 +71,13 @@ CANDIDATES = (
     *(Candidate(window=window) for window in (16, 32, 64, 128, 256)),
     *(Candidate(back=back) for back in (0, 3, 16, 32, 48, 96)),
     *(Candidate(ahead=ahead) for ahead in (0, 8, 32)),
-    *(Candidate(decay=decay) for decay in (0.7, 0.8, 0.85, 0.95, 1.0)),
+    *(Candidate(decay=decay) for decay in (0.8, 0.9, 0.97, 1.0)),
+    *(Candidate(gain=gain) for gain in (0.01, 0.1, 0.3, 1.0)),
     *(Candidate(window=64, back=back) for back in (3, 32)),
     Candidate(power=1),
     Candidate(reduce="max"),
     Candidate(share=True),
-    *(Candidate(distinct=distinct) for distinct in (0.1, 0.3, 1, 3)),
+    *(Candidate(distinct=distinct) for distinct in (0, 0.3, 1, 3)),
     Candidate(value_norm=False),
     Candidate(window=64, value_norm=False),
     Candidate(window=64, reduce="max"),
@@ -82,7 +85,7 @@ CANDIDATES = (
     Candidate(allocation="head"),
     Candidate(floor=0.25),
     Candidate(floor=0.5),
-    *(Candidate(layer_share=share) for share in (0.5, 0.75)),
+    *(Candidate(layer_share=share) for share in (0, 0.75)),
     *(Candidate(protected=protected) for protected in (64, 128, 256)),
     Candidate(window=128, protected=128),
     Candidate(window=128, protected=128, value_norm=False),
@@ -157,7 +160,9 @@ class Observer:
         score = torch.cat(masses)
         if candidate.share:
             score = score / score.mean(1, keepdim=True)
-        score = pool_rows_ref(score, candidate.back, candidate.ahead, candidate.decay)
+        score = pool_rows_ref(
+            score, candidate.back, candidate.ahead, candidate.decay, candidate.gain
+        )
         if candidate.distinct:
             distance = torch.cat(distances)
             unit = candidate.distinct * score.mean()
@@ -177,7 +182,7 @@ def keep(scores: torch.Tensor, layers: int, budget: int, c: Candidate) -> torch.
     evict = (fold // PAGE_SIZE - budget // PAGE_SIZE) * heads
     groups = {"joint": 1, "layer": layers, "head": heads}[c.allocation]
     exists = torch.ones_like(price, dtype=torch.bool)
-    if c.layer_share:
+    if c.layer_share and c.allocation == "joint":
         least = int(budget // PAGE_SIZE * c.layer_share) * heads // layers
         spare = fold // PAGE_SIZE * heads - least * layers
         most = cheapest_by_head(price, exists, spare, layers)

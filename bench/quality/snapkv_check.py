@@ -177,6 +177,8 @@ def ask_engine(
         "pool_back": args.pool // 2,
         "pool_ahead": args.pool // 2,
         "pool_decay": 1.0,
+        "pool_gain": 1.0,
+        "distinct": 0.0,
         "min_budget": args.budget,
         "chunks": "never",
     }

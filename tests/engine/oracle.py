@@ -11,7 +11,7 @@ and the share per layer are written out here once more, from their definitions.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
@@ -27,10 +27,15 @@ class Policy:
     """What a KV is worth and who shares a budget, named as the server's options."""
 
     metric: str = KVCompressOptions.metric
-    distinct: float = 0.0
+    distinct: float | None = None
     allocation: str = "joint"
     head_floor: int = 0
-    layer_share: float = 0.0
+    layer_share: float | None = None
+
+    @property
+    def options(self) -> KVCompressOptions:
+        """A server's, with numbers in the place of None."""
+        return KVCompressOptions(**asdict(self))
 
 
 @dataclass
@@ -74,7 +79,7 @@ class Oracle:
         self.window, self.protected = options.window, options.protected
         self.sinks = options.sinks
         self.back, self.ahead = options.pool_back, options.pool_ahead
-        self.decay = options.pool_decay
+        self.decay, self.gain = options.pool_decay, options.pool_gain
 
     def start(
         self, ids: list[int], policy: Policy | None = None, slot: int = 0
@@ -83,7 +88,7 @@ class Oracle:
 
         `slot`: the server's row of the request, which random draws depend on.
         """
-        self.policy, self.slot = policy or Policy(), slot
+        self.policy, self.slot = (policy or Policy()).options, slot
         self.length = len(ids)
         self.visible = torch.ones(self.layers, self.heads, 0, dtype=torch.bool)
         self.scores = torch.zeros(self.layers * self.heads, 0)
@@ -293,7 +298,9 @@ class Oracle:
                 first = max(p - self.back, 0)
                 near = own[:, first : p + self.ahead + 1]
                 places = range(first, first + near.shape[1])
-                share = torch.tensor([self.decay ** abs(p - j) for j in places])
+                factors = [self.gain * self.decay ** abs(p - j) for j in places]
+                factors[p - first] = 1
+                share = torch.tensor(factors)
                 self.scores[:, self.fold + p] = (near * share).max(dim=1).values
         if self.policy.distinct:
             self._add_distinct(pooled)

@@ -36,7 +36,7 @@ def chunked(fresh: InProcessScheduler) -> Iterator[InProcessScheduler]:
         ("prompt", 90, Policy()),
         ("prompt", 20, Policy()),
         ("chunk", 90, Policy()),
-        ("prompt", 90, Policy(distinct=0.5)),
+        ("prompt", 90, Policy(distinct=0)),
     ],
 )
 def test_every_chunk_keeps_what_the_oracle_keeps(

@@ -119,7 +119,7 @@ def test_bad_request_fails_alone(fresh: InProcessScheduler, model_path: str) -> 
     assert len(out["good"].ids) == 8
 
 
-@pytest.mark.parametrize("changed", [{}, {"head_floor": 64}, {"layer_share": 0.5}])
+@pytest.mark.parametrize("changed", [{}, {"head_floor": 64}, {"layer_share": 0.0}])
 def test_warm_up_leaves_the_padding_slot_empty(
     fresh: InProcessScheduler,
     monkeypatch: pytest.MonkeyPatch,

@@ -176,9 +176,19 @@ def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> N
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    "reach", [(0, 1, 1.0), (3, 3, 0.5), (32, 3, 0.9), (1, 63, 0.97), (128, 0, 0.3)]
+    "reach",
+    [
+        (0, 1, 1.0, 1.0),
+        (3, 3, 0.5, 0.3),
+        (32, 3, 0.9, 1.0),
+        (64, 3, 0.95, 0.03),
+        (1, 63, 0.97, 0.5),
+        (128, 0, 0.3, 1.0),
+    ],
 )
-def test_pooling_equals_reference(reach: tuple[int, int, float], device: str) -> None:
+def test_pooling_equals_reference(
+    reach: tuple[int, int, float, float], device: str
+) -> None:
     case = make_case(3, 2, 2, 1, 16, [37, 90, 16], [0, 48, 0], device=device)
     plan = make_plan(case)
     scores = torch.rand(plan.num_entries, device=device)
@@ -197,14 +207,14 @@ def test_reference_against_loops() -> None:
         torch.testing.assert_close(out, truth.float())
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.75])
-def test_pooling_reference_against_a_loop(decay: float) -> None:
+@pytest.mark.parametrize(("decay", "gain"), [(1.0, 1.0), (0.75, 1.0), (0.75, 0.5)])
+def test_pooling_reference_against_a_loop(decay: float, gain: float) -> None:
     """Tails of requests 0 and 2 are pooled; packed entries and request 1 are copied."""
     case = make_case(3, 1, 2, 1, 16, [37, 40, 75], [0, 16, 32])
     plan = make_plan(case)
     assert plan.pool_tail.tolist() == [1, 0, 1]
     scores = torch.rand(plan.num_entries)
-    pooled = pool_scores(scores, plan, case.tables, 5, 2, decay, 2)
+    pooled = pool_scores(scores, plan, case.tables, 5, 2, decay, gain, 2)
     expected = scores.clone()
     for r in (0, 2):
         offsets = case.tables.block_offsets[case.slots[r]].tolist()
@@ -215,7 +225,8 @@ def test_pooling_reference_against_a_loop(decay: float) -> None:
             for i in range(tail):
                 near = range(max(i - 5, 0), min(i + 3, tail))
                 expected[first + i] = max(
-                    scores[first + j] * decay ** abs(i - j) for j in near
+                    scores[first + j] * (gain * decay ** abs(i - j) if i != j else 1)
+                    for j in near
                 )
     assert torch.equal(pooled, expected)
 

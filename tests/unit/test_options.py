@@ -13,6 +13,8 @@ import pytest
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.flags import add_cli_arguments, options_from_mapping
 from sglang_kvc.options import (
+    DISTINCT,
+    LAYER_SHARE,
     PAGE_SIZE,
     KVCompressOptions,
     ceil_to_page,
@@ -53,7 +55,8 @@ def test_ceil_to_page(tokens: int, pages: int) -> None:
         *[("allocation", value) for value in ("heads", None)],
         *[("head_floor", value) for value in (-1, 16.0)],
         *[("distinct", value) for value in (-0.1, math.nan, math.inf, "1", True)],
-        *[("layer_share", value) for value in (-0.1, 1.01, math.nan, "1", None)],
+        *[("layer_share", value) for value in (-0.1, 1.01, math.nan, "1", True)],
+        *[("pool_gain", value) for value in (0, -0.5, 1.01, math.nan, "1", None)],
     ],
 )
 def test_bad_value_is_named(field: str, bad: Any) -> None:
@@ -71,6 +74,7 @@ def test_bad_value_is_named(field: str, bad: Any) -> None:
         {"pool_back": 128, "pool_ahead": 128},
         {"pool_decay": 1},
         {"pool_decay": 1e-9},
+        {"pool_gain": 1},
         {"sinks": 0, "protected": 1, "min_budget": 1},
         {"metric": "l1"},
         {"metric": "key_similarity", "allocation": "head"},
@@ -112,6 +116,23 @@ def test_distinct_keys_add_to_attention(metric: str) -> None:
 def test_a_share_of_layers_is_for_joint_budgets(allocation: str) -> None:
     with pytest.raises(ConfigError, match=f"layer_share=0.5.*allocation={allocation}"):
         KVCompressOptions(layer_share=0.5, allocation=allocation)
+
+
+def test_what_depends_on_others_is_on_where_it_can_be() -> None:
+    def resolved(**given: Any) -> tuple[float, float]:
+        options = KVCompressOptions(**given)
+        return options.distinct, options.layer_share
+
+    assert resolved() == (DISTINCT, LAYER_SHARE)
+    assert DISTINCT > 0
+    assert 0 < LAYER_SHARE < 1
+    assert resolved(metric="recency") == (0, LAYER_SHARE)
+    assert resolved(allocation="head") == (DISTINCT, 0)
+    assert resolved(distinct=0, layer_share=0) == (0, 0)
+    changed = dataclasses.replace(KVCompressOptions(), rate=8)
+    assert changed == KVCompressOptions(rate=8)
+    argv = "--kv-compress --kv-compress-allocation head --kv-compress-metric random"
+    assert parse(*argv.split()) == KVCompressOptions(metric="random", allocation="head")
 
 
 def test_rate_and_budget_exclude_each_other() -> None:
@@ -161,7 +182,7 @@ def test_command_line() -> None:
     argv += " --kv-compress-window 8 --kv-compress-protected 16"
     argv += " --kv-compress-interval 128 --kv-compress-sinks 0"
     argv += " --kv-compress-pool-back 48 --kv-compress-pool-ahead 1"
-    argv += " --kv-compress-pool-decay 0.5"
+    argv += " --kv-compress-pool-decay 0.5 --kv-compress-pool-gain 0.25"
     argv += " --kv-compress-metric l1 --kv-compress-allocation layer"
     argv += " --kv-compress-head-floor 32"
     assert parse(*argv.split()) == KVCompressOptions(
@@ -174,6 +195,7 @@ def test_command_line() -> None:
         pool_back=48,
         pool_ahead=1,
         pool_decay=0.5,
+        pool_gain=0.25,
         metric="l1",
         allocation="layer",
         head_floor=32,
