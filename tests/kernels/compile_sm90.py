@@ -115,7 +115,8 @@ def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> No
     observe_scores_triton(*rings, arena, tables, plan, 0.1, 2, window, True)
     recency_scores_triton(arena, tables, plan)
     random_scores_triton(arena, tables, plan, 0)
-    scores = pool_scores_triton(scores, plan, tables, 32, 3, 0.9, arena.heads_per_page)
+    pool = (64, 3, 0.95, 0.03, arena.heads_per_page)
+    scores = pool_scores_triton(scores, plan, tables, *pool)
     count = arena.heads_per_page
     units = torch.zeros(9)
     add_distinct_triton(scores, scores, units, plan, tables, 0.5, count)
