@@ -34,10 +34,11 @@ repeat them until they exit with 0 (3: samples are left).
 
 2. kvpress in its environment (`kvpress_systems.REQUIREMENTS` in the folder K, 4 MB
    packed). One process: a prompt is prefilled once for all methods, and what they keep
-   at all rates is decoded together::
+   at all rates is decoded together; it is recorded after every task. Two processes of
+   the 1.5B need a card of 80 GB each, and ``expandable_segments``::
 
        PYTHONPATH=$K python -m bench.quality run --model $M --data $D \\
-           --preset table-kvpress --batch 64 --deadline 500 \\
+           --preset table-kvpress --block 1 --batch 12 --deadline 500 \\
            --out $R/quality_kvpress.jsonl
 
 3. Heat maps, and the defaults on prompts that no table uses::
@@ -53,21 +54,24 @@ repeat them until they exit with 0 (3: samples are left).
        python -m bench.quality report $R/quality*.jsonl --out $R/quality.md
        python -m bench.quality plot $R/quality*.jsonl --out docs/plots
 
-What it costs on the 0.5B, estimated from the samples and from 130,000 prompt tokens
-per second (seen with prompts of 60,000) on one H200. A prompt is prefilled once per
-engine: later rates find it in the prefix cache, but for its last window. That needs
-room for all prompts, 12 KiB a token here: 65 GB for everything. The 1.5B takes 28 KiB,
-so give it RULER-like tasks (76 GB) and the rest in runs of their own.
+With several GPUs, give every process its own (``CUDA_VISIBLE_DEVICES``) and some of the
+tasks. Cards decide near-ties in their own way: measure the full cache (rate 1) on the
+card that measures the rest.
 
-========================  =============  ================  =========================
-run                       prompt tokens  answers, a rate   seconds
-========================  =============  ================  =========================
-``table``, one system     5.3 M          0.20 M            50 start, 40 prefill, and
-                                                           45 a rate: 400
-the same, ``ruler``       2.65 M         0.03 M            50 + 20 + 10 a rate: 140
-``tune-*``, one system    1.06 M         0.01 M            50 + 10 + 5 a rate: 75
-kvpress, a method, ruler  2.65 M         0.03 M            200 for three rates; not
-                                                           yet timed on a GPU
-``heads``, three rates    1.2 M          none              50 + 10 + 5 a rate: 75
-========================  =============  ================  =========================
+What it costs, 50 samples at 4k tokens. A prompt is prefilled once per engine: later
+rates find it in the prefix cache if the pool has room, 12 KiB a token for the 0.5B, 28
+for the 1.5B; ``--block 1`` with a pool of 300,000 has.
+
+==============================  ==================================================
+run                             seconds, starts of 45 to 60 included
+==============================  ==================================================
+``table``, 0.5B, seven rates    263 (RULER-like to summaries) and 348 (the rest),
+                                two processes, four engines to an H100
+the same, 1.5B, three rates     282 and 293, likewise (ours)
+8k and 16k, ten tasks, 20 of    224 (0.5B, five rates), 289 (1.5B, three), likewise
+each
+kvpress, 13 tasks, 1.5B         541, eight methods and three rates, alone on an H200
+``heads``, 15 tasks, 20 of      some 100, three rates, likewise
+each
+==============================  ==================================================
 """

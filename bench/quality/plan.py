@@ -21,7 +21,8 @@ class Wish:
     Systems, settings, tasks and lengths stand in the order of their importance.
 
     `block`: so many tasks are asked at every setting before the next ones; an engine
-    finds their prompts in its prefix cache if it has room for them. 0: all tasks.
+    finds their prompts in its prefix cache if it has room for them, and systems that
+    share an engine take turns with every block. 0: all tasks.
     """
 
     model: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -113,11 +113,10 @@ class Runner:
         from tqdm import tqdm  # type: ignore[import-untyped]
 
         left = sum(len(cell.indices) for cell in self.cells)
-        systems = self._systems()
+        turns = list(self._turns())
         with tqdm(total=left, unit="sample", smoothing=0.1) as bar:
-            for number, system in enumerate(systems):
-                cells = [cell for cell in self.cells if cell.system == system]
-                stop = self._stop(systems[number:])
+            for number, (system, cells) in enumerate(turns):
+                stop = self._stop([turn[0] for turn in turns[number:]])
                 # An engine that is there already may remember answers.
                 new = system.engine not in self._started
                 if new and stop is not None and self.clock() + self._start_cost > stop:
@@ -130,6 +129,31 @@ class Runner:
                     line = {"system": system.name, "error": repr(error)}
                     write_record(self.out, {**self.origin, **line})
         return left
+
+    def _turns(self) -> Iterator[tuple[System, list[Todo]]]:
+        """Systems and what each is asked at a time, in their order.
+
+        Systems that share an engine take turns with every block of tasks, so that what
+        the first of them has learnt for the others is soon recorded.
+        """
+        systems, size = self._systems(), self.wish.block
+        tasks = list(dict.fromkeys(cell.task for cell in self.cells))
+        asked: set[System] = set()
+        for system in systems:
+            sharing = [one for one in systems if one.engine == system.engine]
+            # Systems stay where they stand if there are no blocks to take.
+            turn = sharing if size and len(sharing) > 1 else [system]
+            if asked.issuperset(turn):
+                continue
+            asked.update(turn)
+            step = size if len(turn) > 1 else len(tasks)
+            for start in range(0, len(tasks), step):
+                block = tasks[start : start + step]
+                for one in turn:
+                    cells = [c for c in self.cells if c.system == one]
+                    cells = [cell for cell in cells if cell.task in block]
+                    if cells:
+                        yield one, cells
 
     def _stop(self, systems: Sequence[System]) -> float | None:
         """When the first of the systems that are left has to stop.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,30 @@ def test_later_systems_record_what_is_remembered_of_a_batch(tmp_path: Path) -> N
         (METHODS[1], "8"): [0, 1, 2],
         (METHODS[1], "2"): [0, 1, 2],
     }
+
+
+def test_systems_of_one_engine_take_turns_with_a_block(tmp_path: Path) -> None:
+    out, clock = tmp_path / "q.jsonl", Clock()
+    tasks = ["needle_words", "gsm8k", "topics"]
+    wished = replace(wish(METHODS, tasks), block=2)
+    run = runner(wished, out, clock)
+    opened: list[str] = []
+    kvpress = remembering(run, clock)
+
+    def open_system(system: Any) -> FakeAsker:
+        opened.append(system.name)
+        return kvpress(system)
+
+    assert run.run(open_system) == 0
+    assert opened == METHODS * 2
+    assert clock.now == 30
+    lines = [json.loads(text) for text in out.read_text().splitlines()]
+    known = [(line["system"], line["task"]) for line in lines]
+    # All of two tasks is recorded before the third one is begun.
+    first = known.index((METHODS[0], "topics"))
+    assert {task for _, task in known[:first]} == set(tasks[:2])
+    assert {task for _, task in known[first:]} == {"topics"}
+    assert len(read([out])) == 3 * (1 + 2 * 2)
 
 
 def test_what_is_coming_is_of_one_engine(tmp_path: Path) -> None:
