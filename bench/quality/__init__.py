@@ -71,7 +71,7 @@ the same, 1.5B, three rates     282 and 293, likewise (ours)
 8k and 16k, ten tasks, 20 of    224 (0.5B, five rates), 289 (1.5B, three), likewise
 each
 kvpress, 13 tasks, 1.5B         541, eight methods and three rates, alone on an H200
-``heads``, 15 tasks, 20 of      some 100, three rates, likewise
+``heads``, 14 tasks, 20 of      119 and 136 (0.5B, 1.5B), three rates, likewise
 each
 ==============================  ==================================================
 """
