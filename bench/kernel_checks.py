@@ -12,25 +12,21 @@ from sglang_kvc.kernels.append import append_kv, append_kv_ref
 from sglang_kvc.kernels.distinct import add_distinct, add_distinct_ref
 from sglang_kvc.kernels.key_similarity import key_similarity_scores
 from sglang_kvc.kernels.layout import PAGE_SIZE
-from sglang_kvc.kernels.observe import (
-    observe_scores,
-    observe_scores_ref,
-    pool_scores,
-    pool_scores_ref,
-)
+from sglang_kvc.kernels.observe import observe_scores, observe_scores_ref
 from sglang_kvc.kernels.pack import (
     commit_tables,
     commit_tables_ref,
     pack_entries,
     pack_entries_ref,
 )
+from sglang_kvc.kernels.pool import Pooling, pool_scores, pool_scores_ref
 from sglang_kvc.kernels.select import select_entries, select_entries_ref
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
 from sglang_kvc.options import KVCompressOptions
 
 DEFAULTS = KVCompressOptions()
 METRIC, WINDOW, SINKS = DEFAULTS.metric, DEFAULTS.window, DEFAULTS.sinks
-POOL = (
+POOL = Pooling(
     DEFAULTS.pool_back,
     DEFAULTS.pool_ahead,
     DEFAULTS.pool_decay,
@@ -97,8 +93,8 @@ def check_pass(device: str, shape: Shape) -> dict[str, str]:
         )
         compare(stage, require_close, got[:, None], raw[:, None], SCORE_TOLERANCE)
 
-    got = pool_scores(raw, plan, ours.tables, *POOL, heads)
-    scores = pool_scores_ref(raw, plan, theirs.tables, *POOL, heads)
+    got = pool_scores(raw, plan, ours.tables, POOL, heads)
+    scores = pool_scores_ref(raw, plan, theirs.tables, POOL, heads)
     compare("pool", require_equal, got, scores)
 
     unlike = key_similarity_scores(ours.arena, ours.tables, plan)

@@ -29,9 +29,9 @@ from sglang_kvc.eviction import run_pass
 from sglang_kvc.kernels.distinct import add_distinct
 from sglang_kvc.kernels.key_similarity import key_similarity_scores
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, PassPlan
-from sglang_kvc.kernels.observe import pool_scores
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
+from sglang_kvc.kernels.pool import pool_scores
 from sglang_kvc.kernels.select import select_entries
 from sglang_kvc.scorers import ScoreContext, get_scorer
 
@@ -169,7 +169,7 @@ class Stages:
 
     def pool(self) -> torch.Tensor:
         """Scores, smoothed in a first pass."""
-        return pool_scores(self.raw, self.plan, self.tables, *POOL, self.heads)
+        return pool_scores(self.raw, self.plan, self.tables, POOL, self.heads)
 
     def distinct(self) -> None:
         """Add what keys say; on raw scores, which nothing after this reads."""

@@ -35,17 +35,7 @@ from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.observe_kernels import score_kernel
 from sglang_kvc.kernels.plan_heads import programs_per_head, walk_inputs
-from sglang_kvc.kernels.pool import pool_scores, pool_scores_ref, pool_scores_triton
 from sglang_kvc.kernels.query_lse import LOG2E, fill_lse
-
-__all__ = [
-    "observe_scores",
-    "observe_scores_ref",
-    "observe_scores_triton",
-    "pool_scores",
-    "pool_scores_ref",
-    "pool_scores_triton",
-]
 
 
 def observe_scores_ref(

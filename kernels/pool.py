@@ -22,6 +22,7 @@ tensor                  shape                  meaning
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +34,33 @@ from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
 from sglang_kvc.kernels.plan_heads import plan_head, plan_tails_ref
 
 
-def pool_rows_ref(
-    rows: torch.Tensor, back: int, ahead: int, decay: float, gain: float
-) -> torch.Tensor:
+class Pooling(NamedTuple):
+    """How far the score of an entry reaches, and what it counts for there.
+
+    Attributes
+    ----------
+    back, ahead : how far before and behind an entry its window reaches.
+    decay : in (0, 1], what is left of a score with every entry of distance.
+    gain : in (0, 1], what another entry's score counts for beside an entry's own.
+    """
+
+    back: int
+    ahead: int
+    decay: float
+    gain: float
+
+    def factor(self, shift: int) -> float:
+        """What the score of the entry `shift` places on counts for."""
+        return self.gain * self.decay ** abs(shift) if shift else 1.0
+
+
+def pool_rows_ref(rows: torch.Tensor, pool: Pooling) -> torch.Tensor:
     """Pool each row of `rows` [heads, n], scores >= 0, by itself."""
     n = rows.shape[1]
-    padded = F.pad(rows, (back, ahead))
+    padded = F.pad(rows, (pool.back, pool.ahead))
     near = (
-        padded[:, back + shift : back + shift + n]
-        * (gain * decay ** abs(shift) if shift else 1)
-        for shift in range(-back, ahead + 1)
+        padded[:, pool.back + shift : pool.back + shift + n] * pool.factor(shift)
+        for shift in range(-pool.back, pool.ahead + 1)
     )
     return functools.reduce(torch.maximum, near)
 
@@ -51,10 +69,7 @@ def pool_scores_ref(
     scores: torch.Tensor,
     plan: PassPlan,
     tables: BlockTables,
-    back: int,
-    ahead: int,
-    decay: float,
-    gain: float,
+    pool: Pooling,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Plain torch form of `pool_scores`."""
@@ -63,7 +78,7 @@ def pool_scores_ref(
         if tail.pooled:
             entry = torch.arange(tail.length, device=scores.device)
             index = tail.starts[:, None] + entry
-            pooled[index] = pool_rows_ref(scores[index], back, ahead, decay, gain)
+            pooled[index] = pool_rows_ref(scores[index], pool)
     return pooled
 
 
@@ -121,10 +136,7 @@ def pool_scores_triton(
     scores: torch.Tensor,
     plan: PassPlan,
     tables: BlockTables,
-    back: int,
-    ahead: int,
-    decay: float,
-    gain: float,
+    pool: Pooling,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Triton form of `pool_scores`."""
@@ -143,10 +155,10 @@ def pool_scores_triton(
         plan.entry_base,
         LH=num_heads_per_page,
         S=PAGE_SIZE,
-        BACK=back,
-        AHEAD=ahead,
-        DECAY=decay,
-        GAIN=gain,
+        BACK=pool.back,
+        AHEAD=pool.ahead,
+        DECAY=pool.decay,
+        GAIN=pool.gain,
         BLOCK=block,
         num_warps=4,
     )
@@ -157,10 +169,7 @@ def pool_scores(
     scores: torch.Tensor,
     plan: PassPlan,
     tables: BlockTables,
-    back: int,
-    ahead: int,
-    decay: float,
-    gain: float,
+    pool: Pooling,
     num_heads_per_page: int,
 ) -> torch.Tensor:
     """Smooth the scores of new text: a new tensor, or `scores` if there is none.
@@ -169,12 +178,10 @@ def pool_scores(
     ----------
     scores : [plan.num_entries] fp32 >= 0 from `observe_scores`.
     plan, tables : the tables as they were when the scores were made.
-    back, ahead : how far before and behind an entry its window reaches.
-    decay : in (0, 1], what is left of a score with every entry of distance.
-    gain : in (0, 1], what another entry's score counts for beside an entry's own.
+    pool : how scores spread.
     num_heads_per_page : L * H.
     """
-    if not (back or ahead) or not plan.any_pooled:
+    if not (pool.back or pool.ahead) or not plan.any_pooled:
         return scores
     op = pool_scores_triton if use_triton(scores) else pool_scores_ref
-    return op(scores, plan, tables, back, ahead, decay, gain, num_heads_per_page)
+    return op(scores, plan, tables, pool, num_heads_per_page)

@@ -16,9 +16,9 @@ from sglang_kvc.errors import ConfigError
 from sglang_kvc.kernels.distinct import add_distinct
 from sglang_kvc.kernels.key_similarity import key_similarity_scores
 from sglang_kvc.kernels.layout import PAGE_SIZE
-from sglang_kvc.kernels.observe import pool_scores
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
+from sglang_kvc.kernels.pool import Pooling, pool_scores
 from sglang_kvc.kernels.select import SelectedEntries, select_entries
 from sglang_kvc.memory import (
     count_bytes,
@@ -39,7 +39,7 @@ def run_pass(
     context: ScoreContext,
     dest_pages: torch.Tensor,
     *,
-    pool: tuple[int, int, float, float],
+    pool: Pooling,
     sinks: int,
     distinct: float = 0.0,
     units: torch.Tensor | None = None,
@@ -54,7 +54,7 @@ def run_pass(
     scorer : which KVs are worth keeping.
     context : what it looks at; arena and tables are written.
     dest_pages : [pages kept] int64, fresh pages for the survivors in plan order.
-    pool : `back`, `ahead`, `decay` and `gain` of `pool_scores`.
+    pool : as in `pool_scores`.
     sinks, distinct : as in `KVCompressOptions`.
     units : of `add_distinct`, with `distinct`.
     groups, floor_blocks, bound_groups : as in `select_entries`.
@@ -67,7 +67,7 @@ def run_pass(
     heads = arena.heads_per_page
     scores = scorer.score(context)
     if scorer.pooled:
-        scores = pool_scores(scores, plan, tables, *pool, heads)
+        scores = pool_scores(scores, plan, tables, pool, heads)
     if distinct:
         assert units is not None
         unlike = key_similarity_scores(arena, tables, plan) if plan.any_pooled else None
@@ -229,7 +229,7 @@ class PassRunner:
             self.scorer,
             context,
             dest_pages,
-            pool=(
+            pool=Pooling(
                 options.pool_back,
                 options.pool_ahead,
                 options.pool_decay,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from sglang_kvc.kernels.pool import pool_rows_ref
+from sglang_kvc.kernels.pool import Pooling, pool_rows_ref
 from sglang_kvc.kernels.select import cheapest_by_head
 from sglang_kvc.options import DISTINCT, LAYER_SHARE, PAGE_SIZE, KVCompressOptions
 
@@ -54,6 +54,11 @@ class Candidate:
     floor: float = 0.0
     layer_share: float = LAYER_SHARE
     protected: int = KVCompressOptions.protected
+
+    @property
+    def pool(self) -> Pooling:
+        """As the kernels want it."""
+        return Pooling(self.back, self.ahead, self.decay, self.gain)
 
     @property
     def name(self) -> str:
@@ -160,9 +165,7 @@ class Observer:
         score = torch.cat(masses)
         if candidate.share:
             score = score / score.mean(1, keepdim=True)
-        score = pool_rows_ref(
-            score, candidate.back, candidate.ahead, candidate.decay, candidate.gain
-        )
+        score = pool_rows_ref(score, candidate.pool)
         if candidate.distinct:
             distance = torch.cat(distances)
             unit = candidate.distinct * score.mean()

@@ -28,8 +28,9 @@ from sglang_kvc.kernels.decode_schedule import default_config
 from sglang_kvc.kernels.distinct import add_distinct_triton
 from sglang_kvc.kernels.head_tables import head_tables_triton
 from sglang_kvc.kernels.key_similarity import key_similarity_scores_triton
-from sglang_kvc.kernels.observe import observe_scores_triton, pool_scores_triton
+from sglang_kvc.kernels.observe import observe_scores_triton
 from sglang_kvc.kernels.pack import commit_tables_triton, pack_entries_triton
+from sglang_kvc.kernels.pool import Pooling, pool_scores_triton
 from sglang_kvc.kernels.positional import random_scores_triton, recency_scores_triton
 from sglang_kvc.kernels.select import select_entries_triton
 from sglang_kvc.kernels.testing import make_case, make_plan
@@ -115,8 +116,8 @@ def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> No
     observe_scores_triton(*rings, arena, tables, plan, 0.1, 2, window, True)
     recency_scores_triton(arena, tables, plan)
     random_scores_triton(arena, tables, plan, 0)
-    pool = (64, 3, 0.95, 0.03, arena.heads_per_page)
-    scores = pool_scores_triton(scores, plan, tables, *pool)
+    pool = Pooling(64, 3, 0.95, 0.03)
+    scores = pool_scores_triton(scores, plan, tables, pool, arena.heads_per_page)
     count = arena.heads_per_page
     units = torch.zeros(9)
     add_distinct_triton(scores, scores, units, plan, tables, 0.5, count)

@@ -1,4 +1,4 @@
-"""`observe_scores` (arithmetic) and `pool_scores` (a choice: bit-equal)."""
+"""`observe_scores`: arithmetic."""
 
 import pytest
 import torch
@@ -8,9 +8,6 @@ from sglang_kvc.kernels.observe import (
     observe_scores,
     observe_scores_ref,
     observe_scores_triton,
-    pool_scores,
-    pool_scores_ref,
-    pool_scores_triton,
 )
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
 from tests.kernels import oracles
@@ -174,30 +171,6 @@ def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> N
     assert torch.equal(observe_scores_triton(*args), whole)
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize(
-    "reach",
-    [
-        (0, 1, 1.0, 1.0),
-        (3, 3, 0.5, 0.3),
-        (32, 3, 0.9, 1.0),
-        (64, 3, 0.95, 0.03),
-        (1, 63, 0.97, 0.5),
-        (128, 0, 0.3, 1.0),
-    ],
-)
-def test_pooling_equals_reference(
-    reach: tuple[int, int, float, float], device: str
-) -> None:
-    case = make_case(3, 2, 2, 1, 16, [37, 90, 16], [0, 48, 0], device=device)
-    plan = make_plan(case)
-    scores = torch.rand(plan.num_entries, device=device)
-    args = (plan, case.tables, *reach, 4)
-    pooled = pool_scores_triton(scores, *args)
-    assert pooled.data_ptr() != scores.data_ptr()
-    assert torch.equal(pooled, pool_scores_ref(scores, *args))
-
-
 def test_reference_against_loops() -> None:
     case = make_case(2, 2, 2, 2, 16, [52, 21], [32, 0], window=8)
     for power in (1, 2):
@@ -205,30 +178,6 @@ def test_reference_against_loops() -> None:
         out = observe_scores(*args, make_plan(case), 0.25, power, 8)
         truth = oracles.observe(case, 0.25, power)
         torch.testing.assert_close(out, truth.float())
-
-
-@pytest.mark.parametrize(("decay", "gain"), [(1.0, 1.0), (0.75, 1.0), (0.75, 0.5)])
-def test_pooling_reference_against_a_loop(decay: float, gain: float) -> None:
-    """Tails of requests 0 and 2 are pooled; packed entries and request 1 are copied."""
-    case = make_case(3, 1, 2, 1, 16, [37, 40, 75], [0, 16, 32])
-    plan = make_plan(case)
-    assert plan.pool_tail.tolist() == [1, 0, 1]
-    scores = torch.rand(plan.num_entries)
-    pooled = pool_scores(scores, plan, case.tables, 5, 2, decay, gain, 2)
-    expected = scores.clone()
-    for r in (0, 2):
-        offsets = case.tables.block_offsets[case.slots[r]].tolist()
-        for head in range(2):
-            blocks = offsets[head + 1] + head * int(plan.tail_blocks[r])
-            first = int(plan.entry_base[r]) + 16 * blocks
-            tail = case.seq_lens[r] - case.folds[r]
-            for i in range(tail):
-                near = range(max(i - 5, 0), min(i + 3, tail))
-                expected[first + i] = max(
-                    scores[first + j] * (gain * decay ** abs(i - j) if i != j else 1)
-                    for j in near
-                )
-    assert torch.equal(pooled, expected)
 
 
 @pytest.mark.parametrize(
