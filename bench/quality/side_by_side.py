@@ -5,8 +5,9 @@
         --engine max_total_tokens=2500000
 
 What is not named here goes to ``bench.quality run``. An engine for a small model leaves
-a GPU idle most of the time. Give engines a pool each: they share the memory. The
-methods of kvpress share a process, and its prefills. Rate 1 is asked of the first
+a GPU idle most of the time. Give engines a pool each: they share the memory; with
+``--gpus 4`` they are dealt out to four. The methods of kvpress share a process, and its
+prefills. Rate 1 is asked of the first
 system of a kind only. Results are ``FOLDER/quality_NAME.jsonl``, what was printed
 ``FOLDER/NAME.log``. The exit status is the worst one; 3: samples are left.
 """
@@ -14,6 +15,7 @@ system of a kind only. Results are ``FOLDER/quality_NAME.jsonl``, what was print
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -64,10 +66,12 @@ def run_all(
     folder: Path,
     seconds: float | None,
     at_once: int | None = None,
+    gpus: int = 0,
 ) -> int:
     """Run them in their order, so many at a time; the worst exit status.
 
-    Each may take what is left of the time when it starts.
+    Each may take what is left of the time when it starts. With `gpus`, the first sees
+    GPU 0, the next one GPU 1, and so on around.
     """
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
@@ -84,8 +88,13 @@ def run_all(
             command = found[name]
             if left is not None:
                 command = [*command, "--deadline", f"{left:g}"]
+            environ = dict(os.environ)
+            if gpus:
+                environ["CUDA_VISIBLE_DEVICES"] = str(list(found).index(name) % gpus)
             with (folder / f"{name}.log").open("w") as log:
-                running[name] = subprocess.Popen(command, stdout=log, stderr=log)
+                running[name] = subprocess.Popen(
+                    command, stdout=log, stderr=log, env=environ
+                )
         for name, process in list(running.items()):
             status = process.poll()
             if status is None and left is not None and left < -PATIENCE:
@@ -115,10 +124,11 @@ def main() -> int:
     parser.add_argument("--rates", nargs="+", default=list(RATES))
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     parser.add_argument("--deadline", type=float, help="seconds")
+    parser.add_argument("--gpus", type=int, default=0, help="deal them out to so many")
     parser.add_argument("--at-once", type=int, help="processes; default: all")
     args, rest = parser.parse_known_args()
     found = commands(args.systems, args.rates, args.out, rest)
-    return run_all(found, args.out, args.deadline, args.at_once)
+    return run_all(found, args.out, args.deadline, args.at_once, args.gpus)
 
 
 if __name__ == "__main__":

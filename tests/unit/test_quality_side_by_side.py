@@ -73,6 +73,19 @@ def test_so_many_at_a_time_and_the_rest_of_the_time(
     assert 20 < float(left["c"][1]) < 29.6
 
 
+@pytest.mark.parametrize(("gpus", "seen"), [(0, "kept kept kept"), (2, "0 1 0")])
+def test_processes_are_dealt_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, seen: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "kept")
+    words = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    found = {name: [sys.executable, "-c", words] for name in "abc"}
+    assert run_all(found, tmp_path, None, gpus=gpus) == 0
+    assert [(tmp_path / f"{name}.log").read_text().strip() for name in "abc"] == (
+        seen.split()
+    )
+
+
 def test_who_has_no_time_left_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
