@@ -54,9 +54,9 @@ repeat them until they exit with 0 (3: samples are left).
        python -m bench.quality report $R/quality*.jsonl --out $R/quality.md
        python -m bench.quality plot $R/quality*.jsonl --out docs/plots
 
-With several GPUs, ``side_by_side --gpus N`` deals its processes out; give others some of
-the tasks and a GPU each (``CUDA_VISIBLE_DEVICES``). Cards decide near-ties in their own way: measure the full cache (rate 1) on the
-card that measures the rest.
+With several GPUs, ``side_by_side --gpus N`` deals its processes out; give others some
+of the tasks and a GPU each (``CUDA_VISIBLE_DEVICES``). Cards decide near-ties in their
+own way: measure the full cache (rate 1) on the card that measures the rest.
 
 What it costs, 50 samples at 4k tokens. A prompt is prefilled once per engine: later
 rates find it in the prefix cache if the pool has room, 12 KiB a token for the 0.5B, 28
