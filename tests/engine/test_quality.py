@@ -25,8 +25,8 @@ TASKS = (
     Task("pin_essay", "needles", Needles(values="pins")),
 )
 FULL_FLOOR = 0.8
-FLOORS = {"pin_noise": 0.85, "pin_essay": 0.65}
-"""Retention; 1.00 and 0.86 when this was written. Without the needle it is near 0."""
+FLOOR = 0.85
+"""Retention; 1.00 of both when this was written. Without the needle it is near 0."""
 
 
 class Docstrings(Corpus):
@@ -88,4 +88,4 @@ def test_needles_survive_four_times_compression(
     score, resident = ask(fresh, tokenizer, samples, {"rate": RATE})
     assert resident <= 1 / RATE + 0.1  # the tail is not compressed
     print(f"{task.name}: {score:.3f} of {full:.3f}, resident {resident:.3f}")
-    assert score >= FLOORS[task.name] * full, f"{score:.2f} of {full:.2f}"
+    assert score >= FLOOR * full, f"{score:.2f} of {full:.2f}"
