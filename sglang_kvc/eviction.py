@@ -81,6 +81,13 @@ def run_pass(
     return selected
 
 
+def pooling(options: KVCompressOptions) -> Pooling:
+    """How scores of a prompt spread, as `pool_scores` wants it."""
+    return Pooling(
+        options.pool_back, options.pool_ahead, options.pool_decay, options.pool_gain
+    )
+
+
 class Sharing(NamedTuple):
     """Who competes in a pass, as `select_entries` wants it."""
 
@@ -229,12 +236,7 @@ class PassRunner:
             self.scorer,
             context,
             dest_pages,
-            pool=Pooling(
-                options.pool_back,
-                options.pool_ahead,
-                options.pool_decay,
-                options.pool_gain,
-            ),
+            pool=pooling(options),
             sinks=sinks,
             distinct=options.distinct,
             units=runtime.distinct_units,

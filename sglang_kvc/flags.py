@@ -53,8 +53,8 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "pool_decay": (
         float,
         "X",
-        "What another token's worth counts for, per token of distance: above 0, at "
-        "most 1, which is all of it.",
+        "What is left of another token's worth with every token of distance: above 0, "
+        "at most 1, which is all of it.",
     ),
     "pool_gain": (
         float,

@@ -34,8 +34,8 @@ repeat them until they exit with 0 (3: samples are left).
 
 2. kvpress in its environment (`kvpress_systems.REQUIREMENTS` in the folder K, 4 MB
    packed). One process: a prompt is prefilled once for all methods, and what they keep
-   at all rates is decoded together; it is recorded after every task. Two processes of
-   the 1.5B need a card of 80 GB each, and ``expandable_segments``::
+   at all rates is decoded together; with ``--block 1`` it is recorded after every task.
+   On 80 GB the 1.5B wants ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``::
 
        PYTHONPATH=$K python -m bench.quality run --model $M --data $D \\
            --preset table-kvpress --block 1 --batch 12 --deadline 500 \\
@@ -62,16 +62,14 @@ What it costs, 50 samples at 4k tokens. A prompt is prefilled once per engine: l
 rates find it in the prefix cache if the pool has room, 12 KiB a token for the 0.5B, 28
 for the 1.5B; ``--block 1`` with a pool of 300,000 has.
 
-==============================  ==================================================
-run                             seconds, starts of 45 to 60 included
-==============================  ==================================================
-``table``, 0.5B, seven rates    263 (RULER-like to summaries) and 348 (the rest),
-                                two processes, four engines to an H100
-the same, 1.5B, three rates     282 and 293, likewise (ours)
-8k and 16k, ten tasks, 20 of    224 (0.5B, five rates), 289 (1.5B, three), likewise
-each
-kvpress, 13 tasks, 1.5B         541, eight methods and three rates, alone on an H200
-``heads``, 14 tasks, 20 of      119 and 136 (0.5B, 1.5B), three rates, likewise
-each
-==============================  ==================================================
+============================  ====================================================
+run                           seconds, starts of 45 to 60 included
+============================  ====================================================
+``table``, 0.5B, seven rates  263 (RULER-like to summaries) and 348 (the rest), two
+                              processes, some four engines to an H100
+the same, 1.5B, three rates   280 (five rates) and 293, likewise
+8k and 16k, 20 samples        224 (0.5B, five rates), 289 (1.5B, three), likewise
+``heads``, 20 samples         119 (0.5B), 136 (1.5B), three rates, likewise
+kvpress, 13 tasks, 1.5B       541, eight methods at three rates, alone on an H200
+============================  ====================================================
 """

@@ -63,7 +63,7 @@ def todo(wish: Wish, done: Mapping[Key, Cell]) -> Iterator[Todo]:
     """
     for system in wish.systems:
         seen: set[Key] = set()
-        for length, tasks in product(wish.lengths, _blocks(wish)):
+        for length, tasks in product(wish.lengths, blocks(wish)):
             for setting in wish.settings:
                 if not is_asked(system, setting, wish.systems):
                     continue
@@ -76,7 +76,8 @@ def todo(wish: Wish, done: Mapping[Key, Cell]) -> Iterator[Todo]:
                         yield Todo(key, system, setting, task, missing)
 
 
-def _blocks(wish: Wish) -> Iterator[Sequence[Task]]:
+def blocks(wish: Wish) -> Iterator[Sequence[Task]]:
+    """The tasks that are asked at every setting before the next ones."""
     size = wish.block or len(wish.tasks)
     for start in range(0, len(wish.tasks), size):
         yield wish.tasks[start : start + size]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from bench.quality.asking import Answer
-from bench.quality.plan import Todo, Wish, batches, todo
+from bench.quality.plan import Todo, Wish, batches, blocks, todo
 from bench.quality.records import pack, read
 from bench.quality.samples import SampleKey, SampleStore
 from bench.quality.scoring import result
@@ -136,24 +137,19 @@ class Runner:
         Systems that share an engine take turns with every block of tasks, so that what
         the first of them has learnt for the others is soon recorded.
         """
-        systems, size = self._systems(), self.wish.block
-        tasks = list(dict.fromkeys(cell.task for cell in self.cells))
-        asked: set[System] = set()
-        for system in systems:
-            sharing = [one for one in systems if one.engine == system.engine]
-            # Systems stay where they stand if there are no blocks to take.
-            turn = sharing if size and len(sharing) > 1 else [system]
-            if asked.issuperset(turn):
-                continue
-            asked.update(turn)
-            step = size if len(turn) > 1 else len(tasks)
-            for start in range(0, len(tasks), step):
-                block = tasks[start : start + step]
-                for one in turn:
-                    cells = [c for c in self.cells if c.system == one]
-                    cells = [cell for cell in cells if cell.task in block]
-                    if cells:
-                        yield one, cells
+        groups: dict[Hashable, list[System]] = {}
+        for system in self._systems():
+            # Without blocks to take turns with, every system is asked everything.
+            group = system.engine if self.wish.block else system
+            groups.setdefault(group, []).append(system)
+        for sharing in groups.values():
+            # An engine of its own is started once.
+            parts = blocks(self.wish) if len(sharing) > 1 else [self.wish.tasks]
+            for tasks, system in product(parts, sharing):
+                own = [cell for cell in self.cells if cell.system == system]
+                cells = [cell for cell in own if cell.task in tasks]
+                if cells:
+                    yield system, cells
 
     def _stop(self, systems: Sequence[System]) -> float | None:
         """When the first of the systems that are left has to stop.

@@ -7,9 +7,9 @@
 What is not named here goes to ``bench.quality run``. An engine for a small model leaves
 a GPU idle most of the time. Give engines a pool each: they share the memory; with
 ``--gpus 4`` they are dealt out to four. The methods of kvpress share a process, and its
-prefills. Rate 1 is asked of the first
-system of a kind only. Results are ``FOLDER/quality_NAME.jsonl``, what was printed
-``FOLDER/NAME.log``. The exit status is the worst one; 3: samples are left.
+prefills. Rate 1 is asked of the first system of a kind only. Results are
+``FOLDER/quality_NAME.jsonl``, what was printed ``FOLDER/NAME.log``. The exit status is
+the worst one; 3: samples are left.
 """
 
 from __future__ import annotations

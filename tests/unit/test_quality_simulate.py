@@ -112,9 +112,8 @@ def test_back_keeps_what_follows_a_match() -> None:
     probs = torch.zeros(1, 1, 4, 20)
     probs[0, 0, :, 10] = 0.5
     observer.seen = [(probs, torch.ones(1, 20), torch.ones(1, 20))]
-    found = observer.scores(Candidate(back=4, ahead=1, decay=0.5, gain=1, distinct=0))[
-        0
-    ]
+    candidate = Candidate(back=4, ahead=1, decay=0.5, gain=1, distinct=0)
+    found = observer.scores(candidate)[0]
     assert found.nonzero().flatten().tolist() == [9, 10, 11, 12, 13, 14]
     assert found[9:15].tolist() == [0.5, 1, 0.5, 0.25, 0.125, 0.0625]
 
