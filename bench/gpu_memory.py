@@ -6,6 +6,17 @@ import subprocess
 import threading
 
 
+def total_mib() -> int | None:
+    """Memory of the first GPU by nvidia-smi; None without one."""
+    query = "nvidia-smi -i 0 --query-gpu=memory.total --format=csv,noheader,nounits"
+    try:
+        said = subprocess.run(query.split(), capture_output=True, text=True)
+    except OSError:
+        return None
+    word = said.stdout.strip()
+    return int(word) if word.isdigit() else None
+
+
 class GpuMemory:
     """Used memory of the first GPU by nvidia-smi: no CUDA context of our own."""
 

@@ -100,10 +100,14 @@ def check_pass(device: str, shape: Shape) -> dict[str, str]:
     add_distinct_ref(want, unlike, units.clone(), *rest)
     compare(DISTINCT, require_close, got[:, None], want[:, None], SCORE_TOLERANCE)
 
-    chosen = select_entries(scores, heads, ours.tables, plan, SINKS)
-    selected = select_entries_ref(scores, heads, theirs.tables, plan, SINKS)
-    for mine, reference in zip(chosen, selected, strict=True):
-        compare("select", require_equal, mine, reference)
+    # Joint last: what follows moves its survivors.
+    for sharing in ({"groups": shape.layers}, {"bound_groups": shape.layers}, {}):
+        chosen = select_entries(scores, heads, ours.tables, plan, SINKS, **sharing)
+        selected = select_entries_ref(
+            scores, heads, theirs.tables, plan, SINKS, **sharing
+        )
+        for mine, reference in zip(chosen, selected, strict=True):
+            compare("select", require_equal, mine, reference)
 
     count = plan.num_kept // (PAGE_SIZE * heads)
     pages = torch.tensor(ours.free_pages[:count], device=device)

@@ -8,11 +8,11 @@ so the host's time matters only where it is the longer one.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from bench.batches import Batch, Shape, head_blocks, make_batch
+from bench.batches import Batch, Shape
 from bench.kernel_checks import (
     DEFAULTS,
     DISTINCT,
@@ -24,52 +24,22 @@ from bench.kernel_checks import (
     WINDOW,
     check_pass,
 )
+from bench.pass_cases import PassCase, pass_batch
 from bench.timing import CheckError, Clock, Report
 from sglang_kvc.eviction import run_pass
 from sglang_kvc.kernels.distinct import add_distinct
 from sglang_kvc.kernels.key_similarity import key_similarity_scores
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, PassPlan
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
-from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
+from sglang_kvc.kernels.pass_plan import build_plan
 from sglang_kvc.kernels.pool import pool_scores
 from sglang_kvc.kernels.select import select_entries
 from sglang_kvc.scorers import ScoreContext, get_scorer
 
 SECTION = "pass"
 SCORER = get_scorer(METRIC)
-RATE = 8
 SLOTS = 65
 """Rows of the query ring: the padding slot and the most requests of a case."""
-
-
-class PassCase(NamedTuple):
-    """`requests` with `packed` KVs a head and a tail of `tail` tokens, all of one pass.
-
-    Nothing packed means a first pass, which keeps one KV in `RATE`; a later pass frees
-    as many blocks as its tail has.
-    """
-
-    requests: int
-    packed: int
-    tail: int
-
-    @property
-    def name(self) -> str:
-        """As the results call it."""
-        if not self.packed:
-            return f"first {self.requests}x{self.tail}"
-        return f"later {self.requests}x({self.packed}+{self.tail})"
-
-    @property
-    def keep_pages(self) -> int:
-        """Pages of a request after the pass."""
-        return (self.packed or self.tail // RATE) // PAGE_SIZE
-
-    @property
-    def pages(self) -> int:
-        """Pages that the requests and the survivors take."""
-        held = -(-self.tail // PAGE_SIZE) + self.packed // PAGE_SIZE
-        return self.requests * (held + self.keep_pages)
 
 
 CASES = (
@@ -84,52 +54,20 @@ QUICK_CASES = (CASES[0], CASES[4])
 ARENA_PAGES = max(case.pages for case in CASES) + 64
 
 
-def pass_batch(
-    case: PassCase, shape: Shape, pages: int, device: str
-) -> tuple[Batch, list[PassRequest]]:
-    """Tables of a case, with skewed heads, and the plan's requests."""
-    fold = case.packed * RATE
-    heads = shape.heads_per_page
-    blocks = head_blocks(
-        case.requests, case.packed // PAGE_SIZE, heads, skew=case.packed > 0
-    )
-    seq_len = fold + case.tail
-    lens = [seq_len] * case.requests
-    batch = make_batch(
-        blocks, [fold] * case.requests, lens, pages, device, case.requests
-    )
-    new = seq_len // PAGE_SIZE * PAGE_SIZE
-    folded = (new - fold) // PAGE_SIZE
-    requests = [
-        PassRequest(
-            slot=slot,
-            seq_len=seq_len,
-            fold_old=fold,
-            fold_new=new,
-            query_start=max(seq_len - WINDOW, 0),
-            packed_pages=packed,
-            evict_blocks=(freed := packed + folded - case.keep_pages) * heads,
-            evict_most=freed * heads,
-            protected=max(new - (seq_len - DEFAULTS.protected), 0),
-            is_first=not case.packed,
-            repeated=False,
-            # Decoded tokens are not pooled, prompts are.
-            pool_tail=not case.packed,
-            # Queries since a first pass were decoded, those before it prefilled.
-            recorded=case.packed > 0,
-        )
-        for slot, packed in zip(batch.slots.tolist(), batch.packed_pages, strict=True)
-    ]
-    return batch, requests
-
-
 class Stages:
-    """The five stages over one batch, each with the results of the one before."""
+    """The stages over one batch, as shipped, each with the results of the one before.
+
+    The layers' share bounds a first pass; in later ones each layer keeps what it has.
+    """
 
     def __init__(
         self, arena: Arena, ring: torch.Tensor, batch: Batch, plan: PassPlan
     ) -> None:
         self.arena, self.heads = arena, arena.heads_per_page
+        layers = arena.k.shape[1]
+        # What `PassRunner` makes of the defaults.
+        kind = "bound_groups" if plan.any_pooled else "groups"
+        self.sharing = {kind: layers}
         self.tables, self.plan = batch.tables, plan
         self.saved = [table.clone() for table in self.tables[1:]]
         self.pages = batch.free_pages[: plan.num_kept // (PAGE_SIZE * self.heads)]
@@ -144,9 +82,10 @@ class Stages:
         )
         self.observe_unrecorded()
         self.raw = self.observe()
-        self.scores = self.pool()
-        self.selected = self.select()
         self.units = torch.zeros(len(batch.tables.fold_lens), device=ring.device)
+        self.scores = self.pool()
+        self._add_distinct(self.scores)
+        self.selected = self.select()
 
     def restore(self) -> None:
         """Undo `commit_tables`: another pass finds the tables as they were."""
@@ -172,20 +111,24 @@ class Stages:
         return pool_scores(self.raw, self.plan, self.tables, POOL, self.heads)
 
     def distinct(self) -> None:
-        """Add what keys say; on raw scores, which nothing after this reads."""
+        """What keys say, added to raw scores, which nothing after this reads."""
+        self._add_distinct(self.raw)
+
+    def _add_distinct(self, scores: torch.Tensor) -> None:
         arena, tables, plan = self.arena, self.tables, self.plan
         unlike = key_similarity_scores(arena, tables, plan) if plan.any_pooled else None
-        add_distinct(self.raw, unlike, self.units, plan, tables, 1.0, self.heads)
+        add_distinct(
+            scores, unlike, self.units, plan, tables, DEFAULTS.distinct, self.heads
+        )
 
-    def select_bounded(self) -> Any:
-        """The survivors, every layer keeping its share."""
-        layers = self.arena.k.shape[1]
-        where = (self.heads, self.tables, self.plan, SINKS)
-        return select_entries(self.scores, *where, bound_groups=layers)
+    def select_joint(self) -> Any:
+        """The survivors, if layers had no share of their own."""
+        return select_entries(self.scores, self.heads, self.tables, self.plan, SINKS)
 
     def select(self) -> Any:
         """The survivors."""
-        return select_entries(self.scores, self.heads, self.tables, self.plan, SINKS)
+        where = (self.heads, self.tables, self.plan, SINKS)
+        return select_entries(self.scores, *where, **self.sharing)
 
     def pack(self) -> None:
         """Move them."""
@@ -199,7 +142,16 @@ class Stages:
     def whole(self, plan: PassPlan) -> None:
         """One pass, as `PassRunner` composes it."""
         context = replace(self.context, plan=plan)
-        run_pass(SCORER, context, self.pages, pool=POOL, sinks=SINKS)
+        run_pass(
+            SCORER,
+            context,
+            self.pages,
+            pool=POOL,
+            sinks=SINKS,
+            distinct=DEFAULTS.distinct,
+            units=self.units,
+            **self.sharing,
+        )
 
 
 def bench_pass(
@@ -246,20 +198,20 @@ def _bench_case(
     stages = {
         # Every key and value once, every score out.
         "observe": (run.observe, entries * (2 * row_bytes + 4)),
-        "pool": (run.pool, entries * 8),
+        "pool": (run.pool, 0 if case.packed else entries * 8),
+        # Keys are read twice, of a prompt only.
+        DISTINCT: (run.distinct, 0 if case.packed else entries * 2 * row_bytes),
         "select": (run.select, entries * 4 + kept * 8),
         "pack": (run.pack, read + written),
         "commit": (run.commit, 0),
     }
     total = sum(nbytes for _, nbytes in stages.values())
-    others = {PLAIN: (run.observe_plain, entries * (row_bytes + 4))}
+    others = {
+        PLAIN: (run.observe_plain, entries * (row_bytes + 4)),
+        "select, joint": (run.select_joint, 0),
+    }
     if case.packed:
         others["observe, none recorded"] = (run.observe_unrecorded, 0)
-    else:
-        # Layers hold equally much before a first pass only.
-        others["select, layers bounded"] = (run.select_bounded, 0)
-    # Last: it changes the raw scores. Keys are read twice, of a prompt only.
-    others[DISTINCT] = (run.distinct, 0 if case.packed else entries * 2 * row_bytes)
     for stage, (work, nbytes) in {**stages, **others}.items():
         if stage in wrong:
             continue

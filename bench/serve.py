@@ -2,17 +2,18 @@
 
     python -m bench.serve --model PATH --load-format dummy --group small --deadline 560
     python -m bench.serve --table-only
-    python -m bench.serve --model PATH --requests 256 --min-len 100 --max-len 8000 \
+    python -m bench.serve --model PATH --requests 256 --min-len 100 --max-len 8000 \\
         --output 256 --pool 131072 --rate 8
 
 ``--group`` and ``--loads`` take loads of `bench.loads`; without them one load is made
 of the other arguments. Records are appended to ``--out`` as each run ends. "stock" runs
 with the plugin not loaded, "absent" with the plugin and without its flag.
 
-Engines with a small pool start together, since a start takes most of a minute, and
-serve one load at a time; an idle engine uses no GPU time. Engines with all memory
-follow one by one. A run whose plugin was not in the expected state, and every run of
-an engine that failed its idle check, count as failed.
+Engines with a small pool start together, since a start takes most of a minute, as many
+as the GPU's memory holds (``--together``), and serve one load at a time; an idle engine
+uses no GPU time. Engines with all memory follow one by one. A run whose plugin was not
+in the expected state, and every run of an engine that failed its idle check, count as
+failed.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from typing import Any
 
 from bench import report, serve_log
 from bench.child import Child, ChildError
-from bench.gpu_memory import GpuMemory
-from bench.loads import GROUPS, OURS, STOCK, choose
+from bench.gpu_memory import GpuMemory, total_mib
+from bench.loads import OURS, STOCK, choose
 from bench.record import ROOT, commit, write_record
+from bench.serve_args import parse_arguments
 from bench.serve_plan import (
     Clock,
     Run,
@@ -39,6 +41,7 @@ from bench.serve_plan import (
     adhoc,
     check,
     engine_arguments,
+    engines_together,
     free_ports,
     plan,
     supported,
@@ -254,39 +257,9 @@ class Session:
 
 def main() -> None:
     """Parse arguments, run what they ask for, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="")
-    parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--group", choices=(*GROUPS, "every"), default="")
-    parser.add_argument("--loads", default="", help="ids of bench.loads, with commas")
-    parser.add_argument("--rates", default="", help="only these, where a load has one")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--deadline", type=float, default=0, help="seconds; 0: none")
-    parser.add_argument("--limit", type=float, default=400, help="seconds of one run")
-    parser.add_argument(
-        "--skip-done", action="store_true", help="what --out has of this commit"
-    )
-    parser.add_argument("--table-only", action="store_true")
-    parser.add_argument("--commits", default="", help="tabulate these as one: a,b")
-    parser.add_argument("--device", default="", help="cpu: a trial of the machinery")
-    parser.add_argument("--extra-args", default="{}", help="JSON, more engine keywords")
-    parser.add_argument("--logs", type=Path, help="folder that keeps SGLang's logs")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/serve.jsonl")
-    one = parser.add_argument_group("one load, without --group and --loads")
-    one.add_argument("--requests", type=int, default=256)
-    one.add_argument("--min-len", type=int, default=100)
-    one.add_argument("--max-len", type=int, default=8000)
-    one.add_argument("--output", type=int, default=256)
-    one.add_argument("--pool", type=int, default=0, help="tokens; 0: all memory")
-    one.add_argument("--rate", type=float, default=8)
-    one.add_argument("--min-budget", type=int, default=512)
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--systems", default=f"{STOCK},{OURS}")
-    args = parser.parse_args()
+    args = parse_arguments(__doc__)
     red = False
     if not args.table_only:
-        if not args.model:
-            parser.error("--model is needed")
         named = args.group or args.loads
         loads = choose(args.group, args.loads.split(",")) if named else [adhoc(args)]
         if args.rates:
@@ -299,7 +272,8 @@ def main() -> None:
             session = Session(args, logs)
             try:
                 ready = [load for load in map(supported, loads) if load]
-                for batch in plan(ready, args.repeats):
+                together = args.together or engines_together(total_mib())
+                for batch in plan(ready, args.repeats, together):
                     session.batch(batch)
             finally:
                 session.memory.stop()

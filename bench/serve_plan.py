@@ -16,6 +16,8 @@ from bench.loads import ABSENT, OURS, SMALL_GROUP, STOCK, Load
 
 END_SECONDS = 12.0
 """What checking and stopping the engines takes."""
+ENGINE_MIB = 26 * 1024
+"""More than an engine of an 8B model with a small pool takes; 24 GiB were seen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +92,17 @@ def engine_arguments(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
     return {**kwargs, **extra}
 
 
-def plan(loads: list[Load], repeats: int) -> list[list[Run]]:
+def engines_together(total_mib: int | None) -> int:
+    """How many engines with small pools a GPU of this memory holds; 0: no limit."""
+    return 0 if total_mib is None else max(1, total_mib // ENGINE_MIB)
+
+
+def plan(loads: list[Load], repeats: int, together: int = 0) -> list[list[Run]]:
     """Batches of runs; the engines of a batch are alive at the same time.
 
-    In a repeat every load runs first with each system and its most important rate,
-    then with the other rates: a deadline cuts off what matters least.
+    At most `together` of them, unless that is 0. In a repeat every load runs first with
+    each system and its most important rate, then with the other rates: a deadline cuts
+    off what matters least.
     """
     runs = []
     for repeat in range(repeats):
@@ -109,14 +117,20 @@ def plan(loads: list[Load], repeats: int) -> list[list[Run]]:
                 if OURS in load.systems and level < len(load.rates):
                     rate = load.rates[level]
                     runs.append(Run(load, spec_of(load, OURS), rate, repeat))
-    together = [run for run in runs if run.load.group == SMALL_GROUP]
+    small = [run for run in runs if run.load.group == SMALL_GROUP]
     alone = [run for run in runs if run.load.group != SMALL_GROUP]
-    specs = sorted(
-        dict.fromkeys(run.spec for run in alone),
-        key=lambda spec: (STOCK, ABSENT, OURS).index(spec.system),
-    )
-    batches = [together] + [[r for r in alone if r.spec == spec] for spec in specs]
-    return [batch for batch in batches if batch]
+    engines = list(dict.fromkeys(run.spec for run in small))
+    step = together or max(len(engines), 1)
+    groups = [engines[i : i + step] for i in range(0, len(engines), step)]
+    groups += [
+        [spec]
+        for spec in sorted(
+            dict.fromkeys(run.spec for run in alone),
+            key=lambda spec: (STOCK, ABSENT, OURS).index(spec.system),
+        )
+    ]
+    # A spec of either kind has a pool of its own size, so it is in one group only.
+    return [[run for run in runs if run.spec in group] for group in groups]
 
 
 class Clock:

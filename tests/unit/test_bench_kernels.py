@@ -14,7 +14,8 @@ from bench.batches import Batch, Shape, fold_by_head, head_blocks, make_arena
 from bench.decode_bench import Decode, Row, row_batch
 from bench.kernel_checks import WINDOW
 from bench.kernels import arena_pages
-from bench.pass_bench import PassCase, Stages, pass_batch
+from bench.pass_bench import Stages
+from bench.pass_cases import RATE, PassCase, pass_batch
 from bench.timing import CheckError, Clock, Report, Timing, require_close, require_equal
 from sglang_kvc.kernels import decode_attention
 from sglang_kvc.kernels.addressing import head_rows_ref
@@ -194,8 +195,9 @@ def test_every_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert kernels.count(("decode", "fa3_folded_step")) == 2
     assert kernels.count(("decode", "fa3_stock_page64")) == 1
     assert kernels.count(("append", "append_kv")) == 3
-    for stage in ("observe", "pool", "select", "pack", "commit", "whole pass"):
+    for stage in ("observe", "pool", "distinct", "select", "pack", "commit"):
         assert kernels.count(("pass", stage)) == 2
+    assert kernels.count(("pass", "whole pass")) == 2
     assert kernels.count(("prefill", "fa3_arena")) == 2
 
 
@@ -209,7 +211,7 @@ def test_a_pass_can_be_repeated() -> None:
     run = Stages(arena, ring, batch, plan)
     run.whole(plan)
     after = [table.clone() for table in batch.tables]
-    assert int(batch.tables.fold_lens.max()) == 64 * pass_bench.RATE + 80
+    assert int(batch.tables.fold_lens.max()) == 64 * RATE + 80
     run.restore()
     assert all(map(torch.equal, batch.tables, before))
     run.whole(plan)

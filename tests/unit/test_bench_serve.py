@@ -21,6 +21,7 @@ from bench.serve_plan import (
     adhoc,
     check,
     engine_arguments,
+    engines_together,
     free_ports,
     plan,
     spec_of,
@@ -232,6 +233,25 @@ def test_only_the_small_engines_are_alive_together() -> None:
     assert {r.spec.min_budget for r in small if r.spec.system == OURS} == {128}
     with pytest.raises(SystemExit, match="unknown loads"):
         choose("", ["nonsense"])
+
+
+def test_no_more_engines_are_alive_than_the_gpu_holds() -> None:
+    assert [engines_together(mib) for mib in (None, 143771, 81559, 16384)] == [
+        0,
+        5,
+        3,
+        1,
+    ]
+    loads = [load for load in map(supported, choose("every")) if load]
+    everything = plan(loads, 1)
+    split = plan(loads, 1, 2)
+    engines = [list(dict.fromkeys(run.spec for run in batch)) for batch in split]
+    assert max(map(len, engines)) == 2
+    assert [spec.system for spec in engines[0]] == [STOCK, OURS]
+    assert len(sum(engines, [])) == len(set(sum(engines, []))), "none starts twice"
+    assert sorted(map(str, sum(split, []))) == sorted(map(str, sum(everything, [])))
+    first = [run for run in everything[0] if run.spec in engines[0]]
+    assert split[0] == first, "the order stays"
 
 
 def test_cpu_compares_with_the_plugin_without_its_flag() -> None:
