@@ -12,7 +12,7 @@ import torch
 from bench import append_bench, decode_bench, decode_tune, pass_bench, prefill_bench
 from bench.batches import Batch, Shape, fold_by_head, head_blocks, make_arena
 from bench.decode_bench import Decode, Row, row_batch
-from bench.kernel_checks import WINDOW
+from bench.kernel_checks import WINDOW, check_pass
 from bench.kernels import arena_pages
 from bench.pass_bench import Stages
 from bench.pass_cases import RATE, PassCase, pass_batch
@@ -118,6 +118,16 @@ def test_pass_cases_fit_the_arena(case: PassCase) -> None:
     blocks = batch.tables.block_offsets.diff(dim=1).max()
     assert blocks + -(-case.tail // PAGE_SIZE) <= plan.max_blocks
     assert batch.tables.packed_pages.shape[1] >= case.keep_pages
+    # Every layer holds what a pass takes from it.
+    by_layer = batch.tables.block_offsets[batch.slots, :: shape.kv_heads].diff(dim=1)
+    held = by_layer + case.tail // PAGE_SIZE * shape.kv_heads
+    frees = (plan.evict_most if not case.packed else plan.evict_blocks) / shape.layers
+    assert (held >= frees[:, None]).all()
+
+
+def test_kernels_are_checked_with_many_layers() -> None:
+    """Layers that packed very different amounts broke the check, not the kernel."""
+    assert check_pass("cpu", Shape(16, 2, 4, 16)) == {}
 
 
 def test_folded_tables_name_the_same_keys() -> None:
