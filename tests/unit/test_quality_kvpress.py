@@ -322,24 +322,33 @@ def test_how_much_a_method_may_keep(ask: Callable[..., PressAsker]) -> None:
         ask("other")
 
 
-def test_no_more_than_a_window_stays_whole(
+def observe(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    """Methods with a window, their own and (as AdaKV) that of another inside."""
+    windowed = type("Windowed", (Shrinking,), {"window_size": window})
+    inside = type("Inside", (Failing,), {"press": windowed(0.75)})
+    monkeypatch.setitem(PRESSES, "windowed", windowed)
+    monkeypatch.setitem(PRESSES, "inside", inside)
+
+
+def test_a_prompt_within_the_window_stays_whole(
     ask: Callable[..., PressAsker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (full,) = ask("full").answer(MIXED[:1], FULL)
-    for window in (full.prompt_tokens, full.prompt_tokens - 1):
-        windowed = type("Windowed", (Shrinking,), {"window_size": window})
-        # AdaKV has another method inside.
-        inside = type("Inside", (Failing,), {"press": windowed(0.75)})
-        monkeypatch.setitem(PRESSES, "windowed", windowed)
-        monkeypatch.setitem(PRESSES, "inside", inside)
-        (answer,) = ask("windowed").answer(MIXED[:1], RATES[0])
-        if window == full.prompt_tokens:
-            (same,) = ask("inside").answer(MIXED[:1], RATES[0])
-            assert answer.text == same.text == full.text
-            continue
-        assert answer.text != full.text
-        with pytest.raises(RuntimeError, match="no such luck"):
-            ask("inside").answer(MIXED[:1], RATES[0])
+    observe(monkeypatch, full.prompt_tokens)
+    for method in ("windowed", "inside"):
+        (answer,) = ask(method).answer(MIXED[:1], RATES[0])
+        assert answer.text == full.text
+
+
+def test_a_prompt_longer_than_the_window_does_not(
+    ask: Callable[..., PressAsker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (full,) = ask("full").answer(MIXED[:1], FULL)
+    observe(monkeypatch, full.prompt_tokens - 1)
+    (answer,) = ask("windowed").answer(MIXED[:1], RATES[0])
+    assert answer.text != full.text
+    with pytest.raises(RuntimeError, match="no such luck"):
+        ask("inside").answer(MIXED[:1], RATES[0])
 
 
 def test_what_a_method_keeps() -> None:
