@@ -6,11 +6,16 @@ import subprocess
 import threading
 
 
+def _query(field: str) -> list[str]:
+    """The command that prints a figure of the first GPU."""
+    form = "--format=csv,noheader,nounits"
+    return ["nvidia-smi", "-i", "0", f"--query-gpu={field}", form]
+
+
 def total_mib() -> int | None:
     """Memory of the first GPU by nvidia-smi; None without one."""
-    query = "nvidia-smi -i 0 --query-gpu=memory.total --format=csv,noheader,nounits"
     try:
-        said = subprocess.run(query.split(), capture_output=True, text=True)
+        said = subprocess.run(_query("memory.total"), capture_output=True, text=True)
     except OSError:
         return None
     word = said.stdout.strip()
@@ -23,11 +28,12 @@ class GpuMemory:
     def __init__(self) -> None:
         self.now: int | None = None
         self.peak: int | None = None
-        query = "nvidia-smi -i 0 --query-gpu=memory.used --format=csv,noheader,nounits"
         self._process = None
         try:
             self._process = subprocess.Popen(
-                [*query.split(), "-lms", "300"], stdout=subprocess.PIPE, text=True
+                [*_query("memory.used"), "-lms", "300"],
+                stdout=subprocess.PIPE,
+                text=True,
             )
         except OSError:
             return

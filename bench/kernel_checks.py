@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -81,6 +81,12 @@ def check_pass(device: str, shape: Shape) -> dict[str, str]:
         except CheckError as error:
             wrong[stage] = str(error)
 
+    def equal(
+        stage: str, got: Iterable[torch.Tensor], want: Iterable[torch.Tensor]
+    ) -> None:
+        for mine, reference in zip(got, want, strict=True):
+            compare(stage, require_equal, mine, reference)
+
     scoring = (plan, ours.arena.head_dim**-0.5, POWER, WINDOW)
     rings = (ours.query_ring, ours.query_lse), (theirs.query_ring, theirs.query_lse)
     # The shipped metric last: what follows works on its scores.
@@ -104,30 +110,25 @@ def check_pass(device: str, shape: Shape) -> dict[str, str]:
 
     chosen = select_entries(scores, heads, ours.tables, plan, SINKS)
     selected = select_entries_ref(scores, heads, theirs.tables, plan, SINKS)
-    for mine, reference in zip(chosen, selected, strict=True):
-        compare("select", require_equal, mine, reference)
+    equal("select", chosen, selected)
     # Layers share in prompts only here: what the others packed may be too little.
     whole = small_case(device, shape, folded=False)
     plan_whole = make_plan(whole)
     worth = torch.rand(plan_whole.num_entries, device=device)
-    for kind in ("groups", "bound_groups"):
-        where = (worth, heads, whole.tables, plan_whole, SINKS)
-        mine = select_entries(*where, **{kind: shape.layers})
-        other = select_entries_ref(*where, **{kind: shape.layers})
-        for got, want in zip(mine, other, strict=True):
-            compare("select", require_equal, got, want)
+    where = (worth, heads, whole.tables, plan_whole, SINKS)
+    for sharing in ({"groups": shape.layers}, {"bound_groups": shape.layers}):
+        chosen = select_entries(*where, **sharing)
+        equal("select", chosen, select_entries_ref(*where, **sharing))
 
     count = plan.num_kept // (PAGE_SIZE * heads)
     pages = torch.tensor(ours.free_pages[:count], device=device)
     pack_entries(ours.arena, selected, pages, plan)
     pack_entries_ref(theirs.arena, selected, pages, plan)
-    for mine, reference in zip(ours.arena, theirs.arena, strict=True):
-        compare("pack", require_equal, mine, reference)
+    equal("pack", ours.arena, theirs.arena)
 
     commit_tables(ours.tables, ours.arena, selected, plan, pages, scores)
     commit_tables_ref(theirs.tables, theirs.arena, selected, plan, pages, scores)
-    for mine, reference in zip(ours.tables, theirs.tables, strict=True):
-        compare("commit", require_equal, mine, reference)
+    equal("commit", ours.tables, theirs.tables)
     compare("commit", require_equal, ours.arena.score, theirs.arena.score)
     return wrong
 

@@ -26,14 +26,13 @@ from bench.kernel_checks import (
 )
 from bench.pass_cases import PassCase, pass_batch
 from bench.timing import CheckError, Clock, Report
-from sglang_kvc.eviction import run_pass
-from sglang_kvc.kernels.distinct import add_distinct
-from sglang_kvc.kernels.key_similarity import key_similarity_scores
+from sglang_kvc.eviction import reward_distinct, run_pass, sharing_of
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, PassPlan
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import build_plan
 from sglang_kvc.kernels.pool import pool_scores
 from sglang_kvc.kernels.select import select_entries
+from sglang_kvc.memory import ModelShape
 from sglang_kvc.scorers import ScoreContext, get_scorer
 
 SECTION = "pass"
@@ -55,19 +54,16 @@ ARENA_PAGES = max(case.pages for case in CASES) + 64
 
 
 class Stages:
-    """The stages over one batch, as shipped, each with the results of the one before.
-
-    The layers' share bounds a first pass; in later ones each layer keeps what it has.
-    """
+    """The stages over one batch, as shipped, each on the results of the one before."""
 
     def __init__(
         self, arena: Arena, ring: torch.Tensor, batch: Batch, plan: PassPlan
     ) -> None:
         self.arena, self.heads = arena, arena.heads_per_page
-        layers = arena.k.shape[1]
-        # What `PassRunner` makes of the defaults.
-        kind = "bound_groups" if plan.any_pooled else "groups"
-        self.sharing = {kind: layers}
+        shape = ModelShape(
+            *arena.k.shape[1:3], ring.shape[-2], arena.head_dim, arena.k.element_size()
+        )
+        self.sharing = sharing_of(DEFAULTS, shape, prompt=plan.any_pooled)._asdict()
         self.tables, self.plan = batch.tables, plan
         self.saved = [table.clone() for table in self.tables[1:]]
         self.pages = batch.free_pages[: plan.num_kept // (PAGE_SIZE * self.heads)]
@@ -84,7 +80,7 @@ class Stages:
         self.raw = self.observe()
         self.units = torch.zeros(len(batch.tables.fold_lens), device=ring.device)
         self.scores = self.pool()
-        self._add_distinct(self.scores)
+        reward_distinct(self.scores, self.context, self.units, DEFAULTS.distinct)
         self.selected = self.select()
 
     def restore(self) -> None:
@@ -112,14 +108,7 @@ class Stages:
 
     def distinct(self) -> None:
         """What keys say, added to raw scores, which nothing after this reads."""
-        self._add_distinct(self.raw)
-
-    def _add_distinct(self, scores: torch.Tensor) -> None:
-        arena, tables, plan = self.arena, self.tables, self.plan
-        unlike = key_similarity_scores(arena, tables, plan) if plan.any_pooled else None
-        add_distinct(
-            scores, unlike, self.units, plan, tables, DEFAULTS.distinct, self.heads
-        )
+        reward_distinct(self.raw, self.context, self.units, DEFAULTS.distinct)
 
     def select_joint(self) -> Any:
         """The survivors, if layers had no share of their own."""

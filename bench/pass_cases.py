@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from bench.batches import Batch, Shape, head_blocks, make_batch
 from bench.kernel_checks import DEFAULTS, WINDOW
+from sglang_kvc.eviction import least_pages
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.kernels.pass_plan import PassRequest
 
@@ -58,8 +59,7 @@ def pass_batch(
     )
     new = seq_len // PAGE_SIZE * PAGE_SIZE
     folded = (new - fold) // PAGE_SIZE
-    least = int((DEFAULTS.layer_share or 0.0) * case.keep_pages)
-    least = max(least, DEFAULTS.floor // PAGE_SIZE)
+    least = least_pages(DEFAULTS, case.keep_pages)
     requests = [
         PassRequest(
             slot=slot,
@@ -69,7 +69,6 @@ def pass_batch(
             query_start=max(seq_len - WINDOW, 0),
             packed_pages=packed,
             evict_blocks=(packed + folded - case.keep_pages) * heads,
-            # As `--kv-compress-layer-share` bounds it: a layer keeps this of its share.
             evict_most=(packed + folded - least) * heads,
             protected=max(new - (seq_len - DEFAULTS.protected), 0),
             is_first=not case.packed,

@@ -21,6 +21,7 @@ from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 from sglang_kvc.kernels.pool import Pooling, pool_scores
 from sglang_kvc.kernels.select import SelectedEntries, select_entries
 from sglang_kvc.memory import (
+    ModelShape,
     count_bytes,
     pass_head_bytes,
     pass_workspace_tokens,
@@ -70,15 +71,22 @@ def run_pass(
         scores = pool_scores(scores, plan, tables, pool, heads)
     if distinct:
         assert units is not None
-        unlike = key_similarity_scores(arena, tables, plan) if plan.any_pooled else None
-        add_distinct(scores, unlike, units, plan, tables, distinct, heads)
-        del unlike
+        reward_distinct(scores, context, units, distinct)
     selected = select_entries(
         scores, heads, tables, plan, sinks, groups, floor_blocks, bound_groups
     )
     pack_entries(arena, selected, dest_pages, plan)
     commit_tables(tables, arena, selected, plan, dest_pages, scores)
     return selected
+
+
+def reward_distinct(
+    scores: torch.Tensor, context: ScoreContext, units: torch.Tensor, weight: float
+) -> None:
+    """`add_distinct` in place, with the keys' unlikeness where the plan needs it."""
+    arena, tables, plan = context.arena, context.tables, context.plan
+    unlike = key_similarity_scores(arena, tables, plan) if plan.any_pooled else None
+    add_distinct(scores, unlike, units, plan, tables, weight, arena.heads_per_page)
 
 
 def pooling(options: KVCompressOptions) -> Pooling:
@@ -95,6 +103,23 @@ class Sharing(NamedTuple):
     bound_groups: int = 0
 
 
+def sharing_of(
+    options: KVCompressOptions, shape: ModelShape, *, prompt: bool
+) -> Sharing:
+    """Who competes in the pass behind a complete `prompt`, or in a later one."""
+    if not options.layer_share:
+        return Sharing(shape.num_groups(options.allocation))
+    layers = shape.num_groups("layer")
+    # Layers hold equally much until a prompt is complete, not afterwards.
+    return Sharing(1, layers) if prompt else Sharing(layers)
+
+
+def least_pages(options: KVCompressOptions, kept_pages: int) -> int:
+    """Pages that a layer keeps at least where an equal share is `kept_pages`."""
+    # A layer must be able to keep what its heads must.
+    return max(int(options.layer_share * kept_pages), options.floor // PAGE_SIZE)
+
+
 WARM_UP_TOKENS = (20 * PAGE_SIZE, 512 * PAGE_SIZE)
 """Prompts of the passes that compile kernels: a short one and one that splits its keys,
 and whose heads are scanned in long blocks.
@@ -108,13 +133,10 @@ class PassRunner:
         self.runtime = runtime
         self.sm_scale = sm_scale
         self.scorer = get_scorer(runtime.options.metric)
-        options, num_groups = runtime.options, runtime.shape.num_groups
-        self.prompt_sharing = self.sharing = Sharing(num_groups(options.allocation))
-        self.chunk_sharing = Sharing(num_groups(options.chunk_allocation))
-        if options.layer_share:
-            # Layers hold equally much until a prompt is complete, not afterwards.
-            self.sharing = Sharing(num_groups("layer"))
-            self.prompt_sharing = Sharing(1, num_groups("layer"))
+        options, shape = runtime.options, runtime.shape
+        self.prompt_sharing = sharing_of(options, shape, prompt=True)
+        self.later_sharing = sharing_of(options, shape, prompt=False)
+        self.chunk_sharing = Sharing(shape.num_groups(options.chunk_allocation))
         if runtime.arena.score.numel() >= 1 << 31:
             raise ConfigError(
                 "the arena holds 2**31 KVs or more per layer and head in total, which "
@@ -148,7 +170,7 @@ class PassRunner:
     def _sharing(self, record: PassRecord) -> Sharing:
         if record.between_chunks:
             return self.chunk_sharing
-        return self.prompt_sharing if record.pool_tail else self.sharing
+        return self.prompt_sharing if record.pool_tail else self.later_sharing
 
     def _head_bytes(self, record: PassRecord) -> int:
         """Workspace of a pass, bytes per head on average."""
@@ -166,7 +188,7 @@ class PassRunner:
         heads = self.runtime.arena.heads_per_page
         pages = torch.zeros(1, dtype=torch.int64, device=self.runtime.device)
         # Passes between chunks take kernels of their own.
-        kinds = {self.prompt_sharing, self.sharing}
+        kinds = {self.prompt_sharing, self.later_sharing}
         if self.runtime.chunk_rule.chunk_size:
             kinds.add(self.chunk_sharing)
         for tokens, sharing in product(WARM_UP_TOKENS, sorted(kinds)):
@@ -252,8 +274,7 @@ def _plan_request(
     fold_blocks = (record.fold_new - record.fold_old) // PAGE_SIZE
     freed_pages = (record.budget_old - record.budget) // PAGE_SIZE + fold_blocks
     kept_pages = record.budget // PAGE_SIZE
-    # A layer must be able to keep what its heads must.
-    share = max(int(options.layer_share * kept_pages), options.floor // PAGE_SIZE)
+    least = least_pages(options, kept_pages)
     return PassRequest(
         slot=record.slot,
         seq_len=record.seq_len,
@@ -262,7 +283,7 @@ def _plan_request(
         query_start=record.query_start,
         packed_pages=record.budget_old // PAGE_SIZE,
         evict_blocks=freed_pages * heads,
-        evict_most=(freed_pages + kept_pages - share) * heads,
+        evict_most=(freed_pages + kept_pages - least) * heads,
         protected=max(record.fold_new - (record.seq_len - options.protected), 0),
         is_first=record.is_first,
         repeated=record.repeated,
