@@ -13,7 +13,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_kvc.checks import check_int, check_number, check_rate
 from sglang_kvc.errors import ConfigError
+from sglang_kvc.shown import shown
 
 PAGE_SIZE = 16
 ATTENTION_METRICS = ("l2", "l1", "value_norm", "value_norm_l1")
@@ -54,57 +56,6 @@ def ceil_to_page(tokens: int) -> int:
         The smallest multiple of :data:`PAGE_SIZE` that is >= `tokens` and > 0.
     """
     return max(1, -(-tokens // PAGE_SIZE)) * PAGE_SIZE
-
-
-def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise unless `value` is an int (not a bool) within ``[low, high]``.
-
-    Raises
-    ------
-    ConfigError
-        With the name, the rule and the value found.
-    """
-    rule = f">= {low}" if high is None else f"in {low}..{high}"
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{name} must be an integer {rule}, got {value!r}.")
-    if value < low or (high is not None and value > high):
-        raise ConfigError(f"{name} must be {rule}, got {value}.")
-
-
-def check_rate(name: str, value: Any) -> None:
-    """Raise unless `value` is a finite real number >= 1.
-
-    Raises
-    ------
-    ConfigError
-        With the name, the rule and the value found.
-    """
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ConfigError(f"{name} must be a number >= 1, got {value!r}.")
-    if not 1 <= value < math.inf:
-        raise ConfigError(
-            f"{name} must be a finite number >= 1 (8 keeps one token in eight), "
-            f"got {value}."
-        )
-
-
-def check_number(
-    name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False
-) -> None:
-    """Raise unless `value` is a finite real number from `low`, or above it, to `high`.
-
-    Raises
-    ------
-    ConfigError
-        With the name, the rule and the value found.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    legal = number and low <= value <= high and value < math.inf
-    if not legal or (above and value == low):
-        rule = f"above {low}" if above else f">= {low}"
-        kind = "finite number" if high == math.inf else "number"
-        end = "" if high == math.inf else f", at most {high}"
-        raise ConfigError(f"{name} must be a {kind} {rule}{end}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -199,7 +150,7 @@ class KVCompressOptions:
             if getattr(self, name) not in valid:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(valid)}, "
-                    f"got {getattr(self, name)!r}."
+                    f"got {shown(getattr(self, name))}."
                 )
         self._resolve("distinct", DISTINCT, self.metric in ATTENTION_METRICS)
         self._resolve("layer_share", LAYER_SHARE, self.allocation == "joint")

@@ -12,15 +12,17 @@ A mistake costs this request an HTTP 400 and nothing else.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_kvc.checks import check_rate
 from sglang_kvc.errors import ConfigError
-from sglang_kvc.options import SWITCH, KVCompressOptions, check_rate
+from sglang_kvc.options import SWITCH, KVCompressOptions
+from sglang_kvc.shown import shown, suggestion
 
 _KEYS = ("enabled", "rate", "budget", "report_heads")
+_VALID = f"Valid: {', '.join(_KEYS)};"
 _EXAMPLE = 'for example {"kv_compress": {"rate": 8}}'
 
 
@@ -73,7 +75,13 @@ def parse_request_options(
     asked = custom_params[SWITCH]
     if not isinstance(asked, Mapping):
         raise ConfigError(
-            f"custom_params[{SWITCH!r}] must be an object, {_EXAMPLE}; got {asked!r}."
+            f"custom_params[{SWITCH!r}] must be an object, {_EXAMPLE}; got "
+            f"{shown(asked)}."
+        )
+    if len(asked) > len(_KEYS):
+        raise ConfigError(
+            f"custom_params[{SWITCH!r}] has {len(asked)} keys, but there are only "
+            f"{len(_KEYS)}. {_VALID} {_EXAMPLE}."
         )
     for key in asked:
         if key not in _KEYS:
@@ -134,7 +142,9 @@ def _check(options: RequestOptions, defaults: KVCompressOptions) -> None:
     for name in ("enabled", "report_heads"):
         value = getattr(options, name)
         if not isinstance(value, bool):
-            raise ConfigError(f"{SWITCH}.{name} must be true or false, got {value!r}.")
+            raise ConfigError(
+                f"{SWITCH}.{name} must be true or false, got {shown(value)}."
+            )
     if options.rate is not None:
         check_rate(f"{SWITCH}.rate", options.rate)
     if options.budget is not None:
@@ -153,9 +163,7 @@ def _check(options: RequestOptions, defaults: KVCompressOptions) -> None:
 
 
 def _unknown_key(key: Any) -> str:
-    close = difflib.get_close_matches(str(key), _KEYS, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
-        f"Unknown key {key!r} in custom_params[{SWITCH!r}].{hint} "
-        f"Valid: {', '.join(_KEYS)}; {_EXAMPLE}."
+        f"Unknown key {shown(key)} in custom_params[{SWITCH!r}]."
+        f"{suggestion(key, _KEYS)} {_VALID} {_EXAMPLE}."
     )

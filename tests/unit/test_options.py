@@ -20,6 +20,13 @@ from sglang_kvc.options import (
     ceil_to_page,
 )
 
+COUNTS = (
+    *("budget", "min_budget", "window", "protected", "interval", "sinks"),
+    *("pool_back", "pool_ahead", "head_floor"),
+)
+FACTORS = ("pool_decay", "pool_gain", "distinct", "layer_share")
+TOO_MANY = (1 << 30) + 1
+
 
 def parse(*argv: str) -> KVCompressOptions | None:
     """Options from a command line."""
@@ -42,7 +49,9 @@ def test_ceil_to_page(tokens: int, pages: int) -> None:
     ("field", "bad"),
     [
         *[("rate", value) for value in (0.99, 0, -1, math.nan, math.inf, True, "4")],
+        *[("rate", value) for value in (1e300, 10**400, (1 << 30) + 1)],
         *[("budget", value) for value in (0, -16, 512.0, True, "512")],
+        *[(name, TOO_MANY) for name in COUNTS],
         *[("min_budget", value) for value in (0, 1.5, None)],
         *[("window", value) for value in (0, 257, 32.0)],
         *[("protected", value) for value in (0, -1)],
@@ -60,15 +69,25 @@ def test_ceil_to_page(tokens: int, pages: int) -> None:
     ],
 )
 def test_bad_value_is_named(field: str, bad: Any) -> None:
-    with pytest.raises(ConfigError, match=field):
+    with pytest.raises(ConfigError, match=field) as error:
         KVCompressOptions(**{field: bad})
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["rate", *COUNTS, *FACTORS])
+def test_no_integer_is_too_large_to_be_refused(name: str) -> None:
+    """Python refuses to print this one, or to make it a float."""
+    with pytest.raises(ConfigError, match=f"{name} .*about 5001 digits"):
+        KVCompressOptions(**{name: 10**5000})
 
 
 @pytest.mark.parametrize(
     "good",
     [
         {"rate": 1},
-        {"rate": 10**400},
+        {"rate": 1 << 30},
+        {"budget": 1 << 30},
+        {"interval": 1 << 30},
         {"window": 256},
         {"pool_back": 0, "pool_ahead": 0},
         {"pool_back": 128, "pool_ahead": 128},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.options import KVCompressOptions
@@ -69,6 +72,19 @@ def test_not_ours(params: Any) -> None:
         ({"budget": 0}, "budget must be"),
         ({"budget": 1024.0}, "budget must be"),
         ({"budget": True}, "budget must be"),
+        ({"budget": 2**63}, "budget must be an integer >= 1, at most 1073741824"),
+        ({"budget": 2**63 - 64}, "budget must be"),
+        ({"budget": -(2**63)}, "budget must be"),
+        ({"budget": 10**1000}, "budget must be .* about 1001 digits"),
+        ({"rate": 10**1000}, "rate must be .* about 1001 digits"),
+        ({"rate": 1e300}, "rate must be"),
+        ({"rate": "8" * 3_000_000}, "rate must be"),
+        ({"enabled": ["x" * 3_000_000]}, "true or false"),
+        ({"x" * 3_000_000: 8}, "Unknown key 'xxx"),
+        ({"\ud800": 8}, r"Unknown key '\\ud800'"),
+        ({f"rate{i}": 8 for i in range(100_000)}, "has 100000 keys"),
+        ("x" * 3_000_000, "must be an object"),
+        ([[8] * 1_000_000], "must be an object"),
         ({"enabled": 1}, "true or false"),
         ({"enabled": "no"}, "true or false"),
         ({"enabled": None}, "true or false"),
@@ -77,8 +93,53 @@ def test_not_ours(params: Any) -> None:
     ],
 )
 def test_refused(asked: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    start = time.perf_counter()
+    with pytest.raises(ConfigError, match=message) as error:
         parse(asked)
+    assert time.perf_counter() - start < 0.1
+    assert len(str(error.value)) < 400
+    str(error.value).encode()
+
+
+NUMBERS = st.one_of(
+    st.integers(),
+    st.integers(-(2**70), 2**70),
+    st.builds(pow, st.integers(-20, 20), st.integers(0, 5000)),
+    st.floats(),
+)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(st.characters()),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+ENTRIES = st.dictionaries(
+    st.sampled_from(["enabled", "rate", "budget", "report_heads", "bugdet"])
+    | st.text(),
+    ANYTHING,
+    max_size=6,
+)
+
+
+@settings(max_examples=2500, deadline=None)
+@given(ENTRIES | ANYTHING, st.integers(0, 1 << 24))
+@example({"budget": 1 << 30}, 1 << 24)
+@example({"rate": float(1 << 30)}, 1 << 24)
+@example({"budget": 9223372036854775808}, 1)
+def test_every_value_is_served_or_refused(asked: Any, length: int) -> None:
+    """Any other exception would end the scheduler, which parses them too."""
+    try:
+        options = parse(asked)
+    except ConfigError as error:
+        assert len(str(error)) < 400
+        return
+    budget = resolve_budget(options, SERVER, length)
+    assert budget is None or SERVER.floor <= budget <= 1 << 30
+    if budget is not None:
+        # What a scheduler adds to it stays far from the end of int64.
+        assert length + 4 * (budget + (1 << 30)) < 1 << 40
 
 
 @pytest.mark.parametrize(
