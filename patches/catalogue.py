@@ -39,6 +39,11 @@ SCHEDULER = (
     "schedule_policy__running_request_offset",
     "schedule_policy__add_one_req",
     "schedule_policy__add_chunked_req",
+    "schedule_policy__preempt_to_schedule",
+    "scheduler__get_new_batch_prefill",
+    # Out of memory.
+    "schedule_batch__retract_decode",
+    "schedule_batch__get_decode_retraction_order",
     # Start-up.
     "scheduler__run_event_loop",
     # One step.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.headroom import growth_bound
+from sglang_kvc.headroom import running_charge
 from sglang_kvc.hooks import HookType, Patch
 
 PATCH = Patch(
@@ -21,6 +21,6 @@ PATCH = Patch(
 
 
 def hook(original: Any, adder: Any, req: Any) -> float:
-    """At most the stock charge."""
+    """At most the stock charge; what a request can give back while one is sought."""
     stock = original(adder, req)
-    return growth_bound(req, stock) if stock > 0 else stock
+    return running_charge(adder, req, stock)

@@ -1,29 +1,34 @@
-"""Parse the compression options of a request."""
+"""Parse the options of a request, and refuse what can never run."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.admission import attach_policy
 from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.queueing import enqueue
 from sglang_kvc.runtime import runtime_of
 
 PATCH = Patch(
     target="sglang.srt.managers.scheduler:Scheduler._add_request_to_queue",
-    hook_type=HookType.BEFORE,
+    hook_type=HookType.AROUND,
     expected_params=("self", "req", "is_retracted"),
     reason=(
-        "Options must be known before the prefix match and admission; a bad one "
-        "aborts its request alone."
+        "Options must be known before the prefix match and admission. What cannot "
+        "run even alone would wait for ever and make all others wait."
     ),
     upstream_link="managers/scheduler.py:2629",
     remove_when="SGLang offers validated per-request extension fields.",
 )
 
 
-def hook(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
-    """Attach the request's policy."""
-    del args, kwargs
+def hook(original: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """Queue the request, or tell its sender why not."""
     runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
-    if runtime is not None:
-        attach_policy(req, runtime)
+
+    def call() -> None:
+        original(scheduler, req, *args, **kwargs)
+
+    if runtime is None:
+        call()
+    else:
+        enqueue(scheduler, runtime, req, call)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_kvc.admission import limit_request
+from sglang_kvc.course import NEVER
 from sglang_kvc.hooks import HookType, Patch
-from sglang_kvc.request_state import NEVER
 from sglang_kvc.runtime import runtime_of
 
 PATCH = Patch(
@@ -32,4 +32,5 @@ def hook(original: Any, scheduler: Any, req: Any) -> None:
     original(scheduler, req)
     runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
     if runtime is not None:
-        limit_request(req, runtime, asked, scheduler.max_req_len)
+        truncate = scheduler.server_args.allow_auto_truncate
+        limit_request(req, runtime, asked, scheduler.max_req_len, truncate)

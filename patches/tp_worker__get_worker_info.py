@@ -1,4 +1,4 @@
-"""Let a prompt be longer than the pool."""
+"""Let a request be longer than the pool."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ PATCH = Patch(
     hook_type=HookType.AROUND,
     expected_params=("self",),
     reason=(
-        "SGLang refuses a prompt that is longer than the pool; one that is compressed "
-        "between chunks need not fit. What cannot be served is refused by its request."
+        "SGLang refuses what is longer than the pool; a request that is compressed "
+        "between chunks, or while it decodes, need not fit. What cannot be served is "
+        "refused by its request."
     ),
     upstream_link="managers/tp_worker.py:508",
     remove_when="The limit on a request's length asks the cache.",
@@ -28,7 +29,7 @@ def hook(original: Any, worker: Any) -> Any:
     info = original(worker)
     runner = worker.model_runner
     runtime = runtime_of(runner.token_to_kv_pool_allocator)
-    if runtime is None or not runtime.chunk_rule.chunk_size:
+    if runtime is None:
         return info
     longest = worker.model_config.context_len - 1
     return (*info[:4], longest, longest - RESERVED, *info[6:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.request_state import ceil_page
+from sglang_kvc.course import ceil_page
 from sglang_kvc.runtime import runtime_of
 from sglang_kvc.scheduling import state_of
 

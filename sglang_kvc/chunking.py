@@ -45,8 +45,13 @@ class ChunkRule:
         """Shortest chunk worth a pass, tokens."""
         return min(ceil_to_page(4 * self.window), self.chunk_size)
 
+    def prefers(self, prompt_len: int) -> bool:
+        """Whether a prompt is compressed between chunks although it fits whole."""
+        long = prompt_len * AUTO_SHARE >= self.pool_tokens
+        return self.mode == "always" or (self.mode == "auto" and long)
+
     def chunk_tokens(self, prompt_len: int, budget: int) -> int:
-        """Tokens of a chunk of this prompt; 0 if it is not compressed between chunks.
+        """Tokens of a chunk of this prompt; 0 if it must be prefilled whole.
 
         Parameters
         ----------
@@ -55,15 +60,23 @@ class ChunkRule:
         """
         if self.mode == "never" or not self.chunk_size:
             return 0
-        if self.mode == "auto" and prompt_len * AUTO_SHARE < self.pool_tokens:
-            return 0
-        room = self.pool_tokens - 2 * budget - SLACK
+        # Admission leaves a page and a token beside the peak, as SGLang does.
+        room = self.pool_tokens - self.peak(budget, 0) - PAGE_SIZE - 1
         chunk = min(self.chunk_size, self.pool_tokens // CHUNKS_OF_POOL, room)
         chunk = max(chunk, min(self.min_chunk, room)) // PAGE_SIZE * PAGE_SIZE
         if chunk < self.min_chunk or budget + chunk >= prompt_len:
             return 0
         return chunk
 
-    def peak(self, budget: int, chunk: int) -> int:
-        """Most tokens a prompt holds at once: old and new packed copy and a chunk."""
-        return 2 * budget + chunk + SLACK
+    def peak(self, budget: int, chunk: int, hit: int = 0) -> int:
+        """Most tokens that a prompt holds at once while it is prefilled.
+
+        What it has (the old packed copy; before the first pass the cached prefix that
+        it starts from), the new packed copy, a chunk and slack.
+        """
+        return max(budget, hit) + budget + chunk + SLACK
+
+    def max_hit(self, budget: int, chunk: int) -> int:
+        """Longest cached prefix that leaves room for the first chunk and its pass."""
+        room = self.pool_tokens - self.peak(budget, chunk) + budget - PAGE_SIZE - 1
+        return max(room // PAGE_SIZE * PAGE_SIZE, 0)

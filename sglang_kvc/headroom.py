@@ -18,14 +18,12 @@ is settled before another step is scheduled.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from sglang_kvc.kernels.layout import PAGE_SIZE
-from sglang_kvc.request_state import NEVER, RequestPolicy, ceil_page
+from sglang_kvc.course import NEVER, SLACK, ceil_page
+from sglang_kvc.request_state import RequestPolicy
 from sglang_kvc.scheduling import policy_of, state_of
-
-SLACK = 2 * PAGE_SIZE
-"""A pass is planned one step late at most twice (overlap, page boundary)."""
 
 
 def growth_bound(req: Any, stock: float) -> float:
@@ -41,21 +39,30 @@ def growth_bound(req: Any, stock: float) -> float:
         return stock
     length = req.kv_committed_len
     left = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+    due = state.next_due(length)
+    if due == NEVER:
+        return stock
+    bound = due + SLACK - length
     if state.fold:
-        bound = policy.growth + SLACK - (length - state.fold)
         bound += _budget_growth(policy, length, int(stock))
-    else:
-        due = policy.first_due(length)
-        if due == NEVER:
-            return stock
-        bound = due + SLACK - length
-    return min(ceil_page(left), max(bound, 0))
+    return min(ceil_page(left), bound)
 
 
-def steady_tokens(policy: RequestPolicy, length: int, max_new: int) -> int:
-    """Most tokens that a prompt of `length` holds once it is compressed."""
-    budget = policy.budget(length)
-    return budget + policy.growth + SLACK + _budget_growth(policy, length, max_new)
+def running_charge(adder: Any, req: Any, stock: float) -> float:
+    """What SGLang's adder counts for a running request.
+
+    While it looks for requests to preempt, that is what one of them would give back;
+    else what it can still grow to.
+    """
+    growth = growth_bound(req, stock) if stock > 0 else stock
+    headroom: Headroom | None = getattr(adder, "kv_compress_headroom", None)
+    if headroom is None or not headroom.preempting or req.kv is None:
+        return growth
+    state = state_of(req)
+    held = req.kv.kv_allocated_len
+    if state is not None and state.fold:
+        held = state.resident(req.kv_committed_len)
+    return growth + ceil_page(held)
 
 
 def _budget_growth(policy: RequestPolicy, length: int, tokens: int) -> int:
@@ -80,6 +87,7 @@ class Headroom:
         self.running: list[Any] = running.reqs if running is not None else []
         self.steady = self._known = adder.rem_total_token_offset
         self.now = 0.0
+        self.preempting = False
 
     @classmethod
     def of(cls, adder: Any) -> Headroom:
@@ -124,6 +132,29 @@ class Headroom:
                 self.now = adder.rem_total_token_offset
                 self.steady += steady
             self._publish()
+
+    def preempt(self, call: Callable[[], bool]) -> bool:
+        """Run `call`, which preempts running requests, and keep both sums right.
+
+        What the preempted ones held is free already. What they could still grow to was
+        part of the sum *steady*, and of no other.
+        """
+        adder = self.adder
+        growth = {id(req): self._growth(req) for req in self.running}
+        before = len(adder.preempt_list)
+        self.preempting = True
+        try:
+            return call()
+        finally:
+            self.preempting = False
+            gone = {id(req) for req in adder.preempt_list[before:]}
+            self.steady -= sum(growth.get(req, 0) for req in gone)
+            self.running = [req for req in self.running if id(req) not in gone]
+            self._publish()
+
+    def _growth(self, req: Any) -> float:
+        charge: float = self.adder._get_running_request_total_token_offset(req)
+        return charge
 
     def squeeze(self, missing: float, due_lens: Any) -> bool:
         """Make passes due at once if what they free lets the next prompt in.

@@ -85,8 +85,11 @@ def run_probe(
         capture_hidden_mode=CaptureHiddenMode.NULL,
         spec_algorithm=SpeculativeAlgorithm.NONE,
         is_extend_in_batch=True,
-        lora_ids=[None],
+        lora_ids=[record.req.lora_id],
     )
     batch.num_token_non_padded_cpu = count
+    if (lora := getattr(model_runner, "lora_manager", None)) is not None:
+        # The layers know the adapters of the chunk's batch, which has other rows.
+        lora.prepare_lora_batch(batch)
     runtime.prefill_folds = [(record.fold_old, record.budget_old)]
     model_runner.forward(batch)

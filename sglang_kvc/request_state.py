@@ -12,25 +12,21 @@ memory a KV head holds on average. This module imports neither torch nor SGLang.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from sglang_kvc.chunking import ChunkRule
+from sglang_kvc.course import NEVER, SLACK, ceil_page, floor_page
 from sglang_kvc.options import PAGE_SIZE, KVCompressOptions
 from sglang_kvc.request_options import RequestOptions, resolve_budget
 
-NEVER = 1 << 62
-"""A logical length that no request reaches."""
+PASS_SHARE = 64
+"""A pass gives back at least this part of what it copies (1/64), and then only runs."""
 
-
-def floor_page(tokens: int) -> int:
-    """Largest multiple of the page size that is not above `tokens`."""
-    return tokens // PAGE_SIZE * PAGE_SIZE
-
-
-def ceil_page(tokens: int) -> int:
-    """Smallest multiple of the page size that is not below `tokens`."""
-    return -(-tokens // PAGE_SIZE) * PAGE_SIZE
+LONGEST = 1 << 31
+"""Longer than any request; where searches end."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,8 @@ class RequestPolicy:
     ----------
     options : the server's options.
     request : what the request asked for.
-    chunk_rule : when prompts are compressed between chunks; None never.
+    chunk_rule : when prompts are compressed between chunks, and the size of the pool;
+        None: never, in a pool without end.
     """
 
     options: KVCompressOptions
@@ -49,45 +46,70 @@ class RequestPolicy:
     chunk_rule: ChunkRule | None = None
 
     @property
-    def growth(self) -> int:
-        """Full tail tokens that make a pass due: the interval in whole pages."""
-        return ceil_page(self.options.interval)
+    def pool_tokens(self) -> int:
+        """Tokens of the KV pool."""
+        return self.chunk_rule.pool_tokens if self.chunk_rule is not None else NEVER
 
     def budget(self, length: int) -> int:
         """Tokens to keep per KV head at logical `length`; NEVER when not compressed."""
         budget = resolve_budget(self.request, self.options, length)
         return NEVER if budget is None else budget
 
-    def first_due(self, length: int) -> int:
-        """Logical length at which an uncompressed request should be looked at again.
+    def growth(self, budget: int) -> int:
+        """Full tail tokens that make a pass due: the interval in whole pages.
 
-        A lower bound: with a rate the budget grows with the request, so the answer
-        is checked when it is reached and moved on if the pass would free nothing.
+        With a large budget more: a pass copies all of it.
         """
+        share = floor_page(budget // PASS_SHARE)
+        return max(ceil_page(self.options.interval), share)
+
+    def least_gain(self, budget: int) -> int:
+        """Tokens that a pass must give back to be worth its copy."""
+        return max(PAGE_SIZE, floor_page(budget // PASS_SHARE))
+
+    def compresses(self, length: int) -> bool:
+        """Whether a pass at logical `length` is worth it if all tokens are there."""
         budget = self.budget(length)
-        if budget == NEVER or self.request.rate == 1:
+        return floor_page(length) - budget >= self.least_gain(budget)
+
+    def first_due(self, length: int) -> int:
+        """Logical length at which an uncompressed request should be looked at again."""
+        return max(self._worth_from, length + 1)
+
+    @cached_property
+    def _worth_from(self) -> int:
+        """Length from which a first pass gives back what makes passes due, or NEVER."""
+
+        def worth(length: int) -> bool:
+            budget = self.budget(length)
+            return floor_page(length) - budget >= self.growth(budget)
+
+        if not worth(LONGEST):
             return NEVER
-        return max(budget + self.growth, length + 1)
+        return _first(worth, LONGEST)
 
-    def chunk_tokens(self, prompt_len: int) -> int:
-        """Chunk of a prompt that is compressed between chunks, tokens; 0 otherwise."""
-        budget = self.budget(prompt_len)
-        if self.chunk_rule is None or floor_page(prompt_len) <= budget:
-            return 0
-        return self.chunk_rule.chunk_tokens(prompt_len, budget)
+    @cached_property
+    def last_pass(self) -> int:
+        """Longest at which a later pass finds room for a second copy; NEVER: no end."""
 
-    def peak_tokens(self, prompt_len: int) -> int:
-        """Most tokens such a prompt holds at once while it is prefilled."""
-        assert self.chunk_rule is not None
-        return self.chunk_rule.peak(
-            self.budget(prompt_len), self.chunk_tokens(prompt_len)
-        )
+        def full(length: int) -> bool:
+            budget = self.budget(length)
+            return 2 * budget + self.growth(budget) + 2 * SLACK >= self.pool_tokens
 
-    def may_compress(self, length: int, max_new_tokens: int) -> bool:
-        """Whether a request of `length` tokens can reach a pass before it ends."""
-        if floor_page(length) > self.budget(length):
-            return True
-        return self.first_due(length) <= length + max_new_tokens
+        return _first(full, LONGEST) - 1 if full(LONGEST) else NEVER
+
+    def pass_fits(self, held: int, budget: int) -> bool:
+        """Whether `held` tokens and a packed copy fit in a pool that is else empty."""
+        return ceil_page(held) + budget + PAGE_SIZE <= self.pool_tokens
+
+
+def _first(holds: Callable[[int], bool], high: int) -> int:
+    """Least length for which a rising condition holds; it does at `high`."""
+    low = 0
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
 
 
 @dataclass(eq=False)
@@ -152,12 +174,14 @@ class PassRecord:
 class RequestState:
     """Compression state of one admission of a request (a retraction ends it).
 
-    `kv` is SGLang's record of the request's memory; the state belongs to it.
+    `kv` is SGLang's record of the request's memory; the state belongs to it. `chunk` is
+    the length of a chunk if the prompt is compressed between chunks, else 0.
     """
 
     policy: RequestPolicy
     kv: Any
     slot: int
+    chunk: int = 0
     # Launch order.
     fold: int = 0
     budget: int = 0
@@ -180,10 +204,23 @@ class RequestState:
         return self.budget + length - self.fold
 
     def next_due(self, length: int) -> int:
-        """Logical length at which the next pass should be looked at."""
+        """Logical length, above `length`, at which the next pass should be looked at.
+
+        NEVER if there is none: not asked for, never worth it, or not even an empty pool
+        has room for a second copy beside what the request holds by then.
+        """
+        policy = self.policy
         if self.fold == 0:
-            return self.policy.first_due(length)
-        return max(self.fold + self.policy.growth, length + 1)
+            due = policy.first_due(length)
+        else:
+            # With a rate the budget grows, too; what it takes is no gain.
+            grown = policy.budget(length) - self.budget
+            least = policy.least_gain(self.budget + grown)
+            due = max(policy.growth(self.budget), grown + least)
+            due = max(self.fold + due, length + 1)
+        if due >= NEVER or not policy.pass_fits(self.resident(due), policy.budget(due)):
+            return NEVER
+        return due
 
     def gain(self, length: int, prompt_len: int | None = None) -> int:
         """Tokens by which a pass at logical `length` would shrink the request.
@@ -207,12 +244,18 @@ class RequestState:
         Returns
         -------
         PassRecord or None
-            None if it would free no whole page.
+            None if it would not give back enough, or if not even an empty pool has room
+            for its copy.
         """
-        if self.gain(length, prompt_len) <= 0:
-            return None
         fold_new = floor_page(length)
         budget = self.policy.budget(prompt_len or length)
+        between = prompt_len is not None and length < prompt_len
+        # A chunk must make room for the next one, whatever the copy costs.
+        least = PAGE_SIZE if between else self.policy.least_gain(budget)
+        if self.gain(length, prompt_len) < least:
+            return None
+        if not self.policy.pass_fits(self.resident(length), budget):
+            return None
         window = self.policy.options.window
         query_start = max(self.observed, length - window, 0)
         return PassRecord(

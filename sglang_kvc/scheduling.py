@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
+from sglang_kvc.course import NEVER
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.probe import probe_tokens, run_probe
 from sglang_kvc.reporting import Report
 from sglang_kvc.request_options import RequestOptions
-from sglang_kvc.request_state import NEVER, PassRecord, RequestPolicy, RequestState
+from sglang_kvc.request_state import PassRecord, RequestPolicy, RequestState
 from sglang_kvc.scorers import get_scorer
 from sglang_kvc.settling import settle_record
 
@@ -99,10 +100,13 @@ class PassScheduler:
         observes = get_scorer(options.metric).observes
         self.probes = options.chunk_queries == "prompt" and observes
         self.due_lens = np.full(num_slots, NEVER, dtype=np.int64)
-        # Tokens that started prompts still need: a pass must not take their pages.
-        self.pending_prompt_tokens = 0
+        # Prompts that the last prefill step has left unfinished.
+        self.unfinished: list[Any] = []
         # The prompt that was put off between two chunks, see `admission.add_chunked`.
         self.waiting_prompt: Any = None
+        # Of the last round of admission, see `queueing.after_admission`.
+        self.preempted: list[Any] = []
+        self.stuck: Any = None
         # Passes of the last step, see `settle_launched`.
         self.launched: list[PassRecord] = []
 
@@ -113,7 +117,7 @@ class PassScheduler:
         chunks (`chunking`) behind each of them.
         """
         plan = StepPlan()
-        self.pending_prompt_tokens = 0
+        self.unfinished = []
         due = []
         for req in batch.reqs:
             state = state_of(req)
@@ -124,10 +128,10 @@ class PassScheduler:
             state.prefilled = req.extend_range.end
             prompt_len = len(req.full_untruncated_fill_ids)
             missing = prompt_len - req.extend_range.end
-            if not missing or state.policy.chunk_tokens(prompt_len):
+            if not missing or state.chunk:
                 due.append((req, prompt_len))
             else:
-                self.pending_prompt_tokens += missing + PAGE_SIZE
+                self.unfinished.append(req)
         if not any(fold for fold, _ in plan.folds):
             plan.folds = []
         for req, prompt_len in due:
@@ -171,7 +175,13 @@ class PassScheduler:
         policy = policy_of(req) or RequestPolicy(
             self.options, RequestOptions(enabled=False)
         )
-        state = RequestState(policy=policy, kv=req.kv, slot=int(req.req_pool_idx))
+        _, way = getattr(req, "kv_compress_course", (None, None))
+        state = RequestState(
+            policy=policy,
+            kv=req.kv,
+            slot=int(req.req_pool_idx),
+            chunk=way.chunk if way is not None else 0,
+        )
         req.kv_compress_state = state
         req.customized_info = {"kv_compress": Report(req, state)}
         self.due_lens[state.slot] = NEVER
@@ -210,12 +220,24 @@ class PassScheduler:
         One page per running request stays free: the next decode step may need it, and
         a retraction costs more than a late pass.
         """
-        allocator = batch.token_to_kv_pool_allocator
-        reserve = len(batch.reqs) * PAGE_SIZE + self.pending_prompt_tokens
-        evict_from_tree_cache(batch.tree_cache, tokens + reserve)
-        if allocator.available_size() < tokens + reserve:
+        allocator, tree = batch.token_to_kv_pool_allocator, batch.tree_cache
+        need = tokens + len(batch.reqs) * PAGE_SIZE + self.pending_prompt_tokens
+        # The cache of others is not emptied for a pass that fails all the same.
+        if allocator.available_size() + tree.evictable_size() < need:
+            return None
+        evict_from_tree_cache(tree, need)
+        if allocator.available_size() < need:
             return None
         return allocator.alloc(tokens)
+
+    @property
+    def pending_prompt_tokens(self) -> int:
+        """Tokens that started prompts still need: a pass must not take their pages."""
+        return sum(
+            len(req.full_untruncated_fill_ids) - req.extend_range.end + PAGE_SIZE
+            for req in self.unfinished
+            if req.kv is not None and req.extend_range is not None
+        )
 
     def settle_launched(self, scheduler: Any) -> None:
         """Before ``get_next_batch_to_run``: settle the passes of the last step.
@@ -225,6 +247,9 @@ class PassScheduler:
         waits for the memory it is left to the result: here it delays the next step.
         """
         launched, self.launched = self.launched, []
+        if not scheduler.running_batch.reqs:
+            # With nothing that could end, SGLang would not look at the queue again.
+            scheduler.running_batch.batch_is_full = False
         allocator = scheduler.token_to_kv_pool_allocator
         last = scheduler.last_batch
         running = len(scheduler.running_batch.reqs) + (len(last.reqs) if last else 0)

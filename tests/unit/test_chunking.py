@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_kvc.admission import fits_whole, longest_output, new_request_clip
+from sglang_kvc.admission import _clip, course_of
 from sglang_kvc.chunking import ChunkRule
+from sglang_kvc.course import Way, course, reach
 from sglang_kvc.options import KVCompressOptions
 from sglang_kvc.request_options import RequestOptions
 from sglang_kvc.request_state import RequestPolicy, RequestState
@@ -27,6 +28,16 @@ def make_policy(rule: ChunkRule | None = None, **request: Any) -> RequestPolicy:
     return RequestPolicy(OPTIONS, RequestOptions(**request), rule or make_rule())
 
 
+def way_of(policy: RequestPolicy, length: int) -> Way | None:
+    found = course(policy, length, 500, 4096)
+    return found.way if found is not None else None
+
+
+def chunk_of(policy: RequestPolicy, length: int) -> int:
+    found = course(policy, length, 500, 4096)
+    return found.chunk if found is not None else 0
+
+
 @pytest.mark.parametrize(
     ("mode", "prompt", "expected"),
     [
@@ -38,48 +49,69 @@ def make_policy(rule: ChunkRule | None = None, **request: Any) -> RequestPolicy:
     ],
 )
 def test_mode_and_length_decide(mode: str, prompt: int, expected: int) -> None:
-    assert make_policy(make_rule(mode)).chunk_tokens(prompt) == expected
+    assert chunk_of(make_policy(make_rule(mode)), prompt) == expected
 
 
 def test_two_copies_and_a_chunk_must_fit() -> None:
-    assert make_policy().peak_tokens(60_000) == 2 * 7504 + 2560 + 64
-    assert make_policy(rate=4).chunk_tokens(60_000) == 0  # two copies of 15,008
-    # What two copies leave is a shorter chunk, down to a few windows.
-    assert make_policy(budget=9_600).chunk_tokens(60_000) == 20_480 - 19_200 - 64
-    assert make_policy(budget=10_160).chunk_tokens(60_000) == 0
+    way = course(make_policy(), 60_000, 500, 4096)
+    assert way is not None and way.step == 2 * 7504 + 2560 + 64
+    assert course(make_policy(rate=4), 60_000, 500, 4096) is None  # 2 copies of 15,008
+    # What two copies leave is a shorter chunk, down to a few windows. SGLang keeps a
+    # page and a token free beside it.
+    most = 20_480 - 19_200 - 64 - 17
+    assert chunk_of(make_policy(budget=9_600), 60_000) == most // 16 * 16
+    assert course(make_policy(budget=10_160), 60_000, 500, 4096) is None
 
 
 def test_a_server_without_chunked_prefill_never_does() -> None:
-    assert make_policy(make_rule("auto", chunk=0)).chunk_tokens(60_000) == 0
-    assert make_policy(enabled=False).chunk_tokens(60_000) == 0
-    assert make_policy(rate=1).chunk_tokens(60_000) == 0
+    assert course(make_policy(make_rule("auto", chunk=0)), 60_000, 500, 4096) is None
+    assert course(make_policy(enabled=False), 60_000, 500, 4096) is None
+    assert course(make_policy(rate=1), 60_000, 500, 4096) is None
 
 
-def test_admission_is_charged_the_peak_and_not_the_prompt() -> None:
-    policy = make_policy()
-    req = SimpleNamespace(
-        full_untruncated_fill_ids=range(60_000),
-        prefix_indices=range(1_024),
+def request(length: int, hit: int, policy: RequestPolicy) -> Any:
+    return SimpleNamespace(
+        origin_input_ids=range(length),
+        output_ids=(),
+        full_untruncated_fill_ids=range(length),
+        prefix_indices=range(hit),
+        sampling_params=SimpleNamespace(max_new_tokens=500),
         kv_compress_policy=policy,
     )
-    charged = 60_000 - 1_024 + new_request_clip(req, 4096)
-    assert charged == policy.peak_tokens(60_000)
+
+
+@pytest.mark.parametrize("hit", [0, 1_024, 9_600])
+def test_admission_is_charged_the_peak_and_not_the_prompt(hit: int) -> None:
+    """A cached prefix is locked, hence charged by SGLang, until the first pass."""
+    policy = make_policy()
+    req = request(60_000, hit, policy)
+    way = course_of(req)
+    assert way is not None
+    assert way.max_hit == 20_480 - 7504 - 2560 - 64 - 32
+    charged = 60_000 - hit + _clip(req, way)
+    assert charged + hit == max(hit, 7504) + 7504 + 2560 + 64
 
 
 def test_output_may_grow_until_two_copies_fill_the_pool() -> None:
+    """And then by what one copy leaves: from there on nothing is evicted."""
     policy = make_policy()
-    longest = longest_output(policy, 6_000, 1 << 20, POOL)
-    assert 6_000 + longest > 3 * POOL
-    assert 2 * policy.budget(6_000 + longest) + 64 + 64 < POOL
-    assert 2 * policy.budget(6_000 + longest + 128) + 64 + 64 >= POOL
-    assert longest_output(policy, 6_000, 500, POOL) == 500
-    assert longest_output(make_policy(budget=POOL), 6_000, 500, POOL) == 0
+    last = policy.last_pass
+    assert last > 3 * POOL
+    assert 2 * policy.budget(last) + policy.growth(policy.budget(last)) + 64 < POOL
+    after = policy.budget(last + 1)
+    assert 2 * after + policy.growth(after) + 64 >= POOL
+    assert last < reach(policy, 6_000) <= last + POOL
+    # A budget has no end; one that no copy fits beside is SGLang's own limit.
+    assert reach(make_policy(budget=1_024), 6_000) > 1 << 60
+    assert reach(make_policy(budget=POOL), 6_000) == 6_000 + POOL - 6_000 - 17
 
 
-def test_fits_whole_counts_the_packed_copy() -> None:
-    assert fits_whole(make_policy(), 16_000, POOL)
-    assert not fits_whole(make_policy(), 19_000, POOL)
-    assert not fits_whole(make_policy(enabled=False), 100, POOL)
+def test_a_prompt_that_fits_only_without_a_copy_is_kept_whole() -> None:
+    assert way_of(make_policy(), 10_000) is Way.AFTER
+    assert way_of(make_policy(rate=1.2), 19_000) is Way.KEEP
+    assert way_of(make_policy(enabled=False), 100) is Way.KEEP
+    assert way_of(make_policy(), 100) is Way.LATER
+    assert way_of(make_policy(), 60_000) is Way.BETWEEN
 
 
 def running(count: int, budget: int, scheduler: PassScheduler) -> list[Any]:

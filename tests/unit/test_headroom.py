@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 from sglang.srt.managers.schedule_policy import AddReqResult
 
-from sglang_kvc.admission import add_one
-from sglang_kvc.headroom import Headroom, growth_bound, steady_tokens
+from sglang_kvc.admission import add_one, course_of, preempt
+from sglang_kvc.chunking import ChunkRule
+from sglang_kvc.course import NEVER
+from sglang_kvc.headroom import Headroom, growth_bound, running_charge
 from sglang_kvc.options import KVCompressOptions
 from sglang_kvc.request_options import RequestOptions
-from sglang_kvc.request_state import NEVER, PassRecord, RequestPolicy, RequestState
+from sglang_kvc.request_state import PassRecord, RequestPolicy, RequestState
 
 OPTIONS = KVCompressOptions(rate=8, min_budget=128)
 POOL = 20_480
 PROMPT, MAX_NEW = 6_000, 500
 BUDGET = 752
+RULE = ChunkRule(mode="never", pool_tokens=POOL, chunk_size=0, window=32)
 
 
 class Adder:
@@ -27,12 +30,17 @@ class Adder:
     def __init__(self, running: list[Any], used: int, chunk: int = 8_192) -> None:
         self.running_batch = SimpleNamespace(reqs=running)
         self.due_lens = np.full(257, NEVER, dtype=np.int64)
-        runtime = SimpleNamespace(scheduler=SimpleNamespace(due_lens=self.due_lens))
+        self.passes = SimpleNamespace(due_lens=self.due_lens, preempted=[], stuck=None)
+        runtime = SimpleNamespace(scheduler=self.passes)
         pool = SimpleNamespace(runtime=runtime)
-        self.token_to_kv_pool_allocator = SimpleNamespace(get_kvcache=lambda: pool)
+        self.token_to_kv_pool_allocator = SimpleNamespace(
+            get_kvcache=lambda: pool, size=POOL
+        )
         self.available = POOL - used
         self.rem_chunk_tokens = chunk
         self.can_run_list: list[Any] = []
+        self.preempt_list: list[Any] = []
+        self.tree_cache = None
         self.rem_total_token_offset = sum(growth_bound(req, MAX_NEW) for req in running)
 
     @property
@@ -61,18 +69,20 @@ class Adder:
 def candidate(length: int = PROMPT, **request: Any) -> Any:
     params = SimpleNamespace(max_new_tokens=MAX_NEW, ignore_eos=True)
     return SimpleNamespace(
+        origin_input_ids=range(length),
         full_untruncated_fill_ids=range(length),
         prefix_indices=(),
+        init_next_round_input=lambda tree: None,
         output_ids=(),
         sampling_params=params,
-        kv_compress_policy=RequestPolicy(OPTIONS, RequestOptions(**request)),
+        kv_compress_policy=RequestPolicy(OPTIONS, RequestOptions(**request), RULE),
     )
 
 
 def running(slot: int, tail: int, fold: int = PROMPT) -> Any:
     """A compressed request with `tail` tokens since its last pass."""
     kv = object()
-    policy = RequestPolicy(OPTIONS, RequestOptions())
+    policy = RequestPolicy(OPTIONS, RequestOptions(), RULE)
     state = RequestState(policy=policy, kv=kv, slot=slot)
     state.fold, state.budget = fold, policy.budget(fold)
     return SimpleNamespace(
@@ -100,9 +110,11 @@ def test_a_prompt_needs_no_room_for_the_growth_of_others() -> None:
     # The next one counts on top of both sums.
     assert not adder.try_add(candidate())
     headroom = Headroom.of(adder)
-    assert headroom.steady == growth + steady_tokens(
-        candidate().kv_compress_policy, PROMPT, MAX_NEW
-    )
+    way = course_of(candidate())
+    assert way is not None
+    assert headroom.steady == growth + way.later
+    # The budget of the whole answer, an interval, two pages.
+    assert way.later == 816 + 64 + 32
     assert headroom.now == PROMPT + BUDGET + 2 * 16
     assert adder.rem_total_token_offset == max(headroom.now, headroom.steady)
 
@@ -198,3 +210,55 @@ def test_a_request_without_a_limit_is_not_charged_for_the_whole_context() -> Non
     assert growth_bound(req, 1.0) >= tail
     req.sampling_params.max_new_tokens = len(req.output_ids) + 20
     assert growth_bound(req, 1.0) == 32
+
+
+def uncompressed(slot: int, length: int, max_new: int) -> Any:
+    """A running request that keeps everything."""
+    policy = RequestPolicy(OPTIONS, RequestOptions(enabled=False), RULE)
+    kv = SimpleNamespace(kv_allocated_len=length)
+    return SimpleNamespace(
+        kv=kv,
+        kv_compress_state=RequestState(policy=policy, kv=kv, slot=slot),
+        kv_compress_policy=policy,
+        kv_committed_len=length,
+        sampling_params=SimpleNamespace(max_new_tokens=max_new),
+        output_ids=(),
+    )
+
+
+def test_the_growth_of_preempted_requests_is_taken_from_one_sum() -> None:
+    """It was part of *steady*; *now* never held it, so a second prompt must not get it."""
+    reqs = [uncompressed(slot, 1_000, MAX_NEW) for slot in (1, 2, 3)]
+    adder = Adder(reqs, used=3_008)
+    adder._get_running_request_total_token_offset = lambda req: running_charge(
+        adder, req, MAX_NEW
+    )
+    headroom = Headroom.of(adder)
+    now, steady = headroom.now, headroom.steady
+    victim = reqs[0]
+
+    def stock() -> bool:
+        # SGLang: take the charge out of the sum, release the pages.
+        charge = adder._get_running_request_total_token_offset(victim)
+        assert charge == MAX_NEW + 1_008
+        adder.rem_total_token_offset -= charge
+        adder.available += 1_008
+        adder.preempt_list.append(victim)
+        return True
+
+    assert preempt(adder, candidate(), stock)
+    assert adder.passes.preempted == [victim]
+    after = Headroom.of(adder)
+    assert (after.now, after.steady) == (now, steady - MAX_NEW)
+    assert after.free == POOL - 3_008 + 1_008
+
+
+def test_an_empty_pool_without_room_ends_the_request_and_not_the_server() -> None:
+    """It cannot happen, see test_course; if it did, nobody may wait for it."""
+    adder = Adder([], used=0)
+    req = candidate()
+    add_one(adder, req, lambda: AddReqResult.NO_TOKEN)
+    assert adder.passes.stuck is req
+    adder = Adder([], used=16)
+    add_one(adder, req, lambda: AddReqResult.NO_TOKEN)
+    assert adder.passes.stuck is None

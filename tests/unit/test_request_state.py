@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from sglang_kvc.chunking import ChunkRule
+from sglang_kvc.course import NEVER
 from sglang_kvc.options import KVCompressOptions
 from sglang_kvc.request_options import RequestOptions
-from sglang_kvc.request_state import NEVER, RequestPolicy, RequestState
+from sglang_kvc.request_state import RequestPolicy, RequestState
 
 OPTIONS = KVCompressOptions(rate=4, min_budget=64, window=32, interval=64)
 
@@ -71,11 +73,53 @@ def test_outgrown_budget_becomes_due_at_budget_plus_interval() -> None:
     assert make_state(rate=1).next_due(100) == NEVER
 
 
-def test_may_compress_looks_at_what_the_request_can_reach() -> None:
-    policy = make_state(budget=128).policy
-    assert policy.may_compress(200, 1)
-    assert policy.may_compress(100, 92)
-    assert not policy.may_compress(100, 91)
+def make_bounded(pool: int, **request: object) -> RequestState:
+    rule = ChunkRule(mode="never", pool_tokens=pool, chunk_size=0, window=32)
+    asked = RequestOptions(**request)  # type: ignore[arg-type]
+    policy = RequestPolicy(OPTIONS, asked, rule)
+    return RequestState(policy=policy, kv=None, slot=3)
+
+
+def test_a_pass_that_no_pool_could_hold_is_never_due() -> None:
+    """Rate 1.1 of 900 tokens in 1,280: 896 and a copy of 832 do not fit, ever."""
+    state = make_bounded(1280, rate=1.1)
+    assert state.propose(None, 900, 900) is None
+    assert state.next_due(900) == NEVER
+    assert make_bounded(2048, rate=1.1).propose(None, 900, 900) is not None
+
+
+@pytest.mark.parametrize("rate", [1.01, 1.02, 1.1, 2, 8])
+def test_passes_copy_at_most_64_times_what_they_free(rate: float) -> None:
+    """Over a prompt of 100,000 tokens and an output of 20,000, page by page."""
+    state = make_state(rate=rate)
+    length = due = 100_000
+    while length < 120_000:
+        if length >= due:
+            record = state.propose(None, length)
+            if record is not None:
+                freed = record.gain - record.budget
+                assert record.budget <= 64 * (freed + 16)
+                state.launch(record, decoding=True)
+            due = state.next_due(length)
+            assert due > length
+        length = min(due, 120_000)
+    # Nobody waits in vain either: what is held is a 64th above the budget, at most two.
+    budget = state.policy.budget(length)
+    assert state.resident(length) <= budget * (1 + 2 / 64) + OPTIONS.interval + 64
+
+
+def test_a_late_look_is_not_repeated_at_every_token() -> None:
+    """Rate 1.05: an interval of tokens frees three; the next look is where it pays."""
+    state = make_state(rate=1.05)
+    launch(state, 3_000, decoding=False)
+    looks = 0
+    length = 3_000
+    while length < 5_000:
+        length = state.next_due(length)
+        looks += 1
+        if state.propose(None, length) is not None:
+            launch(state, length)
+    assert looks < 100
 
 
 def test_abandoned_passes_are_dead_and_settled_ones_are_not() -> None:

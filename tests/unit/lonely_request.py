@@ -1,0 +1,218 @@
+"""One request alone on a server of any size: SGLang's real admission, then page by page.
+
+Nothing here uses `sglang_kvc.course`, which is what is judged: the tree, the allocator
+and the adder are SGLang's own with our hooks, and the walk counts pages.
+"""
+
+from __future__ import annotations
+
+import importlib
+from array import array
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from sglang.srt.managers import schedule_policy
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.plugins import load_plugins
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_kvc import admission
+from sglang_kvc.chunking import ChunkRule
+from sglang_kvc.cpu_allocator import TorchPagedAllocator
+from sglang_kvc.options import KVCompressOptions
+from sglang_kvc.radix_cache import KVCompressRadixCache
+from sglang_kvc.request_state import RequestState
+from sglang_kvc.scheduling import PassScheduler
+
+PAGE = 16
+MAX_PREFILL = 16384
+# Asked by the adder of settings that only a started server has.
+NO_PARALLEL: dict[str, Any] = {
+    "is_dsa_prefill_cp_in_seq_split": lambda: False,
+    "is_prefill_context_parallel_enabled": lambda: False,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A server and a request, drawn together."""
+
+    pool: int
+    context: int
+    chunk: int
+    mode: str
+    folded: bool
+    radix: bool
+    window: int
+    interval: int
+    min_budget: int
+    rate: float
+    prompt: int
+    asked: int
+    cached: int
+    kv: dict[str, Any] = field(default_factory=dict)
+    ignore_eos: bool = True
+
+    def options(self) -> KVCompressOptions:
+        """The server's options."""
+        return KVCompressOptions(
+            rate=self.rate,
+            min_budget=self.min_budget,
+            window=self.window,
+            interval=self.interval,
+        )
+
+    def rule(self) -> ChunkRule:
+        """As `KVCompressRuntime` makes it."""
+        chunk = max(self.chunk, 0) if self.folded else 0
+        return ChunkRule(self.mode, self.pool, chunk, self.window)
+
+
+class Server:
+    """The host side of an idle server: tree, allocator, options."""
+
+    def __init__(self, case: Case) -> None:
+        load_plugins()
+        # Our hooks on admission come with it.
+        importlib.import_module("sglang.srt.managers.scheduler")
+        self.case = case
+        scheduler = PassScheduler(case.options(), 3)
+        tables = SimpleNamespace(
+            packed_pages=torch.empty(3, -(-case.context // PAGE), device="meta")
+        )
+        self.runtime = SimpleNamespace(
+            options=case.options(),
+            chunk_rule=case.rule(),
+            scheduler=scheduler,
+            tables=tables,
+        )
+        pool = SimpleNamespace(runtime=self.runtime)
+        self.allocator = TorchPagedAllocator(
+            case.pool, PAGE, torch.float32, "cpu", pool, need_sort=False
+        )
+        self.tree = KVCompressRadixCache(
+            CacheInitParams(
+                disable=not case.radix,
+                req_to_token_pool=None,
+                token_to_kv_pool_allocator=self.allocator,
+                page_size=PAGE,
+            )
+        )
+
+    def request(self) -> Any:
+        """The request as it enters, with SGLang's limits and ours."""
+        case = self.case
+        params = SamplingParams(
+            max_new_tokens=case.asked,
+            ignore_eos=case.ignore_eos,
+            custom_params={"kv_compress": case.kv} if case.kv else None,
+        )
+        ids = array("q", range(2, case.prompt + 2))
+        req = Req("r", None, ids, params, vocab_size=1 << 20)
+        max_req_len = case.context - 1
+        # SGLang's own limits, `Scheduler.init_req_max_new_tokens`.
+        paged = -(-case.prompt // PAGE) * PAGE
+        most = min(max_req_len - case.prompt - 1, case.pool - paged - PAGE - 1)
+        params.max_new_tokens = max(0, min(case.asked, most))
+        admission.limit_request(req, self.runtime, case.asked, max_req_len)
+        return req
+
+    def cache(self, tokens: int) -> None:
+        """Leave the first `tokens` of the prompt in the tree, as an earlier request."""
+        tokens = min(tokens, self.case.pool) // PAGE * PAGE
+        if self.case.radix and tokens:
+            ids = array("q", range(2, tokens + 2))
+            value = self.allocator.alloc(tokens)
+            self.tree.insert(InsertParams(key=RadixKey(ids, None), value=value))
+
+    def admit(self, req: Any) -> AddReqResult:
+        """One round of admission with nothing else running."""
+        req.init_next_round_input(self.tree)
+        chunk = self.case.chunk if self.case.chunk > 0 else None
+        with mock.patch.multiple(schedule_policy, **NO_PARALLEL):
+            adder = PrefillAdder(
+                PAGE, self.tree, self.allocator, None, 0.7, MAX_PREFILL, chunk
+            )
+        result = adder.add_one_req(req, False, None)
+        return AddReqResult.CONTINUE if req in adder.can_run_list else result
+
+
+def walk(case: Case, req: Any) -> int:
+    """Serve an admitted request to its end on an empty pool, counting pages.
+
+    Returns
+    -------
+    int
+        Most tokens of pages held at once.
+
+    Raises
+    ------
+    AssertionError
+        If the pool runs out, or a pass that should run finds no pages.
+    """
+    policy, chunk = req.kv_compress_policy, admission.course_of(req).chunk
+    state = RequestState(policy=policy, kv=None, slot=1, chunk=chunk)
+    length, peak = len(req.prefix_indices), 0
+    end = len(req.full_untruncated_fill_ids)
+    step = chunk or (case.chunk if case.chunk > 0 else MAX_PREFILL * 64)
+    while length < end:
+        length = min(length + step, end)
+        peak = max(peak, _held(state, length))
+        assert peak <= case.pool, ("prefill", length, peak)
+        if length == end or chunk:
+            peak = max(peak, _pass(case, state, length, end))
+    left = req.sampling_params.max_new_tokens - len(req.output_ids)
+    due, last = state.next_due(length), length + max(left - 1, 0)
+    while length < last:
+        page_end = (length // PAGE + 1) * PAGE
+        length = min(page_end + 1, due, last) if page_end < last else min(due, last)
+        peak = max(peak, _held(state, length))
+        assert peak <= case.pool, ("decode", length, peak)
+        if length >= due:
+            peak = max(peak, _pass(case, state, length, None))
+            due = state.next_due(length)
+            assert due > length
+    return peak
+
+
+def _held(state: RequestState, length: int) -> int:
+    return -(-state.resident(length) // PAGE) * PAGE
+
+
+def _pass(case: Case, state: RequestState, length: int, end: int | None) -> int:
+    """Run the pass that is due, if it is worth it; tokens held while it runs."""
+    record = state.propose(None, length, end)
+    if record is None:
+        return 0
+    held = _held(state, length) + record.budget
+    # `PassScheduler._take_pages` keeps a page for each running request.
+    assert held + PAGE <= case.pool, ("deferred", length, held)
+    state.launch(record, decoding=end is None)
+    return held
+
+
+def stock_serves(case: Case) -> bool:
+    """Whether SGLang without compression would admit this prompt alone."""
+    return case.prompt + PAGE < case.pool and case.prompt < min(
+        case.context - 6, case.pool - 6
+    )
+
+
+def chunks_serve(case: Case, budget: int) -> bool:
+    """Whether two copies and any legal chunk fit, said in another way than the code."""
+    rule = case.rule()
+    if rule.mode == "never" or not rule.chunk_size or budget >= case.prompt:
+        return False
+    chunks = range(-(-rule.min_chunk // PAGE) * PAGE, rule.chunk_size + 1, PAGE)
+    return any(
+        2 * budget + chunk + 4 * PAGE + PAGE < case.pool
+        and budget + chunk < case.prompt
+        for chunk in chunks
+    )
