@@ -20,6 +20,7 @@ PARENT = (
     "utils_common__support_triton",
     "rotary_embedding__is_cpu",
     # Requests and answers.
+    "tokenizer_manager__generate_request",
     "tokenizer_manager__validate_one_request",
     "tokenizer_manager__req_state",
 )
@@ -44,6 +45,9 @@ SCHEDULER = (
     # Out of memory.
     "schedule_batch__retract_decode",
     "schedule_batch__get_decode_retraction_order",
+    # Structured output without an accelerator.
+    "xgrammar_backend__allocate_token_bitmask",
+    "xgrammar_backend__apply_vocab_mask",
     # Start-up.
     "scheduler__run_event_loop",
     # One step.

@@ -1,30 +1,28 @@
-"""Refuse bad compression options with HTTP 400."""
+"""Refuse a prompt, now that its tokens are known, with HTTP 400."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sglang_kvc.hooks import HookType, Patch
-from sglang_kvc.request_options import validate_sampling_params
 
 PATCH = Patch(
     target="sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
     hook_type=HookType.BEFORE,
     expected_params=("self", "obj", "input_ids"),
     reason=(
-        "The tokenizer process answers at once; the scheduler would only see "
-        "the request later."
+        "A prompt without a token ends the scheduler; log probabilities of many "
+        "tokens keep it from everybody's next step."
     ),
     upstream_link="managers/tokenizer_manager.py:1140",
-    remove_when="SGLang offers validated per-request extension fields.",
+    remove_when="SGLang refuses both.",
 )
 
 
-def hook(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+def hook(manager: Any, obj: Any, input_ids: Any) -> None:
     """Raise ConfigError (a ValueError: HTTP 400) for this request alone."""
-    del args, kwargs
+    from sglang_kvc.request_fields import check_tokenized
     from sglang_kvc.server_args import options_of
 
-    options = options_of(manager.server_args)
-    if options is not None:
-        validate_sampling_params(getattr(obj, "sampling_params", None), options)
+    if options_of(manager.server_args) is not None:
+        check_tokenized(obj, input_ids)

@@ -6,6 +6,7 @@ no integer is too large for it, and no message repeats more than a few character
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 from sglang_kvc.errors import ConfigError
@@ -25,7 +26,7 @@ def check_int(name: str, value: Any, low: int, high: int = MAX_TOKENS) -> None:
     ConfigError
         With the name, the rule and the value found.
     """
-    number = isinstance(value, int) and not isinstance(value, bool)
+    number = isinstance(value, Integral) and not isinstance(value, bool)
     if not number or not low <= value <= high:
         rule = (
             f">= {low}, at most {high}" if high == MAX_TOKENS else f"in {low}..{high}"
@@ -85,4 +86,4 @@ def check_text(name: str, text: str) -> None:
 
 def _is_number(value: Any) -> bool:
     # Comparisons of an int with a float are exact whatever its size; nan fails all.
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

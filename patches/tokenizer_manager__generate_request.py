@@ -1,0 +1,28 @@
+"""Refuse what this server cannot compute with HTTP 400, before SGLang expands it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvc.hooks import HookType, Patch
+
+PATCH = Patch(
+    target="sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
+    hook_type=HookType.BEFORE,
+    expected_params=("self", "obj", "request"),
+    reason=(
+        "SGLang hands most fields to the scheduler unchecked: a token id beyond the "
+        "vocabulary, `top_k` of 2**40 or an empty prompt ends the server, and n=10**9 "
+        "fills the memory before anything is looked at."
+    ),
+    upstream_link="managers/tokenizer_manager.py:744",
+    remove_when="SGLang bounds every field of a request where it arrives.",
+)
+
+
+def hook(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+    """Raise ConfigError (a ValueError: HTTP 400) for this request alone."""
+    del args, kwargs
+    from sglang_kvc.request_fields import check_arrival
+
+    check_arrival(manager, obj)
