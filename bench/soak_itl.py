@@ -1,10 +1,11 @@
 """What one hostile client does to the inter-token latency of ordinary streams.
 
 Phases: the streams alone; beside a client that sends refused requests and requests at
-rate 1.01 as fast as it can, one after the other; beside one that sends the same prompts
-at the server's own rate; alone again. The streams send the same prompts in every phase,
-and the prefix cache is flushed between them. The other client is a process of its own,
-so that it takes no time from the clocks of the streams.
+rate 1.01 as fast as it can, one after the other; beside one that sends refused requests
+only; beside one that sends the prompts of the first at the server's own rate; alone
+again. The streams send the same prompts in every phase, and the prefix cache is flushed
+between them. The other client is a process of its own, so that it takes no time from
+the clocks of the streams.
 """
 
 from __future__ import annotations
@@ -19,21 +20,30 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from bench.soak_client import Client, Outcome
 from bench.soak_hostile import OPTIONS
 from bench.soak_job import Job, Limits
-from bench.soak_report import format_failures, grid, percentile
-from bench.soak_server import Server, say
+from bench.soak_report import (
+    SHOWN_FAILURES,
+    Tally,
+    format_failures,
+    grid,
+    percentile,
+)
+from bench.soak_server import Server, ServerError, say
 
-ALONE, HOSTILE, POLITE, AGAIN = "alone", "hostile", "polite", "alone again"
-PHASES = (ALONE, HOSTILE, POLITE, AGAIN)
+ALONE, AGAIN = "alone", "alone again"
+HOSTILE, REFUSED, POLITE = "hostile", "refused only", "polite"
+PHASES = (ALONE, HOSTILE, REFUSED, POLITE, AGAIN)
 SHARES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
 REFUSED_BETWEEN = 3
 """Refused requests for each at rate 1.01."""
 WARM_UP = 3
+OTHER_START = 60
 
 
 def tokens(rng: random.Random, limits: Limits, low: int, high: int) -> list[int]:
@@ -42,38 +52,47 @@ def tokens(rng: random.Random, limits: Limits, low: int, high: int) -> list[int]
     return rng.choices(ids, k=rng.randint(low, high))
 
 
-def other_bodies(
-    hostile: bool, limits: Limits, lengths: tuple[int, int], seed: int
-) -> Iterator[tuple[str, bytes]]:
+@dataclass(frozen=True)
+class Other:
+    """The other client: its phase, its prompts, and what it does not send."""
+
+    phase: str
+    limits: Limits
+    lengths: tuple[int, int]
+    seed: int = 0
+    without: frozenset[str] = frozenset()
+
+
+def other_bodies(about: Other) -> Iterator[tuple[str, bytes]]:
     """What the other client sends, without end: kind and JSON."""
-    rng = random.Random(f"{seed}:other")
+    wrong = [option for option in OPTIONS if option.kind not in about.without]
+    rng = random.Random(f"{about.seed}:other")
     for number in range(1 << 62):
-        ids = tokens(rng, limits, *lengths)
+        ids = tokens(rng, about.limits, *about.lengths)
         params: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
-        if hostile:
+        if about.phase != POLITE:
             for refused in range(REFUSED_BETWEEN):
-                bad = OPTIONS[(number * REFUSED_BETWEEN + refused) % len(OPTIONS)]
+                bad = wrong[(number * REFUSED_BETWEEN + refused) % len(wrong)]
                 body = {"input_ids": ids[:8], "sampling_params": dict(params)}
-                yield bad.kind, bad.spoil(body, limits)
+                yield bad.kind, bad.spoil(body, about.limits)
+            if about.phase == REFUSED:
+                continue
             params["custom_params"] = {"kv_compress": {"rate": 1.01}}
         body = {"input_ids": ids, "sampling_params": params}
-        yield "rate 1.01" if hostile else "polite", json.dumps(body).encode()
+        yield (
+            "rate 1.01" if about.phase == HOSTILE else "polite",
+            json.dumps(body).encode(),
+        )
 
 
-def other_client(
-    url: str,
-    hostile: bool,
-    limits: Limits,
-    lengths: tuple[int, int],
-    seed: int,
-    pipe: Connection,
-) -> None:
+def other_client(url: str, about: Other, pipe: Connection) -> None:
     """Send until the pipe says stop; answer how often each kind had which status."""
     place = urllib.parse.urlsplit(url)
     assert place.hostname
     said: Counter[str] = Counter()
+    pipe.send("begun")
     link = http.client.HTTPConnection(place.hostname, place.port, timeout=600)
-    for kind, body in other_bodies(hostile, limits, lengths, seed):
+    for kind, body in other_bodies(about):
         if pipe.poll():
             break
         try:
@@ -153,43 +172,59 @@ def summarize(phase: Phase, begin: float, seconds: float) -> dict[str, Any]:
 def measure(args: argparse.Namespace, server: Server, limits: Limits) -> dict[str, Any]:
     """All phases; the record."""
     phases: dict[str, Any] = {}
-    failures: list[dict[str, Any]] = []
-    context = multiprocessing.get_context("spawn")
-    warm = Phase(args, limits, server.url)
-    asyncio.run(warm.run(min(WARM_UP, args.phase_seconds)))
-    for name in PHASES:
+    tally, dump = Tally(), ""
+    try:
+        warm = Phase(args, limits, server.url)
+        asyncio.run(warm.run(min(WARM_UP, args.phase_seconds)))
+        for name in PHASES:
+            server.wait_idle(args.stall)
+            server.flush()
+            say(f"{name}: {args.phase_seconds:.0f} s")
+            phases[name] = _measure_one(name, args, server.url, limits, tally)
         server.wait_idle(args.stall)
-        server.flush()
-        say(f"{name}: {args.phase_seconds:.0f} s")
-        ours, theirs = context.Pipe()
-        other = None
-        if name in (HOSTILE, POLITE):
-            lengths = tuple(args.hostile_len)
-            about = (server.url, name == HOSTILE, limits, lengths, args.seed, theirs)
-            other = context.Process(target=other_client, args=about, daemon=True)
-            other.start()
-        phase, begin = Phase(args, limits, server.url), time.perf_counter()
-        asyncio.run(phase.run(args.phase_seconds))
-        phases[name] = summarize(phase, begin, args.phase_seconds)
-        if other is not None:
-            ours.send("stop")
-            sent = ours.recv() if ours.poll(args.stall) else {"stuck": 1}
-            phases[name]["sent"] = dict(sorted(sent.items()))
-            failures += [
-                {"kind": name, "detail": f"{times} x {kind}", "rid": ""}
-                for kind, times in sent.items()
-                if kind.split()[0] != _expected(kind)
-            ]
-            other.join(10)
-            if other.is_alive():
-                other.kill()
-        failures += [
-            {"kind": f"{name}, {one.job.kind}", "detail": one.detail, "rid": ""}
-            for one in phase.outcomes
-            if one.failed
-        ]
-    server.wait_idle(args.stall)
-    return {"phases": phases, "failed": len(failures), "failures": failures[:20]}
+    except (OSError, ServerError) as error:
+        tally.fail("the server", f"{type(error).__name__}: {error}", first=True)
+        dump = server.dump()
+        say(dump)
+    failures = tally.failures[:SHOWN_FAILURES]
+    values = {"phases": phases, "failed": tally.failed, "failures": failures}
+    return {**values, "dump": dump, "without": sorted(args.without)}
+
+
+def _measure_one(
+    name: str, args: argparse.Namespace, url: str, limits: Limits, tally: Tally
+) -> dict[str, Any]:
+    """One phase; what goes wrong is told to the tally."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    other = None
+    if name in (HOSTILE, REFUSED, POLITE):
+        low, high = args.hostile_len
+        about = Other(name, limits, (low, high), args.seed, args.without)
+        other = context.Process(
+            target=other_client, args=(url, about, theirs), daemon=True
+        )
+        other.start()
+        # It says when it has begun: a process takes a second to start.
+        ours.poll(OTHER_START)
+        ours.recv()
+    phase, begin = Phase(args, limits, url), time.perf_counter()
+    asyncio.run(phase.run(args.phase_seconds))
+    values = summarize(phase, begin, args.phase_seconds)
+    if other is not None:
+        ours.send("stop")
+        sent = ours.recv() if ours.poll(args.stall) else {"no answer": 1}
+        values["sent"] = dict(sorted(sent.items()))
+        for kind, times in sent.items():
+            if kind.split()[0] != _expected(kind):
+                tally.fail(name, f"{times} x {kind}")
+        other.join(10)
+        if other.is_alive():
+            other.kill()
+    for one in phase.outcomes:
+        if one.failed:
+            tally.fail(f"{name}, a stream", one.detail)
+    return values
 
 
 def _expected(kind: str) -> str:
@@ -202,7 +237,7 @@ def format_phases(values: dict[str, Any]) -> str:
     phases = values["phases"]
     rows = []
     for name, row in phases.items():
-        ratios = [_ratio(row, phases[base]) for base in (ALONE, AGAIN)]
+        ratios = [_ratio(row, phases.get(base, row)) for base in (ALONE, AGAIN)]
         sent = sum(row.get("sent", {}).values())
         figures = [row[f"{label}_ms"] for label, _ in SHARES]
         rows.append(

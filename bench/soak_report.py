@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +12,12 @@ from bench.soak_client import LEFT, Outcome
 MAX_FAILURES = 200
 SHOWN_FAILURES = 20
 REPORT_SUMS = ("passes", "chunk_passes", "deferred_passes")
+SINGLE = (
+    "sent seconds tokens_in tokens_cached tokens_out canaries aborts_sent retractions "
+    "passes chunk_passes deferred_passes compressed logical resident retracted_by_log "
+    "tracebacks_in_log pool used_when_idle used_after_flush flushed alive"
+)
+"""Figures of a soak that have a line each."""
 
 
 def percentile(values: Iterable[float], share: float) -> float | None:
@@ -142,9 +149,13 @@ class Tally:
     def fail(self, kind: str, detail: str, rid: str = "", first: bool = False) -> None:
         """Note something that must not happen; `first` if the rest follows from it."""
         self.failed += 1
-        place = 0 if first else len(self.failures)
-        if first or place < MAX_FAILURES:
-            self.failures.insert(place, {"kind": kind, "detail": detail, "rid": rid})
+        for one in self.failures:
+            if (one["kind"], _digitless(one["detail"])) == (kind, _digitless(detail)):
+                one["times"] += 1
+                return
+        if first or len(self.failures) < MAX_FAILURES:
+            new = {"kind": kind, "detail": detail, "rid": rid, "times": 1}
+            self.failures.insert(0 if first else len(self.failures), new)
 
     def record(self) -> dict[str, Any]:
         """All of it, for a JSON line."""
@@ -158,6 +169,11 @@ class Tally:
             "failed": self.failed,
             "failures": self.failures[:SHOWN_FAILURES],
         }
+
+
+def _digitless(text: str) -> str:
+    """Failures that differ in numbers only are one."""
+    return re.sub("[0-9]+", "#", text)
 
 
 def _cell(value: Any) -> str:
@@ -216,11 +232,7 @@ def format_soak(values: dict[str, Any]) -> str:
                 ],
             )
         )
-    single = ("seconds", "tokens_in", "tokens_cached", "tokens_out", "canaries")
-    single += ("aborts_sent", "retractions", *REPORT_SUMS, "compressed", "logical")
-    single += ("resident", "retracted_by_log", "tracebacks_in_log", "pool")
-    single += ("used_when_idle", "used_after_flush", "flushed", "alive")
-    rows = [[name.replace("_", " "), values.get(name)] for name in single]
+    rows = [[name.replace("_", " "), values.get(name)] for name in SINGLE.split()]
     parts.append(
         grid(["", ""], [row for row in rows if row[1] is not None]).strip("\n")
     )
@@ -235,5 +247,6 @@ def format_failures(values: dict[str, Any]) -> str:
         return "nothing unexpected"
     lines = [f"{values['failed']} UNEXPECTED:"]
     for one in values["failures"]:
-        lines.append(f"  {one['rid'] or '-'}  {one['kind']}: {one['detail']}")
+        first = f" (first: {one['rid']})" if one["rid"] else ""
+        lines.append(f"  {one['times']} x {one['kind']}: {one['detail']}{first}")
     return "\n".join(lines)

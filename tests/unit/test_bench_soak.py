@@ -12,7 +12,7 @@ import pytest
 from bench.soak_args import parse_arguments, set_device_defaults
 from bench.soak_client import Answer, Client, Outcome, judge
 from bench.soak_hostile import HOSTILE
-from bench.soak_itl import Phase, format_phases, other_bodies, summarize
+from bench.soak_itl import Other, Phase, format_phases, other_bodies, summarize
 from bench.soak_job import EITHER, OK, REFUSED, Job, Limits, surely_fits
 from bench.soak_load import Load, Shape
 from bench.soak_report import (
@@ -293,7 +293,12 @@ def test_table() -> None:
 def test_a_death_of_the_server_is_named_first() -> None:
     tally = make_tally()
     tally.fail("the server died", "in flight: generate", first=True)
-    assert tally.record()["failures"][0]["kind"] == "the server died"
+    tally.fail("generate", "connection 7 lost", "soak-1")
+    tally.fail("generate", "connection 8 lost", "soak-2")
+    first, *_, last = tally.record()["failures"]
+    assert first["kind"] == "the server died"
+    # Those that differ in numbers only are told once.
+    assert (last["times"], last["rid"]) == (2, "soak-1")
 
 
 def test_log() -> None:
@@ -455,14 +460,16 @@ def test_client_says_that_nobody_is_there() -> None:
 
 def test_other_client() -> None:
     """Hostile: three refused requests, then one at rate 1.01; polite: the same ones."""
-    hostile = other_bodies(True, BARE, (10, 20), 0)
-    polite = other_bodies(False, BARE, (10, 20), 0)
+    hostile = other_bodies(Other("hostile", BARE, (10, 20)))
+    polite = other_bodies(Other("polite", BARE, (10, 20)))
     sent = [next(hostile) for _ in range(8)]
     assert [kind for kind, _ in sent].count("rate 1.01") == 2
     wanted = [json.loads(next(polite)[1]) for _ in range(2)]
     found = [json.loads(body) for kind, body in sent if kind == "rate 1.01"]
     assert [b["input_ids"] for b in found] == [b["input_ids"] for b in wanted]
     assert "custom_params" not in wanted[0]["sampling_params"]
+    refused = other_bodies(Other("refused only", BARE, (10, 20)))
+    assert "rate 1.01" not in {next(refused)[0] for _ in range(50)}
 
 
 def test_phases() -> None:
