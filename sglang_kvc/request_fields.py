@@ -106,12 +106,18 @@ def check_arrival(manager: Any, request: Any) -> None:
         return
     validate_sampling_params(request.sampling_params, options)
     if hasattr(request, "top_logprobs_num"):
-        model = manager.model_config
+        model, tokenizer = manager.model_config, manager.tokenizer
+
+        def count(text: str) -> int:
+            return len(tokenizer.encode(text, add_special_tokens=False))
+
+        counts = tokenizer is not None and not manager.allow_auto_truncate
         limits = Limits(
             vocab=model.vocab_size,
             context=manager.context_len,
             width=model.hidden_size,
             on_cpu=manager.server_args.device == "cpu",
+            count=count if counts else None,
         )
         check_request(request, limits)
 

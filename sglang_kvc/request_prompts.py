@@ -7,6 +7,7 @@ ragged embeddings or a nan would end it, also in the middle of others' requests.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,11 @@ from sglang_kvc.shown import shown
 
 CHARACTERS_PER_TOKEN = 128
 """A longer text cannot fit in the context, so it need not be tokenized."""
+USUAL_CHARACTERS = 8
+"""A longer text hardly fits: it is counted in pieces, up to what does not fit."""
+_PIECE = 1 << 16
+_MORE = 16
+"""Tokens that cutting a text in two may add."""
 
 _LARGEST = float(np.finfo(np.float16).max)
 """Also in 16 bits no entry becomes infinite."""
@@ -37,12 +43,16 @@ class Limits:
         Numbers of an embedding.
     on_cpu : bool
         Whether the model runs on a CPU.
+    count : callable, optional
+        Number of tokens of a text. None if a text may be of any length, because SGLang
+        truncates it, or of none.
     """
 
     vocab: int
     context: int
     width: int
     on_cpu: bool
+    count: Callable[[str], int] | None = None
 
 
 def check_prompts(request: Any, limits: Limits) -> int | None:
@@ -77,6 +87,7 @@ def check_prompts(request: Any, limits: Limits) -> int | None:
                     f"context of {limits.context} tokens. Shorten it."
                 )
             check_text("text", text)
+            _check_length(text, limits)
         counts.add(None if alone else len(texts))
     if request.input_ids is not None:
         rows, alone = _rows(request.input_ids)
@@ -91,6 +102,23 @@ def check_prompts(request: Any, limits: Limits) -> int | None:
             "text and input_ids must hold the same number of prompts. Send one of them."
         )
     return counts.pop() if counts else None
+
+
+def _check_length(text: str, limits: Limits) -> None:
+    """Raise if a text is too long, before all of it keeps everybody waiting.
+
+    SGLang tokenizes on the event loop, a megabyte in one to five seconds.
+    """
+    if limits.count is None or len(text) <= limits.context * USUAL_CHARACTERS:
+        return
+    tokens = 0
+    for start in range(0, len(text), _PIECE):
+        tokens += limits.count(text[start : start + _PIECE]) - _MORE
+        if tokens > limits.context:
+            raise ConfigError(
+                f"The text of {len(text)} characters has more than {tokens} tokens; "
+                f"the context is {limits.context}. Shorten it."
+            )
 
 
 def _rows(ids: Any) -> tuple[list[Any], bool]:

@@ -146,6 +146,23 @@ def test_unserved_fields_are_named(name: str, value: Any) -> None:
     assert len(str(error.value)) < 500
 
 
+def test_a_long_text_is_counted_no_further_than_needed() -> None:
+    seen: list[str] = []
+
+    def count(text: str) -> int:
+        seen.append(text)
+        return len(text) // 4
+
+    limits = dataclasses.replace(CPU, context=50_000, count=count)
+    check(limits, text="abcd" * 50_000)
+    assert not seen
+    with pytest.raises(ConfigError, match="400001 characters has more than"):
+        check(limits, text="abcd" * 100_000 + "e")
+    assert sum(map(len, seen)) < 300_000
+    sparse = dataclasses.replace(limits, count=lambda text: len(text) // 100)
+    check(sparse, text=" " * 4_000_000)
+
+
 # Embeddings ---------------------------------------------------------------------------
 
 
@@ -230,7 +247,11 @@ def manager(options: KVCompressOptions | None) -> Any:
     server_args = SimpleNamespace(device="cpu", **{OPTIONS_ATTRIBUTE: options})
     model = SimpleNamespace(vocab_size=1000, hidden_size=4)
     return SimpleNamespace(
-        server_args=server_args, model_config=model, context_len=4096
+        server_args=server_args,
+        model_config=model,
+        context_len=4096,
+        tokenizer=SimpleNamespace(encode=lambda text, add_special_tokens: text),
+        allow_auto_truncate=False,
     )
 
 
@@ -246,6 +267,11 @@ def test_options_are_checked_before_a_batch_is_expanded() -> None:
     request = GenerateReqInput(text="x", sampling_params={"n": 1000, **params})
     with pytest.raises(ConfigError, match=r"kv_compress\.rate"):
         check_arrival(manager(KVCompressOptions()), request)
+
+
+def test_the_tokenizer_counts() -> None:
+    with pytest.raises(ConfigError, match="has more than 65520 tokens"):
+        check_arrival(manager(KVCompressOptions()), GenerateReqInput(text="a" * 70_000))
 
 
 def test_embedding_requests_are_left_to_sglang() -> None:
