@@ -1,12 +1,14 @@
-"""One real scheduler per pytest process, on SmolLM2 and the CPU."""
+"""One real scheduler and one server per pytest session, on SmolLM2 and the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import openai
 import pytest
 
 from tests.engine.inprocess import InProcessScheduler, make_server_args
+from tests.engine.server import Server, running
 
 # Small numbers so that short prompts are compressed and pass twice in few tokens.
 OPTIONS = {
@@ -38,3 +40,23 @@ def fresh(scheduler: InProcessScheduler) -> Iterator[InProcessScheduler]:
     yield scheduler
     scheduler.on_poll = None
     scheduler.flush()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the server go last: an idle one keeps a core busy."""
+    items.sort(key=lambda item: item.get_closest_marker("server") is not None)
+
+
+@pytest.fixture(scope="session")
+def server(
+    model_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A running server, shared: a start takes a minute."""
+    with running(model_path, tmp_path_factory.mktemp("server") / "log.txt") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> openai.OpenAI:
+    """OpenAI's client, as its documentation sets it up."""
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import shlex
-import socket
-import subprocess
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -22,115 +14,21 @@ import requests
 
 from sglang_kvc import serve
 from sglang_kvc.request_state import floor_page
+from tests.engine.server import INTERVAL, MIN_BUDGET, Server, body_of
 from tests.engine.texts import corpus, prompt
 
 pytestmark = pytest.mark.server
 
-MIN_BUDGET = 64
-INTERVAL = 16
 # Two pages: a pass may come one step late, and waits for a whole page.
 SLACK = 32
-FLAGS = (
-    f"--kv-compress-min-budget {MIN_BUDGET} --kv-compress-interval {INTERVAL} "
-    "--chunked-prefill-size 256 --max-total-tokens 8192 --max-running-requests 8"
-).split()
-START_S = 300
 
 # Regions of the corpus. Only tests of the prefix cache must not share theirs.
 LONG, SHARED, FLUSHED = 0, 20_000, 24_000
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running server."""
-
-    url: str
-    model: str
-    process: subprocess.Popen[bytes]
-
-    def post(self, path: str, body: dict[str, Any], **kwargs: Any) -> Any:
-        """Send a JSON body; return the response."""
-        return requests.post(f"{self.url}{path}", json=body, timeout=120, **kwargs)
-
-    def generate(
-        self, ids: list[int], max_new: int = 8, kv: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Answer a request through /generate and return its meta_info."""
-        response = self.post("/generate", body_of(ids, max_new, kv))
-        assert response.status_code == 200, response.text
-        info: dict[str, Any] = response.json()["meta_info"]
-        assert info["completion_tokens"] == max_new
-        return info
-
-    def stream(self, ids: list[int], max_new: int) -> Iterator[dict[str, Any]]:
-        """Chunks of a streamed /generate as they arrive."""
-        body = {**body_of(ids, max_new, None), "stream": True}
-        with self.post("/generate", body, stream=True) as response:
-            assert response.status_code == 200, response.text
-            for line in response.iter_lines():
-                if line and line != b"data: [DONE]":
-                    yield json.loads(line.removeprefix(b"data: "))
-
-
-def body_of(ids: list[int], max_new: int, kv: dict[str, Any] | None) -> dict[str, Any]:
-    """Body of a /generate request that decodes exactly `max_new` tokens."""
-    params = {"temperature": 0, "max_new_tokens": max_new, "ignore_eos": True}
-    custom = {"custom_params": {"kv_compress": kv}} if kv is not None else {}
-    return {"input_ids": ids, "sampling_params": {**params, **custom}}
-
-
 def check_bounded(kv: dict[str, Any]) -> None:
     """A compressed request holds its budget, what one interval adds, and slack."""
     assert kv["resident_tokens"] <= kv["budget_tokens"] + INTERVAL + SLACK
-
-
-@pytest.fixture(scope="module")
-def server(
-    model_path: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """``python -m sglang.launch_server --kv-compress`` on the CPU."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = dict(os.environ)
-    environment.pop("TRITON_INTERPRET", None)
-    serve.set_defaults(environment, gpu=False, local_model=True)
-    # Also on a machine with a GPU the server and its kernels are to use the CPU.
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = serve.server_command(model_path, "127.0.0.1", port, False, FLAGS)
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    with log.open("wb") as out, pytest.MonkeyPatch.context() as patch:
-        for name in ("NO_PROXY", "no_proxy"):
-            patch.setenv(name, "127.0.0.1")
-        process = subprocess.Popen(
-            command, env=environment, stdout=out, stderr=out, start_new_session=True
-        )
-        started = Server(f"http://127.0.0.1:{port}", model_path, process)
-        watchdog = threading.Timer(START_S, process.kill)
-        watchdog.start()
-        try:
-            # Meanwhile, on the other core: what the tests need is loaded.
-            prompt(model_path, 0, 1)
-            importlib.import_module("tests.engine.frontend")
-            ready = serve.wait_until_ready(process, started.url)
-            watchdog.cancel()
-            assert ready, f"the server did not start:\n{tail(log)}"
-            yield started
-            assert process.poll() is None, f"the server ended:\n{tail(log)}"
-        finally:
-            watchdog.cancel()
-            serve.stop(process)
-
-
-def tail(log: Path) -> str:
-    """End of the server's log."""
-    return log.read_text(errors="replace")[-5000:]
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    """OpenAI's client, as its documentation sets it up."""
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 # Native API ---------------------------------------------------------------------------
