@@ -10,7 +10,7 @@ from bench.gpu_memory import GpuMemory
 from bench.soak_client import STALLED, Client, Outcome
 from bench.soak_job import Job
 from bench.soak_load import Load
-from bench.soak_report import Tally, growth_per_thousand, settled_after
+from bench.soak_report import SHOWN_FAILURES, Tally, growth_per_thousand, settled_after
 from bench.soak_server import Server, ServerError, say
 
 MAX_STALLED = 5
@@ -170,6 +170,8 @@ class Soak:
 
     async def _seen(self, outcome: Outcome) -> None:
         """Dump what the server says when something hangs or it has died."""
+        if outcome.failed and self.tally.failed <= SHOWN_FAILURES:
+            say(f"UNEXPECTED: {outcome.job.kind}: {outcome.detail}")
         if outcome.result == STALLED:
             self._stalled += 1
         died = outcome.failed and not self.server.alive()
