@@ -27,15 +27,15 @@ class Hostile:
         Whether the answer must not repeat what was sent.
     streams : bool
         Whether it may be sent as a stream, too.
-    only_unstructured : bool
-        Whether it is legal where structured output is served.
+    only_bare : bool
+        Whether it is legal where there is a tokenizer.
     """
 
     kind: str
     change: Callable[[dict[str, Any], Limits], None]
     short: bool = False
     streams: bool = True
-    only_unstructured: bool = False
+    only_bare: bool = False
 
     def spoil(self, body: dict[str, Any], limits: Limits) -> bytes:
         """The changed body as JSON (Python's: NaN and any integer are written)."""
@@ -128,8 +128,8 @@ HOSTILE = (
     Hostile("token beyond the vocabulary", _beyond_vocabulary),
     Hostile("prompt beyond the context", _beyond_context),
     Hostile(
-        "regex without a GPU",
+        "regex without a tokenizer",
         _param("", regex="[0-9]+").change,
-        only_unstructured=True,
+        only_bare=True,
     ),
 )

@@ -83,8 +83,8 @@ class Load:
             for d in range(DOCUMENTS)
         ]
         wanted = [h for h in HOSTILE if h.kind not in shape.without]
-        if self.limits.structured:
-            wanted = [h for h in wanted if not h.only_unstructured]
+        if self.limits.text:
+            wanted = [h for h in wanted if not h.only_bare]
         self._hostile = wanted
         roles = ["abort"] * shape.aborts + ["leave"] * shape.leaves
         for role, share, possible in (

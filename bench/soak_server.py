@@ -166,15 +166,13 @@ class Server:
             return text
 
     def limits(self, structured: bool | None) -> Limits:
-        """What the load has to know; `structured` None: on with text and a GPU."""
+        """What the load has to know; `structured` None: on with a tokenizer."""
         info = self.get("/server_info")
         model = Path(info["model_path"])
         text = not info["skip_tokenizer_init"]
         config: dict[str, Any] = {}
         if (model / "config.json").exists():
             config = json.loads((model / "config.json").read_text())
-        if structured is None:
-            structured = info["device"] != "cpu"
         command = self.process.args if self.process else []
         words = [str(word) for word in command] if isinstance(command, list) else []
         never = "never" in words or "--kv-compress-chunks=never" in words
@@ -184,7 +182,7 @@ class Server:
             context=info["max_req_input_len"],
             vocab=config.get("vocab_size", 1000),
             text=text,
-            structured=text and structured,
+            structured=text and structured is not False,
             folds=not never,
             priority=info["enable_priority_scheduling"],
         )
