@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 from sglang_kvc.hooks import HookType, Patch
@@ -25,4 +26,11 @@ def hook(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     del args, kwargs
     from sglang_kvc.request_fields import check_arrival
 
-    check_arrival(manager, obj)
+    try:
+        check_arrival(manager, obj)
+    except ValueError:
+        # SGLang looks at both two seconds after a stream has ended; what it does not
+        # find breaks the connection, with the request that is on it by then. The name
+        # is a new one: the one that came may be somebody else's.
+        obj.is_single, obj.rid = True, uuid.uuid4().hex
+        raise

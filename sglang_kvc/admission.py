@@ -106,7 +106,7 @@ def readmit(req: Any) -> str | None:
     if policy is None or course_of(req) is not None:
         return None
     length = len(req.origin_input_ids) + len(req.output_ids)
-    room = policy.pool_tokens - ceil_page(length) - PAGE_SIZE - 1
+    room = policy.pool_tokens - length - PAGE_SIZE - 1
     if room > 0:
         req.sampling_params.max_new_tokens = len(req.output_ids) + room
         if course_of(req) is not None:

@@ -6,6 +6,7 @@ receiving requests and sending outputs are replaced. One scheduler per process.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from array import array
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH", "0")
 os.environ.setdefault("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "0")
 
 import torch
+
+from tests.engine.liveness import LivenessWatch
 
 IDLE_POLLS = 3
 
@@ -34,6 +37,10 @@ class Request:
     ignore_eos: bool = True
     stop: list[int] = field(default_factory=list)
     top_logprobs: int = 0
+    logprob_start: int | None = None
+    priority: int | None = None
+    embeds: list[list[float]] | None = None
+    lora_id: str | None = None
 
 
 @dataclass
@@ -103,6 +110,7 @@ class InProcessScheduler:
         receiver = type(self.sch.request_receiver)
         receiver.recv_requests = lambda _: self._poll()  # type: ignore[method-assign]
         self.on_poll: Any = None
+        self.watch = LivenessWatch(self.sch, self._sent)
 
     # Configuration ---------------------------------------------------------------
 
@@ -114,6 +122,21 @@ class InProcessScheduler:
         object.__setattr__(sch.batch_result_processor, "enable_overlap", on)
         if on and not hasattr(sch, "batch_record_buf"):
             sch.batch_record_buf, sch.batch_record_ct = [None] * 2, 0
+
+    def set_priority(self, on: bool) -> None:
+        """Switch priority scheduling, with preemption; larger numbers go first."""
+        sch = self.sch
+        sch.enable_priority_scheduling = sch.enable_priority_preemption = on
+        sch.policy.enable_priority_scheduling = on
+        sch.priority_scheduling_preemption_threshold = 0
+
+    def set_chunk(self, tokens: int, mode: str = "auto") -> None:
+        """Choose the chunked prefill size (-1: off) and `--kv-compress-chunks`."""
+        runtime = self.allocator.get_kvcache().runtime
+        self.sch.chunked_prefill_size = tokens if tokens > 0 else None
+        runtime.chunk_rule = dataclasses.replace(
+            runtime.chunk_rule, chunk_size=max(tokens, 0), mode=mode
+        )
 
     def set_radix(self, on: bool) -> None:
         """Switch the prefix cache; the pool must be idle and is flushed."""
@@ -135,6 +158,7 @@ class InProcessScheduler:
         from sglang.srt.managers.io_struct import AbortReq
 
         now, self._clock = self._clock, self._clock + 1
+        self.watch.look()
         if self.on_poll is not None:
             self.on_poll(now)
         due = [r for r in self._waiting if r.arrive <= now]
@@ -156,6 +180,7 @@ class InProcessScheduler:
         self._requests, self._waiting = requests, list(requests)
         self._clock = self._idle = 0
         self._sent.clear()
+        self.watch.reset()
         sch = self.sch
         sch.gracefully_exit, sch.last_batch = False, None
         with torch.no_grad():
@@ -170,6 +195,7 @@ def _tokenized(request: Request) -> Any:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
 
+    start = request.logprob_start
     params = SamplingParams(
         temperature=0.0,
         max_new_tokens=request.max_new,
@@ -182,15 +208,17 @@ def _tokenized(request: Request) -> Any:
         rid=request.rid,
         input_text=None,
         input_ids=array("q", request.ids),
-        input_embeds=None,
+        input_embeds=request.embeds,
         mm_inputs=None,
         token_type_ids=None,
         sampling_params=params,
-        return_logprob=request.top_logprobs > 0,
-        logprob_start_len=-1,
+        return_logprob=request.top_logprobs > 0 or start is not None,
+        logprob_start_len=-1 if start is None else start,
         top_logprobs_num=request.top_logprobs,
         token_ids_logprob=None,
         stream=True,
+        priority=request.priority,
+        lora_id=request.lora_id,
     )
 
 

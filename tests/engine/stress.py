@@ -56,7 +56,8 @@ def mixed_requests(
         arrive = rng.randrange(0, 3 * count)
         requests.append(
             Request(
-                f"r{i}",
+                # SGLang aborts by prefix: no name may begin with another.
+                f"r{i:03}",
                 ids,
                 max_new=rng.choice([1, 1, 2, 3, 20, 60, 110]),
                 kv=kv,
@@ -209,7 +210,7 @@ def chunked_requests(rng: random.Random) -> list[Request]:
     for i, length in enumerate((150, 420, 211, 300, 333, 190)):
         ids = [rng.randrange(2, VOCAB) for _ in range(length)]
         kv = {"budget": 48 + 16 * (i % 2)}
-        requests.append(Request(f"c{i}", ids, max_new=50, kv=kv, arrive=4 * i))
+        requests.append(Request(f"c{i:03}", ids, max_new=50, kv=kv, arrive=4 * i))
     return requests
 
 

@@ -293,3 +293,18 @@ def test_a5_grammars_without_a_gpu(
         assert text.replace("left", "").replace("right", "") == ""
         assert len(text) >= expected
     check_serves(server)
+
+
+def test_a_refused_stream_leaves_its_connection_whole(server: Server) -> None:
+    """SGLang comes back to a stream after two seconds; the next request is there."""
+    path, body = compressed({"rate": 0.5})
+    with requests.Session() as session:
+        refused = session.post(f"{server.url}{path}", json={**body, "stream": True})
+        assert "rate" in refused.text
+        begin = time.monotonic()
+        while time.monotonic() < begin + 4:
+            path, body = native(
+                sampling_params={"max_new_tokens": 12, "ignore_eos": True}
+            )
+            answer = session.post(f"{server.url}{path}", json=body, timeout=60)
+            assert answer.status_code == 200

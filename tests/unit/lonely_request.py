@@ -1,4 +1,4 @@
-"""One request alone on a server of any size: SGLang's real admission, then page by page.
+"""One request alone on a server of any size: real admission, then page by page.
 
 Nothing here uses `sglang_kvc.course`, which is what is judged: the tree, the allocator
 and the adder are SGLang's own with our hooks, and the walk counts pages.

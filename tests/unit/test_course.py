@@ -40,8 +40,12 @@ def cases(draw: Any) -> Case:
     window = draw(st.sampled_from([1, 16, 32, 64, 256]))
     interval = draw(st.sampled_from([1, 16, 50, 64, 256]))
     near = st.sampled_from([-40, -33, -32, -17, -16, -6, -1, 0, 1, 15, 16, 17, 33])
-    edge = st.builds(lambda n, d, off: max(n * pool // d + off, 1),
-                     st.integers(1, 8), st.sampled_from([1, 2, 3, 4, 8]), near)  # fmt: skip
+    edge = st.builds(
+        lambda n, d, off: max(n * pool // d + off, 1),
+        st.integers(1, 8),
+        st.sampled_from([1, 2, 3, 4, 8]),
+        near,
+    )
     context = draw(st.sampled_from([pool // 2, pool, 2 * pool, 8 * pool]))
     prompt = draw(edge | st.integers(1, 2 * pool) | st.integers(1, 200))
     prompt = min(prompt, context - 7)

@@ -227,7 +227,7 @@ def uncompressed(slot: int, length: int, max_new: int) -> Any:
 
 
 def test_the_growth_of_preempted_requests_is_taken_from_one_sum() -> None:
-    """It was part of *steady*; *now* never held it, so a second prompt must not get it."""
+    """It was part of *steady*; *now* never held it, and must not give it away."""
     reqs = [uncompressed(slot, 1_000, MAX_NEW) for slot in (1, 2, 3)]
     adder = Adder(reqs, used=3_008)
     adder._get_running_request_total_token_offset = lambda req: running_charge(

@@ -1,0 +1,241 @@
+"""Random loads in many server settings: every request ends, no page is lost.
+
+``python -m tests.engine.fuzz OUT.json --seeds 0 4`` serves 30 requests a seed in each
+setting, all in one process: a tiny model, a pool of 1,280 tokens, SGLang's strict idle
+and busy checks, an audit of every page after every poll, the liveness watch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
+
+from tests.engine.inprocess import (
+    InProcessScheduler,
+    Output,
+    Request,
+    make_server_args,
+)
+from tests.engine.stress import POOL, PageAudit
+from tests.engine.tiny_model import VOCAB, write_tiny_model
+
+REQUESTS = 30
+CONTEXT = 4096
+COUNTED = ("passes", "chunk_passes", "deferred_passes")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the server."""
+
+    chunk: int = 256
+    chunks: str = "auto"
+    interval: int = 16
+    overlap: bool = True
+    radix: bool = True
+    priority: bool = False
+    retract: bool = False
+    pause: bool = False
+
+
+SETTINGS = {
+    "auto": Setting(),
+    "always": Setting(chunks="always"),
+    "never": Setting(chunks="never"),
+    "unchunked": Setting(chunk=-1),
+    "chunk64": Setting(chunk=64),
+    "chunk512": Setting(chunk=512),
+    "interval256": Setting(interval=256),
+    "no radix": Setting(radix=False),
+    "no overlap": Setting(overlap=False),
+    "priority": Setting(priority=True),
+    "retract": Setting(retract=True),
+    "pause": Setting(pause=True),
+    "all at once": Setting(
+        chunks="always", radix=False, priority=True, retract=True, pause=True
+    ),
+    "priority never": Setting(chunks="never", chunk=512, priority=True, overlap=False),
+}
+
+
+def draw(rng: random.Random, name: str, setting: Setting) -> list[Request]:
+    """Prompts of every length, some beyond the pool; options good and bad; aborts."""
+    shared = [rng.randrange(2, VOCAB) for _ in range(1400)]
+    options: list[dict[str, Any] | None] = [
+        *(None, {"rate": 1.01}, {"rate": 1.1}, {"rate": 1.5}, {"rate": 2}, {"rate": 8}),
+        *({"budget": 48}, {"budget": 96}, {"budget": 608}, {"budget": 1 << 30}),
+        *({"enabled": False}, {"rate": 1}, {"rate": 4, "report_heads": True}),
+        *({"rate": 0.5}, {"budget": 1 << 63}, {"bud": 1}),
+    ]
+    requests = []
+    for i in range(REQUESTS):
+        low, high = rng.choice([(1, 70), (1, 500), (400, 1290), (1200, 2600)])
+        length = rng.choice([rng.randint(low, high), rng.randint(low, high) // 16 * 16])
+        ids = [rng.randrange(2, VOCAB) for _ in range(max(length, 1))]
+        if rng.random() < 0.5:
+            keep = rng.randint(0, min(len(ids), len(shared)))
+            ids[:keep] = shared[:keep]
+        arrive = rng.randrange(0, 80)
+        aborted = rng.random() < 0.15
+        requests.append(
+            Request(
+                f"{name}-{i:03}",
+                ids,
+                max_new=rng.choice([0, 1, 2, 17, 40, 90, 400]),
+                kv=rng.choice(options),
+                arrive=arrive,
+                abort_at=arrive + rng.randrange(0, 60) if aborted else None,
+                ignore_eos=rng.random() < 0.7,
+                priority=rng.randrange(3) if setting.priority else None,
+                logprob_start=rng.randrange(5) if rng.random() < 0.1 else None,
+            )
+        )
+    return requests
+
+
+class Pauses:
+    """Pause and continue now and then, in both modes."""
+
+    def __init__(self, server: InProcessScheduler, rng: random.Random) -> None:
+        self.server, self.rng, self.until = server, rng, -1
+
+    def __call__(self, now: int) -> None:
+        """At every poll; the last pause is over when the load is."""
+        from sglang.srt.managers import io_struct
+
+        if self.until >= 0 and now >= self.until:
+            self.until = -1
+            self.server.sch.continue_generation(
+                io_struct.ContinueGenerationReqInput(torch_empty_cache=False)
+            )
+        elif self.until < 0 and self.rng.random() < 0.03:
+            mode = self.rng.choice(["in_place", "retract"])
+            self.server.sch.pause_generation(
+                io_struct.PauseGenerationReqInput(mode=mode)
+            )
+            self.until = now + self.rng.randint(1, 5)
+
+
+def apply(server: InProcessScheduler, setting: Setting) -> None:
+    """Bring the server into a setting; it is idle."""
+    from sglang.srt.managers import scheduler as stock
+
+    server.set_radix(setting.radix)
+    server.set_overlap(setting.overlap)
+    server.set_priority(setting.priority)
+    server.set_chunk(setting.chunk, setting.chunks)
+    stock.TEST_RETRACT, stock.TEST_RETRACT_INTERVAL = setting.retract, 7
+    runtime = server.allocator.get_kvcache().runtime
+    options = dataclasses.replace(runtime.options, interval=setting.interval)
+    runtime.options = runtime.scheduler.options = options
+
+
+def serve(
+    server: InProcessScheduler, audit: PageAudit, setting: Setting, name: str, seed: int
+) -> dict[str, int]:
+    """One load; an AssertionError or whatever SGLang raises if anything is wrong."""
+    apply(server, setting)
+    rng = random.Random(f"{name} {seed}")
+    requests = draw(rng, f"{seed:03}", setting)
+    pauses = Pauses(server, rng) if setting.pause else None
+
+    def on_poll(now: int) -> None:
+        if pauses is not None:
+            pauses(now)
+        audit.check(now)
+
+    server.on_poll = on_poll
+    outputs = server.serve(requests)
+    counts = dict.fromkeys((*COUNTED, "requests", "tokens", "aborted", "refused"), 0)
+    counts |= {"interrupted": 0, "retractions": 0}
+    for request in requests:
+        judge(request, outputs[request.rid], counts)
+    held = server.sch.tree_cache.evictable_size()
+    assert server.allocator.available_size() + held == POOL
+    server.flush()
+    assert server.allocator.available_size() == POOL
+    return counts
+
+
+def judge(request: Request, out: Output, counts: dict[str, int]) -> None:
+    """A request ended in a way that its sender can understand, or was aborted."""
+    finish = out.finish or {}
+    status, kind = finish.get("status_code"), finish.get("type")
+    assert out.finish is not None or request.abort_at is not None, request.rid
+    counts["requests"] += 1
+    counts["tokens"] += len(out.ids)
+    counts["retractions"] += out.retractions
+    if out.kv:
+        for name in COUNTED:
+            counts[name] += out.kv[-1][name]
+    if kind in ("length", "stop"):
+        # SGLang may deliver a token where none was asked for.
+        assert len(out.ids) <= max(request.max_new, 1), (request.rid, len(out.ids))
+        fits = len(request.ids) + request.max_new + 48 < POOL
+        if fits and request.ignore_eos:
+            least = request.max_new
+            assert least <= len(out.ids) <= max(least, 1), (request.rid, len(out.ids))
+        return
+    if request.abort_at is not None and status is None:
+        counts["aborted"] += 1
+        return
+    assert status in (400, 503), (request.rid, finish)
+    counts["refused" if status == 400 else "interrupted"] += 1
+    length = len(request.ids) + len(out.ids)
+    bad = request.kv in ({"rate": 0.5}, {"budget": 1 << 63}, {"bud": 1})
+    assert bad or length + 17 >= POOL, (request.rid, length, finish)
+
+
+def main() -> None:
+    """Serve all seeds in all settings; the report holds counts, or the traceback."""
+    parser = argparse.ArgumentParser(prog="python -m tests.engine.fuzz")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 2))
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
+    args = parser.parse_args()
+    report: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        server = InProcessScheduler(
+            make_server_args(
+                write_tiny_model(Path(folder)),
+                compress=True,
+                chunked_prefill_size=256,
+                max_total_tokens=POOL,
+                max_running_requests=12,
+                kv_compress_min_budget=48,
+            )
+        )
+        audit = PageAudit(server)
+        for name in args.settings:
+            total = report[name] = dict.fromkeys(("loads", "audits"), 0)
+            for seed in range(*args.seeds):
+                begin = time.monotonic()
+                try:
+                    counts = serve(server, audit, SETTINGS[name], name, seed)
+                except BaseException:
+                    report["failed"] = [name, seed, traceback.format_exc()]
+                    args.out.write_text(json.dumps(report))
+                    raise
+                total["loads"] += 1
+                total["audits"], audit.audits = total["audits"] + audit.audits, 0
+                for key, value in counts.items():
+                    total[key] = total.get(key, 0) + value
+                line = f"{name} {seed}: {time.monotonic() - begin:.1f} s {counts}"
+                print(line, file=sys.stderr, flush=True)
+            args.out.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

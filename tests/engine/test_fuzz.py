@@ -1,0 +1,59 @@
+"""A slice of `fuzz`: two seeds in every setting; forty were served once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.fuzz import REQUESTS, SETTINGS
+
+SEEDS = 2
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Report of `tests.engine.fuzz`, run in a process of its own."""
+    target = tmp_path_factory.mktemp("fuzz") / "report.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.engine.fuzz", target, "--seeds", "0", str(SEEDS)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=900,
+        check=False,
+    )
+    assert target.exists(), run.stderr[-4000:]
+    result: dict[str, Any] = json.loads(target.read_text())
+    return result
+
+
+def test_every_request_ends_and_no_page_is_lost(report: dict[str, Any]) -> None:
+    """Strict checks, an audit of every page after every poll, a watch for progress."""
+    assert "failed" not in report, "\n".join(map(str, report["failed"]))
+    assert report.keys() == SETTINGS.keys()
+    for name, counts in report.items():
+        assert counts["requests"] == SEEDS * REQUESTS, name
+        assert counts["audits"] > SEEDS * 40, name
+
+
+def test_the_loads_did_what_they_are_for(report: dict[str, Any]) -> None:
+    """Passes of both kinds, late passes, retractions, refusals, aborts."""
+    total = {
+        key: sum(counts[key] for counts in report.values())
+        for key in next(iter(report.values()))
+    }
+    assert total["passes"] > 500
+    assert total["chunk_passes"] > 200
+    assert total["deferred_passes"] > 20
+    assert total["retractions"] > 50
+    assert total["refused"] > 50
+    assert total["aborted"] > 20
+    for name in ("never", "unchunked", "priority never"):
+        assert report[name]["chunk_passes"] == 0
+    for name in ("retract", "pause", "all at once"):
+        assert report[name]["retractions"] > 0
