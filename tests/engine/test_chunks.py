@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -196,3 +198,37 @@ def test_a_request_for_no_token_generates_none(fresh: InProcessScheduler) -> Non
     assert finish is not None
     assert finish["type"] == "length"
     assert len(out["score"].ids) <= 1
+
+
+def test_a_probe_has_its_own_adapters(
+    chunked: InProcessScheduler, model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA layers know the rows of the chunk's batch; the probe behind it has others.
+
+    SGLang's LoRA needs a GPU, so its manager is played here.
+    """
+    runner = chunked.sch.tp_worker.model_runner
+    prepared: list[tuple[Any, ...]] = []
+    forwards: list[int] = []
+
+    def prepare(batch: Any) -> None:
+        prepared.append((len(forwards), batch.lora_ids, batch.extend_seq_lens_cpu))
+
+    forward = runner.forward
+
+    def counted(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        forwards.append(len(batch.input_ids))
+        return forward(batch, *args, **kwargs)
+
+    manager = SimpleNamespace(prepare_lora_batch=prepare)
+    monkeypatch.setattr(runner, "lora_manager", manager, raising=False)
+    monkeypatch.setattr(runner, "forward", counted)
+    ids = prompt(model_path, 0, 2 * CHUNK + 100)
+    request = Request("x", ids, 2, kv={"budget": BUDGET}, lora_id="adapter")
+    out = chunked.serve([request])["x"]
+    assert out.kv[-1]["chunk_passes"] == 2
+    # Behind each chunk but the last: prepared right before a forward of the window.
+    window = chunked.allocator.get_kvcache().runtime.options.window
+    assert [ids for _, ids, _ in prepared] == [["adapter"], ["adapter"]]
+    assert [new for *_, new in prepared] == [[window], [window]]
+    assert [forwards[before] for before, *_ in prepared] == [window, window]

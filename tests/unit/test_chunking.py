@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_kvc.admission import _clip, course_of
+from sglang_kvc.admission import (
+    _clip,
+    _has_lists_for_one_more,
+    attach_policy,
+    course_of,
+)
 from sglang_kvc.chunking import ChunkRule
 from sglang_kvc.course import Way, course, reach
 from sglang_kvc.options import KVCompressOptions
+from sglang_kvc.prefill_folded import table_width
 from sglang_kvc.request_options import RequestOptions
 from sglang_kvc.request_state import RequestPolicy, RequestState
 from sglang_kvc.scheduling import MAX_DELAY_STEPS, PASS_TOKENS_PER_STEP, PassScheduler
@@ -148,3 +154,44 @@ def test_a_large_request_goes_alone_and_a_late_one_at_once() -> None:
     assert scheduler._affordable(reqs, np.full(3, 1_064), rows) == [0]
     late = np.full(3, 1_064 + MAX_DELAY_STEPS)
     assert scheduler._affordable(reqs, late, rows) == [0, 1, 2]
+
+
+def test_a_request_with_embeddings_is_never_compressed_between_chunks() -> None:
+    """The end of its prompt would score the chunks by placeholder ids."""
+    runtime = SimpleNamespace(options=OPTIONS, chunk_rule=make_rule("always"))
+    ways = []
+    for embeds, overrides in ((None, None), ([[0.0]], None), (None, object())):
+        req = SimpleNamespace(
+            sampling_params=SimpleNamespace(custom_params=None),
+            input_embeds=embeds,
+            positional_embed_overrides=overrides,
+        )
+        attach_policy(req, runtime)  # type: ignore[arg-type]
+        ways.append(way_of(req.kv_compress_policy, 15_000))
+        assert (way_of(req.kv_compress_policy, 60_000) is None) == (len(ways) > 1)
+    assert ways == [Way.BETWEEN, Way.AFTER, Way.AFTER]
+
+
+@pytest.mark.parametrize(
+    ("context", "others"), [(8_192, 0), (65_536, 7), (131_072, 15)]
+)
+def test_page_lists_of_a_folded_step_stay_within_what_is_set_aside(
+    context: int, others: int
+) -> None:
+    """[L, B, H, width] for all B requests; `metadata_bytes` counts one longest."""
+    tables = SimpleNamespace(packed_pages=np.empty((9, context // 16)))
+    runtime = SimpleNamespace(tables=tables)
+    pool = SimpleNamespace(runtime=runtime)
+    allocator = SimpleNamespace(get_kvcache=lambda: pool)
+    folded = request(8_192, 0, make_policy())
+    folded.kv = object()
+    folded.kv_compress_state = RequestState(make_policy(), folded.kv, 1, fold=4_096)
+    adder = SimpleNamespace(can_run_list=[folded], token_to_kv_pool_allocator=allocator)
+    while _has_lists_for_one_more(adder):
+        adder.can_run_list.append(request(100, 0, make_policy()))
+    assert len(adder.can_run_list) == 1 + others
+    width = table_width([8_192], [(4_096, 1_024)], 256)
+    assert len(adder.can_run_list) * width <= context // 16
+    # Without a folded prompt there are no lists.
+    adder.can_run_list = adder.can_run_list[1:] or [request(100, 0, make_policy())]
+    assert _has_lists_for_one_more(adder)
