@@ -99,7 +99,7 @@ def draw(rng: random.Random, name: str, setting: Setting) -> list[Request]:
                 abort_at=arrive + rng.randrange(0, 60) if aborted else None,
                 ignore_eos=rng.random() < 0.7,
                 priority=rng.randrange(3) if setting.priority else None,
-                logprob_start=rng.randrange(5) if rng.random() < 0.1 else None,
+                logprob_start=rng.randrange(len(ids)) if rng.random() < 0.1 else None,
             )
         )
     return requests
