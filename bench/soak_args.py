@@ -67,7 +67,7 @@ def parse_arguments(
     itl.add_argument("--hostile-itl", action="store_true")
     itl.add_argument("--streams", type=int, default=16)
     itl.add_argument("--phase-seconds", type=float)
-    itl.add_argument("--stream-tokens", type=int, help="output of each request")
+    itl.add_argument("--stream-tokens", type=int, help="mean output of a request")
     itl.add_argument("--stream-len", type=int, nargs=2, metavar=("LOW", "HIGH"))
     itl.add_argument(
         "--hostile-len",

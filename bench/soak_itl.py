@@ -119,7 +119,10 @@ class Phase:
     def job(self, stream: int, turn: int) -> Job:
         """Request `turn` of a stream."""
         rng = random.Random(f"{self.args.seed}:{stream}:{turn}")
-        count = self.args.stream_tokens
+        # Of several lengths: streams that end together also begin together, and their
+        # prompts would disturb nobody.
+        mean = self.args.stream_tokens
+        count = rng.randint(mean // 2, mean * 3 // 2)
         params = {"temperature": 0, "max_new_tokens": count, "ignore_eos": True}
         body = {
             "input_ids": tokens(rng, self.limits, *self.args.stream_len),

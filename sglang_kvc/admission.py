@@ -185,9 +185,11 @@ def add_one(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
     result = _add_one(adder, headroom, way, req, call)
     refused = result is schedule_policy.AddReqResult.NO_TOKEN
     allocator = adder.token_to_kv_pool_allocator
-    if refused and not adder.can_run_list and headroom.free == allocator.size:
+    alone = not adder.can_run_list and not headroom.running
+    if refused and alone and headroom.free == allocator.size:
         # An empty pool has no room. It must not happen, see `course`; if it does, this
-        # request ends, and the others do not wait for it.
+        # request ends, and the others do not wait for it. (One that has ended stays in
+        # the running batch for a step, without memory, and is still charged.)
         allocator.get_kvcache().runtime.scheduler.stuck = req
     return result
 

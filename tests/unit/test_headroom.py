@@ -259,6 +259,6 @@ def test_an_empty_pool_without_room_ends_the_request_and_not_the_server() -> Non
     req = candidate()
     add_one(adder, req, lambda: AddReqResult.NO_TOKEN)
     assert adder.passes.stuck is req
-    adder = Adder([], used=16)
-    add_one(adder, req, lambda: AddReqResult.NO_TOKEN)
-    assert adder.passes.stuck is None
+    for adder in (Adder([], used=16), Adder([uncompressed(1, 60, 9)], used=0)):
+        add_one(adder, req, lambda: AddReqResult.NO_TOKEN)
+        assert adder.passes.stuck is None
