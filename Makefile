@@ -39,7 +39,7 @@ $(STAMP): requirements.lock pyproject.toml | $(UV)
 	@touch $@
 
 model: $(STAMP) ## Fetch the small model that tests and `make serve` use
-	@$(PY) -m sglang_kvc.fetch_model
+	@$(PY) -m sglang_kvc.tools.fetch_model
 
 lint: $(STAMP) ## ruff and mypy
 	$(PY) -m ruff check .
@@ -65,7 +65,7 @@ check: lint ## lint and test, as CI does
 	@$(MAKE) --no-print-directory test
 
 serve: $(STAMP) ## Serve MODEL=folder (default: a small one); ARGS=... go to SGLang
-	@$(PY) -m sglang_kvc.serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+	@$(PY) -m sglang_kvc.tools.serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 # Hashes but no index address: whichever index is configured serves the same files.
 # Pinned versions stay unless UPGRADE=--upgrade is given.

@@ -8,7 +8,8 @@ import torch
 
 from bench.batches import Shape
 from bench.timing import CheckError, require_close, require_equal
-from sglang_kvc.eviction import pooling
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.eviction.runner import pooling
 from sglang_kvc.kernels.append import append_kv, append_kv_ref
 from sglang_kvc.kernels.distinct import add_distinct, add_distinct_ref
 from sglang_kvc.kernels.key_similarity import key_similarity_scores
@@ -23,7 +24,6 @@ from sglang_kvc.kernels.pack import (
 from sglang_kvc.kernels.pool import pool_scores, pool_scores_ref
 from sglang_kvc.kernels.select import select_entries, select_entries_ref
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
-from sglang_kvc.options import KVCompressOptions
 
 DEFAULTS = KVCompressOptions()
 METRIC, WINDOW, SINKS = DEFAULTS.metric, DEFAULTS.window, DEFAULTS.sinks

@@ -26,14 +26,14 @@ from bench.kernel_checks import (
 )
 from bench.pass_cases import PassCase, pass_batch
 from bench.timing import CheckError, Clock, Report
-from sglang_kvc.eviction import reward_distinct, run_pass, sharing_of
+from sglang_kvc.eviction.runner import reward_distinct, run_pass, sharing_of
+from sglang_kvc.eviction.scorers import ScoreContext, get_scorer
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, PassPlan
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import build_plan
 from sglang_kvc.kernels.pool import pool_scores
 from sglang_kvc.kernels.select import select_entries
-from sglang_kvc.memory import ModelShape
-from sglang_kvc.scorers import ScoreContext, get_scorer
+from sglang_kvc.memory.metadata import ModelShape
 
 SECTION = "pass"
 SCORER = get_scorer(METRIC)

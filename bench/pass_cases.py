@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from bench.batches import Batch, Shape, head_blocks, make_batch
 from bench.kernel_checks import DEFAULTS, WINDOW
-from sglang_kvc.eviction import least_pages
+from sglang_kvc.eviction.runner import least_pages
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.kernels.pass_plan import PassRequest
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import environment, write_record
-from sglang_kvc import serve
-from sglang_kvc.options import CHUNK_MODES, CHUNK_QUERIES, KVCompressOptions
+from sglang_kvc.config.options import CHUNK_MODES, CHUNK_QUERIES, KVCompressOptions
+from sglang_kvc.tools import serve
 
 SENTENCES = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and "

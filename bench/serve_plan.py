@@ -181,7 +181,7 @@ def supported(load: Load) -> Load | None:
 
     A keyword whose default is what the load asks for needs no engine of its own.
     """
-    from sglang_kvc.options import KVCompressOptions
+    from sglang_kvc.config.options import KVCompressOptions
 
     defaults = {
         f"kv_compress_{one.name}": one.default

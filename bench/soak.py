@@ -42,8 +42,8 @@ from bench.soak_server import (
     say,
     server_command,
 )
-from sglang_kvc import serve
-from sglang_kvc.fetch_model import DEFAULT_MODEL, fetch
+from sglang_kvc.tools import serve
+from sglang_kvc.tools.fetch_model import DEFAULT_MODEL, fetch
 
 
 def open_server(args: argparse.Namespace, stack: ExitStack, gpu: bool) -> Server:

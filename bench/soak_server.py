@@ -18,7 +18,7 @@ import psutil
 
 from bench.serve_plan import free_ports
 from bench.soak_job import Limits
-from sglang_kvc import serve
+from sglang_kvc.tools import serve
 
 RETRACTED = re.compile(r"[Rr]etract.*#retracted_reqs: (\d+)")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -53,7 +53,7 @@ def server_command(
     gpu : bool
         Without one, flags for the CPU are added.
     pool : int
-        Tokens; 0 leaves it to SGLang (on the CPU to `sglang_kvc.serve`).
+        Tokens; 0 leaves it to SGLang (on the CPU to `sglang_kvc.tools.serve`).
     load_format : str
     priority : bool
         Schedule by priority.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.entrypoints.engine:Engine.server_args_class",
@@ -22,7 +22,7 @@ PATCH = Patch(
 
 def hook(previous: Callable[..., Any]) -> Any:
     """Return a factory that takes our keywords out and attaches the options."""
-    from sglang_kvc.server_args import construct
+    from sglang_kvc.config.server_args import construct
 
     def server_args_class(**kwargs: Any) -> Any:
         return construct(previous, kwargs)

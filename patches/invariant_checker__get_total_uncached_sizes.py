@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.accounting import uncounted_tokens
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.runtime import runtime_of
+from sglang_kvc.scheduling.accounting import uncounted_tokens
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker._get_total_uncached_sizes",
@@ -24,4 +25,6 @@ PATCH = Patch(
 def hook(original: Any, checker: Any) -> tuple[int, int]:
     """Stock sizes plus what is in no batch or no row."""
     full, swa = original(checker)
-    return full + uncounted_tokens(checker), swa
+    runtime = runtime_of(checker.tree_cache.token_to_kv_pool_allocator)
+    passes = runtime.scheduler if runtime is not None else None
+    return full + uncounted_tokens(checker, passes), swa

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc import pools
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.memory import pools
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.models.utils:enable_fused_set_kv_buffer",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.layers.rotary_embedding.base:_is_cpu",
@@ -20,6 +20,6 @@ PATCH = Patch(
 
 def hook(previous: bool) -> bool:
     """True on a machine without an accelerator, else unchanged."""
-    from sglang_kvc.compat import no_accelerator
+    from sglang_kvc.upstream.compat import no_accelerator
 
     return previous or no_accelerator()

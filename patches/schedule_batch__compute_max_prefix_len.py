@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.admission import max_prefix_len
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.scheduling.acceptance import max_prefix_len
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.schedule_batch:Req._compute_max_prefix_len",

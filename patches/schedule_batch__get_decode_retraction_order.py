@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
-from sglang_kvc.queueing import retraction_order
+from sglang_kvc.scheduling.queueing import retraction_order
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.schedule_batch:ScheduleBatch._get_decode_retraction_order",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.admission import preempt
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.scheduling.admission import preempt
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.schedule_policy:PrefillAdder.preempt_to_schedule",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.headroom import running_charge
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.scheduling.headroom import running_charge
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.schedule_policy:PrefillAdder._get_running_request_total_token_offset",

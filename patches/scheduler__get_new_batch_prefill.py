@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
-from sglang_kvc.queueing import after_admission
 from sglang_kvc.runtime import runtime_of
+from sglang_kvc.scheduling.queueing import after_admission
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.scheduler:Scheduler.get_new_batch_prefill",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.admission import limit_request
-from sglang_kvc.course import NEVER
-from sglang_kvc.hooks import HookType, Patch
 from sglang_kvc.runtime import runtime_of
+from sglang_kvc.scheduling.acceptance import limit_request
+from sglang_kvc.scheduling.lengths import NEVER
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.scheduler:Scheduler.init_req_max_new_tokens",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
-from sglang_kvc.prefill_warmup import warm_up_prefill
+from sglang_kvc.attention.warmup import warm_up_prefill
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.scheduler:Scheduler.run_event_loop",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.server_args:ServerArgs.add_cli_args",
@@ -18,6 +18,6 @@ PATCH = Patch(
 
 def hook(_result: None, parser: argparse.ArgumentParser) -> None:
     """Add our argument group."""
-    from sglang_kvc.flags import add_cli_arguments
+    from sglang_kvc.config.flags import add_cli_arguments
 
     add_cli_arguments(parser)

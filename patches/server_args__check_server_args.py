@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.server_args:ServerArgs.check_server_args",
@@ -21,6 +21,6 @@ PATCH = Patch(
 
 def hook(_result: None, server_args: Any) -> None:
     """Refuse by name what KV-Compress does not serve."""
-    from sglang_kvc.server_args import check_server_args
+    from sglang_kvc.config.server_args import check_server_args
 
     check_server_args(server_args)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.server_args:ServerArgs.from_cli_args",
@@ -23,7 +23,7 @@ PATCH = Patch(
 
 def hook(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     """Build the ServerArgs with our options attached."""
-    from sglang_kvc.server_args import construct
+    from sglang_kvc.config.server_args import construct
 
     def build(**values: Any) -> Any:
         return original(cls, argparse.Namespace(**values))

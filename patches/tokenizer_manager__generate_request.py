@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
@@ -24,7 +24,7 @@ PATCH = Patch(
 def hook(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     """Raise ConfigError (a ValueError: HTTP 400) for this request alone."""
     del args, kwargs
-    from sglang_kvc.request_fields import check_arrival
+    from sglang_kvc.requests.request_fields import check_arrival
 
     try:
         check_arrival(manager, obj)

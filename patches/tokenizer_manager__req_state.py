@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
-from sglang_kvc.reporting import Accumulator
+from sglang_kvc.scheduling.reporting import Accumulator
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.tokenizer_manager:ReqState.__init__",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
@@ -21,8 +21,8 @@ PATCH = Patch(
 
 def hook(manager: Any, obj: Any, input_ids: Any) -> None:
     """Raise ConfigError (a ValueError: HTTP 400) for this request alone."""
-    from sglang_kvc.request_fields import check_tokenized
-    from sglang_kvc.server_args import options_of
+    from sglang_kvc.config.server_args import options_of
+    from sglang_kvc.requests.request_fields import check_tokenized
 
     if options_of(manager.server_args) is not None:
         check_tokenized(obj, input_ids)

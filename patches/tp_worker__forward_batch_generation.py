@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
-from sglang_kvc.scheduling import run_step
+from sglang_kvc.attention.step import run_step
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.utils.common:support_triton",
@@ -22,8 +22,8 @@ PATCH = Patch(
 
 def hook(original: Callable[[str], bool], backend: str) -> bool:
     """Say no for our backend on a CPU, else what SGLang says."""
-    from sglang_kvc.compat import no_accelerator
-    from sglang_kvc.options import BACKEND
+    from sglang_kvc.config.options import BACKEND
+    from sglang_kvc.upstream.compat import no_accelerator
 
     if backend == BACKEND and no_accelerator():
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.constrained.xgrammar_backend:_allocate_token_bitmask",
@@ -22,7 +22,7 @@ PATCH = Patch(
 
 def hook(original: Any, vocab_size: int, batch_size: int) -> Any:
     """Allocate xgrammar's own bitmask on a CPU, else SGLang's."""
-    from sglang_kvc.compat import no_accelerator
+    from sglang_kvc.upstream.compat import no_accelerator
 
     if no_accelerator():
         import xgrammar

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.hooks import HookType, Patch
+from sglang_kvc.upstream.hooks import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.constrained.xgrammar_backend:XGrammarGrammar.apply_vocab_mask",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.compat import check_sglang_version, verify_seams
-from sglang_kvc.hooks import INSTALLER, install_hooks, verify_hooks_installed
-from sglang_kvc.options import BACKEND
+from sglang_kvc.config.options import BACKEND
+from sglang_kvc.upstream.compat import check_sglang_version, verify_seams
+from sglang_kvc.upstream.hooks import INSTALLER, install_hooks, verify_hooks_installed
 
 
 def register() -> None:
@@ -47,8 +47,8 @@ def build_attention_backend(model_runner: Any) -> Any:
         If a hook is missing, SGLang changed, or the mode is not supported. Raised
         here it stops the server.
     """
-    from sglang_kvc.attention_backend import build
-    from sglang_kvc.server_args import check_server_args
+    from sglang_kvc.attention.backend import build
+    from sglang_kvc.config.server_args import check_server_args
 
     verify_seams()
     verify_hooks_installed()
@@ -58,7 +58,7 @@ def build_attention_backend(model_runner: Any) -> Any:
 
 def build_radix_cache(context: Any) -> Any:
     """Build the prefix cache from SGLang's ``TreeCacheBuildContext``."""
-    from sglang_kvc.radix_cache import build
+    from sglang_kvc.scheduling.radix_cache import build
 
     return build(context)
 

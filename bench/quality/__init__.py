@@ -19,7 +19,7 @@
 
 On a GPU machine
 ----------------
-Below, M is the model's folder (``python -m sglang_kvc.fetch_model`` prints it), R a
+Below, M is the model's folder (``python -m sglang_kvc.tools.fetch_model`` prints it), R a
 folder for results and D the folder of the evaluation data. Where the repository is all
 that travels, put D (6 MB) into ``build/``, which git ignores, and name that with
 ``--data``; prompts are made from it and the seed. Commands go on where they stopped:

@@ -172,7 +172,7 @@ def read_wish(args: argparse.Namespace) -> tuple[Wish, SampleStore]:
         )
     if not Path(args.model).is_dir():
         raise SystemExit(
-            f"--model {args.model} is no folder; python -m sglang_kvc.fetch_model "
+            f"--model {args.model} is no folder; python -m sglang_kvc.tools.fetch_model "
             "prints one"
         )
     wish = Wish(

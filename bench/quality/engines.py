@@ -35,7 +35,7 @@ def engine_keywords(
         **system.keywords(),
     }
     if not gpu:
-        from sglang_kvc.serve import CPU_POOL_TOKENS
+        from sglang_kvc.tools.serve import CPU_POOL_TOKENS
 
         # SGLang would size the pool by the memory of the machine.
         keywords |= {

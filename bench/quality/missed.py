@@ -39,7 +39,7 @@ from bench.quality.simulate_choice import (
 from bench.quality.tasks import TASKS
 from bench.quality.tasks.sample import LIKELIHOOD, Sample, encode
 from bench.record import environment, read_lines, write_record
-from sglang_kvc.options import PAGE_SIZE
+from sglang_kvc.config.options import PAGE_SIZE
 
 TENTHS = 10
 DIGITS = 4

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.quality.systems import OURS, PRESETS, RATES
 from bench.quality.tasks import RULER
-from sglang_kvc.options import KVCompressOptions
+from sglang_kvc.config.options import KVCompressOptions
 
 TUNING_SEED, REPORTED_SEED = 1, 0
 TUNE = "tune"

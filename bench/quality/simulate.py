@@ -37,7 +37,7 @@ from bench.quality.tasks.sample import (
     encode_parts,
 )
 from bench.record import environment, read_lines, write_record
-from sglang_kvc.options import PAGE_SIZE
+from sglang_kvc.config.options import PAGE_SIZE
 
 MAX_NEW = 128
 FULL = "full"

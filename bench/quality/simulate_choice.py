@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from sglang_kvc.config.options import (
+    DISTINCT,
+    LAYER_SHARE,
+    PAGE_SIZE,
+    KVCompressOptions,
+)
 from sglang_kvc.kernels.pool import Pooling, pool_rows_ref
 from sglang_kvc.kernels.select import cheapest_by_head
-from sglang_kvc.options import DISTINCT, LAYER_SHARE, PAGE_SIZE, KVCompressOptions
 
 SINKS = KVCompressOptions.sinks
 MAX_WINDOW = 256

@@ -200,7 +200,7 @@ def ask_engine(
         if lengths != [len(ids)]:
             raise RuntimeError(f"passes at {lengths}, expected one at {len(ids)}")
         found.append(passes[0])
-    return found, runtime.shape.num_kv_heads
+    return found, runtime.state.shape.num_kv_heads
 
 
 def parser() -> argparse.ArgumentParser:
@@ -224,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Compare; the exit status is 1 if a difference is no near-tie."""
-    from sglang_kvc.options import PAGE_SIZE
+    from sglang_kvc.config.options import PAGE_SIZE
     from tests.engine.texts import prompt
 
     args = parser().parse_args(words)

@@ -123,7 +123,7 @@ class System:
         """Keywords of ``sglang.Engine`` that belong to the system."""
         if self.kind == STOCK:
             return {}
-        from sglang_kvc.options import KVCompressOptions
+        from sglang_kvc.config.options import KVCompressOptions
 
         given = dict(self.options)
         known = {k: v for k, v in given.items() if hasattr(KVCompressOptions, k)}

@@ -21,7 +21,7 @@ OPTIONS = {
 @pytest.fixture(scope="session")
 def model_path() -> str:
     """SmolLM2-135M-Instruct; fetched if missing, a failure to fetch fails the test."""
-    from sglang_kvc.fetch_model import fetch
+    from sglang_kvc.tools.fetch_model import fetch
 
     return str(fetch("smollm2-135m-instruct"))
 

@@ -73,7 +73,7 @@ def make_server_args(model: str, *, compress: bool, **overrides: Any) -> Any:
         **overrides,
     }
     if compress:
-        from sglang_kvc.server_args import build_server_args
+        from sglang_kvc.config.server_args import build_server_args
 
         return build_server_args(kv_compress=True, **args)
     return ServerArgs(attention_backend="torch_native", **args)

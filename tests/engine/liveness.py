@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.admission import course_of
-from sglang_kvc.headroom import Headroom
-from sglang_kvc.scheduling import state_of
+from sglang_kvc.scheduling.acceptance import course_of
+from sglang_kvc.scheduling.headroom import Headroom
+from sglang_kvc.scheduling.passes import state_of
 
 POLLS = 60
 """Polls without a forward; the overlap scheduler needs one or two."""

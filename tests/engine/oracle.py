@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from sglang_kvc.options import ATTENTION_METRICS, KVCompressOptions
+from sglang_kvc.config.options import ATTENTION_METRICS, KVCompressOptions
 
 BLOCK = 16
 SEED = 0

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 
-from sglang_kvc import serve
+from sglang_kvc.tools import serve
 from tests.engine.texts import prompt
 
 MIN_BUDGET = 64

@@ -22,7 +22,8 @@ os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
 
 import torch
 
-from sglang_kvc import scheduling, settling
+from sglang_kvc.scheduling import passes as scheduling
+from sglang_kvc.scheduling import settling
 from tests.engine.inprocess import InProcessScheduler, Request, make_server_args
 from tests.engine.tiny_model import VOCAB, write_tiny_model
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_kvc.request_state import floor_page
+from sglang_kvc.scheduling.lengths import floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.oracle import Oracle, Policy, explain_difference
 from tests.engine.texts import prompt
@@ -55,7 +55,7 @@ def test_every_chunk_keeps_what_the_oracle_keeps(
     """
     runtime = chunked.allocator.get_kvcache().runtime
     options = dataclasses.replace(runtime.options, **dataclasses.asdict(policy))
-    monkeypatch.setattr(runtime, "options", options)
+    monkeypatch.setattr(runtime.state, "options", options)
     monkeypatch.setattr(runtime.scheduler, "probes", queries == "prompt")
     oracle = Oracle(model_path, options)
     length = 3 * CHUNK + rest

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from sglang_kvc.config.options import METRICS, KVCompressOptions
 from sglang_kvc.errors import ConfigError, SeamDriftError, UnsupportedModeError
-from sglang_kvc.options import METRICS, KVCompressOptions
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -38,7 +38,7 @@ try:
 except SystemExit as end:
     assert end.code == 0, end.code
 assert "sglang.srt.managers.scheduler" not in sys.modules, "--help is slow"
-assert "sglang_kvc.scheduling" not in sys.modules, "--help is slow"
+assert "sglang_kvc.scheduling.passes" not in sys.modules, "--help is slow"
 import sglang
 from sglang_kvc.errors import ConfigError
 try:
@@ -56,7 +56,7 @@ try:
     Engine(model_path="none", kv_compress=True, kv_compress_rate=0.5)
 except ConfigError as error:
     print("REFUSED", error)
-from sglang_kvc.hooks import verify_hooks_installed
+from sglang_kvc.upstream.hooks import verify_hooks_installed
 verify_hooks_installed()
 print("VERIFIED")
 """
@@ -106,7 +106,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flag_sets_what_it_needs(parse: Callable[..., Any]) -> None:
-    from sglang_kvc.server_args import options_of
+    from sglang_kvc.config.server_args import options_of
 
     server_args = parse("--kv-compress", "--kv-compress-rate", "8")
     server_args.check_server_args()
@@ -120,7 +120,7 @@ def test_flag_sets_what_it_needs(parse: Callable[..., Any]) -> None:
 
 
 def test_options_reach_a_child_process(parse: Callable[..., Any]) -> None:
-    from sglang_kvc.server_args import options_of
+    from sglang_kvc.config.server_args import options_of
 
     server_args = parse("--kv-compress", "--kv-compress-budget", "256")
     travelled = pickle.loads(pickle.dumps(server_args))
@@ -134,7 +134,7 @@ def test_own_choices_are_kept(parse: Callable[..., Any]) -> None:
 
 
 def test_without_the_flag_nothing_changes(parse: Callable[..., Any]) -> None:
-    from sglang_kvc.server_args import options_of
+    from sglang_kvc.config.server_args import options_of
 
     server_args = parse("--attention-backend", "torch_native")
     server_args.check_server_args()
@@ -144,7 +144,7 @@ def test_without_the_flag_nothing_changes(parse: Callable[..., Any]) -> None:
 
 
 def test_config_file(parse: Callable[..., Any], tmp_path: Path) -> None:
-    from sglang_kvc.server_args import options_of
+    from sglang_kvc.config.server_args import options_of
 
     config = tmp_path / "server.yaml"
     config.write_text("kv-compress: true\nkv-compress-rate: 8\n")
@@ -211,7 +211,7 @@ def test_settings_changed_afterwards_are_checked(
 ) -> None:
     server_args = parse("--kv-compress")
     object.__setattr__(server_args, field, value)
-    from sglang_kvc.server_args import check_server_args
+    from sglang_kvc.config.server_args import check_server_args
 
     with pytest.raises(UnsupportedModeError, match=field):
         check_server_args(server_args)
@@ -260,7 +260,7 @@ def test_sglang_alone_refuses_our_keywords(model_path: str) -> None:
 
 
 def test_build_server_args(model_path: str) -> None:
-    from sglang_kvc.server_args import build_server_args, options_of
+    from sglang_kvc.config.server_args import build_server_args, options_of
 
     common = {"model_path": model_path, "device": "cpu"}
     server_args = build_server_args(**common, kv_compress=True, kv_compress_budget=64)
@@ -287,7 +287,7 @@ def test_stock_backends_keep_triton(parse: Callable[..., Any]) -> None:
     from sglang.srt.layers.rotary_embedding import base
     from sglang.srt.utils import common
 
-    from sglang_kvc.compat import no_accelerator
+    from sglang_kvc.upstream.compat import no_accelerator
 
     assert common.support_triton("triton")
     assert not common.support_triton("torch_native")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_kvc.request_state import floor_page
+from sglang_kvc.scheduling.lengths import floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.oracle import Oracle
 from tests.engine.texts import prompt

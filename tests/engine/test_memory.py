@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sglang_kvc.eviction import PassRunner
-from sglang_kvc.prefill_warmup import prefill_once
-from sglang_kvc.request_state import ceil_page, floor_page
+from sglang_kvc.attention.warmup import prefill_once
+from sglang_kvc.eviction.runner import PassRunner
+from sglang_kvc.scheduling.lengths import ceil_page, floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.texts import prompt
 from tests.engine.tracer import PassTracer
@@ -128,10 +128,10 @@ def test_warm_up_leaves_the_padding_slot_empty(
     """What compiles the kernels on a GPU runs here too, and leaves no trace."""
     runtime = fresh.allocator.get_kvcache().runtime
     options = dataclasses.replace(runtime.options, **changed)
-    monkeypatch.setattr(runtime, "options", options)
-    PassRunner(runtime, runtime.passes.sm_scale).warm_up()
-    assert not runtime.tables.fold_lens[0]
-    assert not runtime.tables.block_offsets[0].any()
+    monkeypatch.setattr(runtime.state, "options", options)
+    PassRunner(runtime.state, runtime.passes.sm_scale).warm_up(chunks=True)
+    assert not runtime.state.tables.fold_lens[0]
+    assert not runtime.state.tables.block_offsets[0].any()
 
 
 def test_the_warm_up_prefill_gives_everything_back(fresh: InProcessScheduler) -> None:
@@ -161,5 +161,5 @@ def test_what_every_head_keeps_is_reported_on_request(
     kept = [passes[-1] for passes in tracer.kept.values()]
     told = out["told"].kv[-1]["packed_tokens_per_head"]
     assert told in [[len(positions) for positions in heads] for heads in kept]
-    assert sum(told) == 128 * runtime.arena.heads_per_page
+    assert sum(told) == 128 * runtime.state.arena.heads_per_page
     assert "packed_tokens_per_head" not in out["not"].kv[-1]

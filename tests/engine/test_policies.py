@@ -15,10 +15,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from sglang_kvc.eviction import PassRunner
+from sglang_kvc.config.options import ATTENTION_METRICS
+from sglang_kvc.eviction.runner import PassRunner
 from sglang_kvc.kernels.layout import PAGE_SIZE
-from sglang_kvc.options import ATTENTION_METRICS
-from sglang_kvc.request_state import ceil_page, floor_page
+from sglang_kvc.scheduling.lengths import ceil_page, floor_page
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.oracle import Oracle, Policy
 from tests.engine.texts import prompt
@@ -59,12 +59,12 @@ def policy(
     """A policy that the live scheduler follows, as if started with it."""
     runtime = fresh.allocator.get_kvcache().runtime
     before = runtime.options, runtime.passes
-    runtime.options = dataclasses.replace(
+    runtime.state.options = dataclasses.replace(
         runtime.options, **dataclasses.asdict(request.param)
     )
-    runtime.passes = PassRunner(runtime, runtime.passes.sm_scale)
+    runtime.passes = PassRunner(runtime.state, runtime.passes.sm_scale)
     yield request.param
-    runtime.options, runtime.passes = before
+    runtime.state.options, runtime.passes = before
 
 
 def test_kept_positions_equal_the_oracle(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sglang_kvc.cpu_allocator import TorchPagedAllocator
-from sglang_kvc.prefill import TorchPrefill
+from sglang_kvc.attention.prefill import TorchPrefill
+from sglang_kvc.memory.cpu_allocator import TorchPagedAllocator
 from tests.kernels.test_prefill import dense, make_batch
 
 

@@ -7,7 +7,7 @@ from sglang.srt.managers.tokenizer_manager import (
     _slice_streaming_output_meta_info,
 )
 
-from sglang_kvc.reporting import KEY, Accumulator
+from sglang_kvc.scheduling.reporting import KEY, Accumulator
 
 
 def test_incremental_streaming() -> None:

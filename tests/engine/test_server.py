@@ -12,8 +12,8 @@ import openai
 import pytest
 import requests
 
-from sglang_kvc import serve
-from sglang_kvc.request_state import floor_page
+from sglang_kvc.scheduling.lengths import floor_page
+from sglang_kvc.tools import serve
 from tests.engine.server import INTERVAL, MIN_BUDGET, Server, body_of
 from tests.engine.texts import corpus, prompt
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sglang_kvc import eviction
+from sglang_kvc.eviction import runner as eviction
 from sglang_kvc.kernels.layout import PAGE_SIZE
 
 
@@ -45,7 +45,7 @@ class PassTracer:
 
     def _record(self, arena: Any, selected: Any, dest_pages: Any, plan: Any) -> None:
         self._pack(arena, selected, dest_pages, plan)
-        heads, tables = self._heads, self.runtime.tables
+        heads, tables = self._heads, self.runtime.state.tables
         for r, slot in enumerate(plan.slots.tolist()):
             known = {} if plan.is_first[r] else self._row_position[slot]
             low, high = int(plan.fold_old[r]), int(plan.fold_new[r])

@@ -16,7 +16,7 @@ CASES = [(0, 100), (64, 37), (160, 1), (0, 16)]
 
 def make_batch(device: str, dtype: torch.dtype):
     """A pool, its request table, a ForwardBatch look-alike, and queries."""
-    from sglang_kvc.kv_pool import ArenaKVPool
+    from sglang_kvc.memory.kv_pool import ArenaKVPool
 
     torch.manual_seed(0)
     pool = ArenaKVPool(
@@ -139,7 +139,7 @@ def folded_dense(case, q, layer, dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_folded_torch_prefill_attends_to_packed_blocks_and_the_causal_tail() -> None:
-    from sglang_kvc.prefill_folded import TorchFoldedPrefill
+    from sglang_kvc.attention.prefill_folded import TorchFoldedPrefill
 
     case, pool, batch, folds, q, layer = make_folded("cpu", torch.float32)
     backend = TorchFoldedPrefill(pool, case.tables.req_to_token, case.tables)
@@ -152,7 +152,7 @@ def test_folded_torch_prefill_attends_to_packed_blocks_and_the_causal_tail() -> 
 def test_folded_fa3_prefill_attends_to_packed_blocks_and_the_causal_tail() -> None:
     """Within twice the error of the same maths in torch at bf16."""
     pytest.importorskip("sglang", reason="needs SGLang's FlashAttention-3")
-    from sglang_kvc.prefill_folded import FlashAttention3FoldedPrefill
+    from sglang_kvc.attention.prefill_folded import FlashAttention3FoldedPrefill
 
     case, pool, batch, folds, q, layer = make_folded("cuda", torch.bfloat16)
     tables = case.tables
@@ -165,7 +165,7 @@ def test_folded_fa3_prefill_attends_to_packed_blocks_and_the_causal_tail() -> No
 
 
 def test_no_head_has_more_blocks_than_the_table_has_columns() -> None:
-    from sglang_kvc.prefill_folded import table_width
+    from sglang_kvc.attention.prefill_folded import table_width
 
     assert table_width([50], [(0, 0)], 64) == 4
     # 1,040 folded tokens are 65 blocks; 4 pages of 64 heads are more.

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sglang_kvc.eviction.scorers import SCORERS, ScoreContext, Scorer
 from sglang_kvc.kernels.layout import PassPlan
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
-from sglang_kvc.scorers import SCORERS, ScoreContext, Scorer
 from tests.kernels import oracles
 from tests.kernels.test_scorers import padding, workspace
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_kvc import compat
-from sglang_kvc.hooks import HookType, load_patches
 from sglang_kvc.patches import catalogue, readme
+from sglang_kvc.upstream import compat
+from sglang_kvc.upstream.hooks import HookType, load_patches
 
 FOLDER = Path(__file__).parents[2] / "patches"
 NAMES = (*catalogue.PARENT, *catalogue.SCHEDULER)
@@ -25,7 +25,7 @@ def test_every_file_is_catalogued_once() -> None:
 
 def test_readme_is_fresh() -> None:
     assert readme.PATH.read_text(encoding="utf-8") == readme.render(), (
-        "run: python -m sglang_kvc.hooks --write-readme"
+        "run: python -m sglang_kvc.upstream.hooks --write-readme"
     )
 
 
@@ -44,7 +44,7 @@ def test_parent_patches_import_nothing_heavy() -> None:
     """Every SGLang process imports them, `launch_server --help` included."""
     code = f"""
 import sys
-from sglang_kvc.hooks import load_patches
+from sglang_kvc.upstream.hooks import load_patches
 import sglang_kvc.plugin
 load_patches({catalogue.PARENT!r})
 print([name for name in ("sglang", "torch", "triton") if name in sys.modules])

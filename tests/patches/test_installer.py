@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from sglang_kvc.errors import SeamDriftError
-from sglang_kvc.hooks import HookType, Installer, LoadedPatch, Patch, is_wrapped_by
+from sglang_kvc.upstream.hooks import (
+    HookType,
+    Installer,
+    LoadedPatch,
+    Patch,
+    is_wrapped_by,
+)
 
 UPSTREAM = "fake_upstream_for_hooks"
 SOURCE = """

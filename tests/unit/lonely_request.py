@@ -1,6 +1,6 @@
 """One request alone on a server of any size: real admission, then page by page.
 
-Nothing here uses `sglang_kvc.course`, which is what is judged: the tree, the allocator
+Nothing here uses `scheduling.course`, which is what is judged: the tree, the allocator
 and the adder are SGLang's own with our hooks, and the walk counts pages.
 """
 
@@ -23,13 +23,13 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.plugins import load_plugins
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_kvc import admission
-from sglang_kvc.chunking import ChunkRule
-from sglang_kvc.cpu_allocator import TorchPagedAllocator
-from sglang_kvc.options import KVCompressOptions
-from sglang_kvc.radix_cache import KVCompressRadixCache
-from sglang_kvc.request_state import RequestState
-from sglang_kvc.scheduling import PassScheduler
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.memory.cpu_allocator import TorchPagedAllocator
+from sglang_kvc.scheduling import acceptance
+from sglang_kvc.scheduling.chunking import ChunkRule
+from sglang_kvc.scheduling.passes import PassScheduler
+from sglang_kvc.scheduling.radix_cache import KVCompressRadixCache
+from sglang_kvc.scheduling.request_state import RequestState
 
 PAGE = 16
 MAX_PREFILL = 16384
@@ -84,14 +84,11 @@ class Server:
         importlib.import_module("sglang.srt.managers.scheduler")
         self.case = case
         scheduler = PassScheduler(case.options(), 3)
-        tables = SimpleNamespace(
-            packed_pages=torch.empty(3, -(-case.context // PAGE), device="meta")
-        )
         self.runtime = SimpleNamespace(
             options=case.options(),
             chunk_rule=case.rule(),
             scheduler=scheduler,
-            tables=tables,
+            page_list_width=-(-case.context // PAGE),
         )
         pool = SimpleNamespace(runtime=self.runtime)
         self.allocator = TorchPagedAllocator(
@@ -121,7 +118,7 @@ class Server:
         paged = -(-case.prompt // PAGE) * PAGE
         most = min(max_req_len - case.prompt - 1, case.pool - paged - PAGE - 1)
         params.max_new_tokens = max(0, min(case.asked, most))
-        admission.limit_request(req, self.runtime, case.asked, max_req_len)
+        acceptance.limit_request(req, self.runtime, case.asked, max_req_len)
         return req
 
     def cache(self, tokens: int) -> None:
@@ -157,7 +154,7 @@ def walk(case: Case, req: Any) -> int:
     AssertionError
         If the pool runs out, or a pass that should run finds no pages.
     """
-    policy, chunk = req.kv_compress_policy, admission.course_of(req).chunk
+    policy, chunk = req.kv_compress_policy, acceptance.course_of(req).chunk
     state = RequestState(policy=policy, kv=None, slot=1, chunk=chunk)
     length, peak = len(req.prefix_indices), 0
     end = len(req.full_untruncated_fill_ids)

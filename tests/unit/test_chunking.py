@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_kvc.admission import (
-    _clip,
-    _has_lists_for_one_more,
-    attach_policy,
-    course_of,
+from sglang_kvc.attention.prefill_folded import table_width
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.requests.request_options import RequestOptions
+from sglang_kvc.scheduling.acceptance import attach_policy, course_of
+from sglang_kvc.scheduling.admission import _clip, _has_lists_for_one_more
+from sglang_kvc.scheduling.chunking import ChunkRule
+from sglang_kvc.scheduling.course import Way, course, reach
+from sglang_kvc.scheduling.passes import (
+    MAX_DELAY_STEPS,
+    PASS_TOKENS_PER_STEP,
+    PassScheduler,
 )
-from sglang_kvc.chunking import ChunkRule
-from sglang_kvc.course import Way, course, reach
-from sglang_kvc.options import KVCompressOptions
-from sglang_kvc.prefill_folded import table_width
-from sglang_kvc.request_options import RequestOptions
-from sglang_kvc.request_state import RequestPolicy, RequestState
-from sglang_kvc.scheduling import MAX_DELAY_STEPS, PASS_TOKENS_PER_STEP, PassScheduler
+from sglang_kvc.scheduling.policy import RequestPolicy
+from sglang_kvc.scheduling.request_state import RequestState
 
 POOL = 20_480
 OPTIONS = KVCompressOptions(rate=8, min_budget=128)
@@ -179,8 +180,7 @@ def test_page_lists_of_a_folded_step_stay_within_what_is_set_aside(
     context: int, others: int
 ) -> None:
     """[L, B, H, width] for all B requests; `metadata_bytes` counts one longest."""
-    tables = SimpleNamespace(packed_pages=np.empty((9, context // 16)))
-    runtime = SimpleNamespace(tables=tables)
+    runtime = SimpleNamespace(page_list_width=context // 16)
     pool = SimpleNamespace(runtime=runtime)
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
     folded = request(8_192, 0, make_policy())

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from sglang_kvc import compat
 from sglang_kvc.errors import SeamDriftError, UnsupportedSGLangError
+from sglang_kvc.upstream import compat
 
 
 @pytest.fixture

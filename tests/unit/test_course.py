@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sglang.srt.managers.schedule_policy import AddReqResult
 
-from sglang_kvc import admission
-from sglang_kvc.course import Way
+from sglang_kvc.scheduling import acceptance
+from sglang_kvc.scheduling.course import Way
 from tests.unit.lonely_request import (
     PAGE,
     Case,
@@ -81,14 +81,14 @@ def serve_alone(case: Case) -> None:
     server = Server(case)
     req = server.request()
     length = len(req.origin_input_ids)
-    refusal = admission.refusal_of(req)
+    refusal = acceptance.refusal_of(req)
     if refusal is not None:
         assert not stock_serves(case), refusal
         budget = req.kv_compress_policy.budget(length)
         assert not chunks_serve(case, budget), refusal
         assert str(length) in refusal and str(case.pool) in refusal
         return
-    way = admission.course_of(req)
+    way = acceptance.course_of(req)
     assert way is not None
     if not stock_serves(case) and length + PAGE >= case.pool:
         assert way.way is Way.BETWEEN
@@ -120,7 +120,7 @@ def test_what_is_accepted_runs_alone(case: Case) -> None:
 def test_what_is_retracted_comes_back_or_is_told_why(case: Case, part: float) -> None:
     server = Server(case)
     req = server.request()
-    if admission.refusal_of(req) is not None:
+    if acceptance.refusal_of(req) is not None:
         return
     asked = req.sampling_params.max_new_tokens
     done = max(int(part * asked) - 1, 0)
@@ -128,7 +128,7 @@ def test_what_is_retracted_comes_back_or_is_told_why(case: Case, part: float) ->
         return
     req.output_ids.extend(range(2, done + 2))
     length = len(req.origin_input_ids) + done
-    refusal = admission.readmit(req)
+    refusal = acceptance.readmit(req)
     if refusal is not None:
         assert length + PAGE + 1 >= case.pool
         budget = req.kv_compress_policy.budget(length)
@@ -142,5 +142,5 @@ def test_what_is_retracted_comes_back_or_is_told_why(case: Case, part: float) ->
     if asked > done and length + PAGE + 1 < case.pool:
         assert left > 0
     server.cache(case.cached)
-    assert server.admit(req) is AddReqResult.CONTINUE, admission.course_of(req)
+    assert server.admit(req) is AddReqResult.CONTINUE, acceptance.course_of(req)
     assert walk(case, req) <= case.pool

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_kvc import fetch_model, gguf_convert
 from sglang_kvc.errors import KVCError
-from sglang_kvc.fetch_model import FetchError, fetch, join_parts
+from sglang_kvc.tools import fetch_model, gguf_convert
+from sglang_kvc.tools.fetch_model import FetchError, fetch, join_parts
 
 NAME = "smollm2-135m-instruct"
 
@@ -189,7 +189,7 @@ def test_fetched_model_is_complete() -> None:
     """The real model: needs the network once; without it, skipped outside CI."""
     folder = fetch_model.models_dir() / NAME
     if not folder.is_dir() and not os.environ.get("CI"):
-        pytest.skip(f"not fetched: run python -m sglang_kvc.fetch_model {NAME}")
+        pytest.skip(f"not fetched: run python -m sglang_kvc.tools.fetch_model {NAME}")
     folder = fetch(NAME)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]

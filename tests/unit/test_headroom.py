@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from sglang.srt.managers.schedule_policy import AddReqResult
 
-from sglang_kvc.admission import add_one, course_of, preempt
-from sglang_kvc.chunking import ChunkRule
-from sglang_kvc.course import NEVER
-from sglang_kvc.headroom import Headroom, growth_bound, running_charge
-from sglang_kvc.options import KVCompressOptions
-from sglang_kvc.request_options import RequestOptions
-from sglang_kvc.request_state import PassRecord, RequestPolicy, RequestState
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.requests.request_options import RequestOptions
+from sglang_kvc.scheduling.acceptance import course_of
+from sglang_kvc.scheduling.admission import add_one, preempt
+from sglang_kvc.scheduling.chunking import ChunkRule
+from sglang_kvc.scheduling.headroom import Headroom, growth_bound, running_charge
+from sglang_kvc.scheduling.lengths import NEVER
+from sglang_kvc.scheduling.policy import RequestPolicy
+from sglang_kvc.scheduling.request_state import PassRecord, RequestState
 
 OPTIONS = KVCompressOptions(rate=8, min_budget=128)
 POOL = 20_480

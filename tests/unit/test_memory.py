@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_kvc.memory import (
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.memory.metadata import (
     MetadataBytes,
     ModelShape,
     default_slots,
     metadata_bytes,
 )
-from sglang_kvc.options import KVCompressOptions
 
 LLAMA_8B = ModelShape(
     num_layers=32, num_kv_heads=8, num_qo_heads=32, head_dim=128, itemsize=2

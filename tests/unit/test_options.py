@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from sglang_kvc.errors import ConfigError
-from sglang_kvc.flags import add_cli_arguments, options_from_mapping
-from sglang_kvc.options import (
+from sglang_kvc.config.flags import add_cli_arguments, options_from_mapping
+from sglang_kvc.config.options import (
     DISTINCT,
     LAYER_SHARE,
     PAGE_SIZE,
     KVCompressOptions,
     ceil_to_page,
 )
+from sglang_kvc.errors import ConfigError
 
 COUNTS = (
     *("budget", "min_budget", "window", "protected", "interval", "sinks"),

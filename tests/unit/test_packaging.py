@@ -122,7 +122,7 @@ def test_installed_metadata() -> None:
 def test_import_is_light(tmp_path: Path) -> None:
     """Options are unpickled in every SGLang process; the front ends start at once."""
     found = run_python(
-        "import sglang_kvc.options, sglang_kvc.serve\n"
+        "import sglang_kvc.config.options, sglang_kvc.tools.serve\n"
         "heavy = {'torch', 'sglang', 'transformers'} & set(sys.modules)\n"
         "print(json.dumps({'heavy': ' '.join(heavy)}))",
         cwd=tmp_path,

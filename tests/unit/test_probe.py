@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_kvc.probe import probe_tokens
+from sglang_kvc.scheduling.chunking import probe_tokens
 
 PROMPT = range(100, 300)
 

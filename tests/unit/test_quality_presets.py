@@ -14,7 +14,7 @@ from bench.quality.presets import (
 )
 from bench.quality.systems import MIN_BUDGET, parse_setting, parse_system, parse_systems
 from bench.quality.tasks import resolve
-from sglang_kvc.options import SWITCH, KVCompressOptions
+from sglang_kvc.config.options import SWITCH, KVCompressOptions
 
 
 @pytest.mark.parametrize("name", RUNS)

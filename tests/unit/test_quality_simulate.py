@@ -16,7 +16,7 @@ from bench.quality.simulate_choice import (
     Observer,
     keep,
 )
-from sglang_kvc.options import PAGE_SIZE
+from sglang_kvc.config.options import PAGE_SIZE
 
 LAYERS, HEADS, N, BUDGET = 2, 3, 200, 64
 

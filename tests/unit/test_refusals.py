@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from sglang_kvc.config.refusals import RULES, refuse_unsupported, unsupported_values
+from sglang_kvc.config.refusals_model import MODEL_RULES, refuse_unsupported_model
 from sglang_kvc.errors import SeamDriftError, UnsupportedModeError
-from sglang_kvc.refusals import RULES, refuse_unsupported, unsupported_values
-from sglang_kvc.refusals_model import MODEL_RULES, refuse_unsupported_model
 
 REFUSED: list[tuple[str, Any]] = [
     ("device", "xpu"),
@@ -160,7 +160,7 @@ def test_renamed_field_is_an_error(defaults: SimpleNamespace) -> None:
 def test_cpu_mode_beside_a_gpu(
     defaults: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sglang_kvc.refusals.no_accelerator", lambda: False)
+    monkeypatch.setattr("sglang_kvc.config.refusals.no_accelerator", lambda: False)
     defaults.device = "cpu"
     with pytest.raises(UnsupportedModeError, match="CUDA_VISIBLE_DEVICES"):
         refuse_unsupported(defaults)

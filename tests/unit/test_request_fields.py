@@ -13,9 +13,10 @@ import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.config.server_args import OPTIONS_ATTRIBUTE
 from sglang_kvc.errors import ConfigError, UnsupportedModeError
-from sglang_kvc.options import KVCompressOptions
-from sglang_kvc.request_fields import (
+from sglang_kvc.requests.request_fields import (
     CHECKED,
     HARMLESS,
     UNSERVED,
@@ -23,8 +24,7 @@ from sglang_kvc.request_fields import (
     check_request,
     check_tokenized,
 )
-from sglang_kvc.request_prompts import Limits
-from sglang_kvc.server_args import OPTIONS_ATTRIBUTE
+from sglang_kvc.requests.request_prompts import Limits
 
 CPU = Limits(vocab=1000, context=4096, width=4, on_cpu=True)
 GPU = dataclasses.replace(CPU, on_cpu=False)

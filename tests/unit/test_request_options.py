@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.errors import ConfigError
-from sglang_kvc.options import KVCompressOptions
-from sglang_kvc.request_options import (
+from sglang_kvc.requests.request_options import (
     RequestOptions,
     parse_request_options,
     resolve_budget,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_kvc.chunking import ChunkRule
-from sglang_kvc.course import NEVER
-from sglang_kvc.options import KVCompressOptions
-from sglang_kvc.request_options import RequestOptions
-from sglang_kvc.request_state import RequestPolicy, RequestState
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.requests.request_options import RequestOptions
+from sglang_kvc.scheduling.chunking import ChunkRule
+from sglang_kvc.scheduling.lengths import NEVER
+from sglang_kvc.scheduling.policy import RequestPolicy
+from sglang_kvc.scheduling.request_state import RequestState
 
 OPTIONS = KVCompressOptions(rate=4, min_budget=64, window=32, interval=64)
 

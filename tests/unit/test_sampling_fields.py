@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sglang_kvc.errors import ConfigError
-from sglang_kvc.sampling_fields import INTERNAL, SERVED, check_sampling_params
+from sglang_kvc.requests.sampling_fields import INTERNAL, SERVED, check_sampling_params
 
 VOCAB = 1000
 

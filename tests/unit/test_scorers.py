@@ -10,9 +10,9 @@ from typing import ClassVar
 import pytest
 import torch
 
+from sglang_kvc.config.options import METRICS
 from sglang_kvc.errors import ConfigError
-from sglang_kvc.options import METRICS
-from sglang_kvc.scorers import SCORERS, ScoreContext, Scorer, get_scorer
+from sglang_kvc.eviction.scorers import SCORERS, ScoreContext, Scorer, get_scorer
 
 
 @pytest.mark.parametrize("name", list(SCORERS))
@@ -63,7 +63,7 @@ def test_a_scorer_is_a_class_with_one_method() -> None:
 
 def test_scorers_import_no_sglang() -> None:
     code = (
-        "import sys, sglang_kvc.scorers\n"
+        "import sys, sglang_kvc.eviction.scorers\n"
         "sys.exit(any(name.split('.')[0] == 'sglang' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

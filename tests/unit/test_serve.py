@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_kvc import serve
+from sglang_kvc.tools import serve
 
 FAKE_SERVER = """
 import http.server, sys

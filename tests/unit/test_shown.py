@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kvc.shown import MOST, shown, suggestion
+from sglang_kvc.config.shown import MOST, shown, suggestion
 
 
 def nested(depth: int) -> list[Any]:

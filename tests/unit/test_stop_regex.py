@@ -8,7 +8,7 @@ import time
 import pytest
 
 from sglang_kvc.errors import ConfigError
-from sglang_kvc.stop_regex import MAX_STEPS, check_stop_regex
+from sglang_kvc.requests.stop_regex import MAX_STEPS, check_stop_regex
 
 
 @pytest.mark.parametrize(

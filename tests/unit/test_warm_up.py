@@ -1,6 +1,6 @@
 """Start-up compiles what requests will need."""
 
-from sglang_kvc.eviction import WARM_UP_TOKENS
+from sglang_kvc.eviction.runner import WARM_UP_TOKENS
 from sglang_kvc.kernels.select import scan_block
 
 

@@ -1,0 +1,1 @@
+"""SGLang's attention contract, and what runs around a forward."""

@@ -1,0 +1,1 @@
+"""The arena, what lives beside it on the device, and what all of it costs."""

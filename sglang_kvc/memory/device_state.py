@@ -1,0 +1,103 @@
+"""What a server keeps on the device beside SGLang's own: one record, made at start-up.
+
+Passes, probes and prefills take this record; none of them knows the runtime above.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
+from sglang_kvc.memory.kv_pool import ArenaKVPool
+from sglang_kvc.memory.metadata import ModelShape
+
+
+@dataclass
+class DeviceState:
+    """Tensors by request slot, and the arena; written on the forward stream only.
+
+    Attributes
+    ----------
+    options : the server's options.
+    shape : of the model on this rank.
+    arena : K, V and scores of all layers.
+    tables : SGLang's request table and our block tables, a row a slot.
+    query_ring : last queries, [slots, L, window, Hq, D].
+    query_lse : log-sum-exp of each of them where it was decoded, fp32.
+    distinct_units : what an unlike key adds, a number a slot, fp32.
+    device : where all of it lives.
+    """
+
+    options: KVCompressOptions
+    shape: ModelShape
+    arena: Arena
+    tables: BlockTables
+    query_ring: torch.Tensor
+    query_lse: torch.Tensor
+    distinct_units: torch.Tensor
+    device: Any
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the arena lives on a GPU (the kernels are Triton then)."""
+        return torch.device(self.device).type == "cuda"
+
+    def to_device(self, values: list[int]) -> torch.Tensor:
+        """int64 tensor on the device without a host synchronisation."""
+        host = torch.tensor(values, dtype=torch.int64)
+        if not self.on_gpu:
+            return host
+        return host.pin_memory().to(self.device, non_blocking=True)
+
+    def reset_slots(self, slots: list[int]) -> None:
+        """Forget what the previous owners of `slots` had packed (forward stream)."""
+        index = self.to_device(slots)
+        self.tables.fold_lens.index_fill_(0, index, 0)
+        self.tables.block_offsets.index_fill_(0, index, 0)
+
+
+def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceState:
+    """Allocate what a server needs.
+
+    Parameters
+    ----------
+    model_runner : SGLang's ModelRunner, with its pools built.
+    options : the server's options.
+    """
+    pool: ArenaKVPool = model_runner.token_to_kv_pool
+    arena, device = pool.arena, pool.device
+    req_to_token = model_runner.req_to_token_pool.req_to_token
+    slots = req_to_token.shape[0]
+    num_qo_heads = model_runner.model_config.num_attention_heads
+    shape = ModelShape(
+        num_layers=arena.num_layers,
+        num_kv_heads=arena.num_kv_heads,
+        num_qo_heads=num_qo_heads // get_parallel().attn_tp_size,
+        head_dim=arena.head_dim,
+        itemsize=arena.k.element_size(),
+    )
+
+    def zeros(*sizes: int) -> torch.Tensor:
+        return torch.zeros(sizes, dtype=torch.int32, device=device)
+
+    ring = (slots, shape.num_layers, options.window, shape.num_qo_heads)
+    return DeviceState(
+        options=options,
+        shape=shape,
+        arena=arena,
+        tables=BlockTables(
+            req_to_token=req_to_token,
+            fold_lens=zeros(slots),
+            block_offsets=zeros(slots, arena.heads_per_page + 1),
+            packed_pages=zeros(slots, -(-req_to_token.shape[1] // PAGE_SIZE)),
+        ),
+        query_ring=torch.zeros(*ring, shape.head_dim, dtype=pool.dtype, device=device),
+        query_lse=torch.zeros(ring, device=device),
+        distinct_units=torch.zeros(slots, device=device),
+        device=device,
+    )

@@ -1,0 +1,166 @@
+"""What is accepted: a request's options, its limits, and whether it may come back.
+
+`course` judges; here the answer is kept with the request, and put into words for its
+sender. A request without a course never enters the queue (`queueing`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers import schedule_policy
+
+from sglang_kvc.errors import ConfigError
+from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.requests.request_options import parse_request_options
+from sglang_kvc.scheduling.course import Course, Way, course, reach
+from sglang_kvc.scheduling.lengths import NEVER, floor_page
+from sglang_kvc.scheduling.passes import policy_of
+from sglang_kvc.scheduling.policy import RequestPolicy
+
+if TYPE_CHECKING:
+    from sglang_kvc.scheduling.server import Server
+
+
+def attach_policy(req: Any, server: Server) -> None:
+    """Parse the request's options; what is wrong with them is kept as its refusal."""
+    if policy_of(req) is not None:
+        return
+    options, rule = server.options, server.chunk_rule
+    try:
+        request = parse_request_options(req.sampling_params.custom_params, options)
+    except ConfigError as error:
+        req.kv_compress_refusal = str(error)
+        return
+    if req.input_embeds is not None or req.positional_embed_overrides is not None:
+        # The end of a prompt scores its chunks by token ids, see `probe`.
+        rule = dataclasses.replace(rule, mode="never")
+    req.kv_compress_policy = RequestPolicy(options, request, rule)
+
+
+def refusal_of(req: Any) -> str | None:
+    """Why the request cannot be served, in words for its sender."""
+    refusal: str | None = getattr(req, "kv_compress_refusal", None)
+    return refusal
+
+
+def limit_request(
+    req: Any,
+    server: Server,
+    asked: int,
+    max_req_len: int,
+    truncate: bool = False,
+) -> None:
+    """Replace SGLang's limits, which assume that every token stays in the pool.
+
+    Parameters
+    ----------
+    req : with ``max_new_tokens`` already limited by SGLang.
+    asked : ``max_new_tokens`` before that.
+    max_req_len : most tokens of a request, from the context length.
+    truncate : cut a prompt that cannot be served (``--allow-auto-truncate``).
+    """
+    if req.finished_reason is not None or req.to_finish is not None:
+        return
+    attach_policy(req, server)
+    policy = policy_of(req)
+    if policy is None:
+        return
+    if course(policy, len(req.origin_input_ids), 0, 0) is None:
+        if not truncate:
+            req.kv_compress_refusal = _too_long(policy, len(req.origin_input_ids))
+            return
+        req.origin_input_ids = req.origin_input_ids[
+            : policy.pool_tokens - 2 * PAGE_SIZE
+        ]
+    length = len(req.origin_input_ids)
+    most = min(asked, max_req_len - length - 1, reach(policy, length) - length)
+    params = req.sampling_params
+    params.max_new_tokens = max(most, 0)
+    params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+
+
+def readmit(req: Any) -> str | None:
+    """Judge a request on its way (back) into the queue.
+
+    A request that was retracted, preempted or paused has grown. If it no longer fits
+    in any way, its output is cut to what the pool can hold of it.
+
+    Returns
+    -------
+    str or None
+        Why it cannot come back, in words for its sender.
+    """
+    policy = policy_of(req)
+    if policy is None or course_of(req) is not None:
+        return None
+    length = len(req.origin_input_ids) + len(req.output_ids)
+    room = policy.pool_tokens - length - PAGE_SIZE - 1
+    if room > 0:
+        req.sampling_params.max_new_tokens = len(req.output_ids) + room
+        if course_of(req) is not None:
+            return None
+    return (
+        f"The request was interrupted for want of memory after {len(req.output_ids)} "
+        f"tokens. It has {length} tokens by now, and the KV pool of "
+        f"{policy.pool_tokens} cannot take them in again. Send the prompt and what has "
+        "been generated, at a higher rate, or when fewer requests run."
+    )
+
+
+def _too_long(policy: RequestPolicy, length: int) -> str:
+    pool, budget = policy.pool_tokens, policy.budget(length)
+    if budget == NEVER or floor_page(length) <= budget:
+        return (
+            f"The prompt has {length} tokens, more than the KV pool of {pool}, and "
+            "this request is not compressed; shorten it or ask for a higher rate, for "
+            'example custom_params={"kv_compress": {"rate": 8}}.'
+        )
+    rule = policy.chunk_rule
+    if rule is None or rule.mode == "never" or not rule.chunk_size:
+        return (
+            f"The prompt has {length} tokens; whole it does not fit in the KV pool of "
+            f"{pool}, and this server (or a request with embeddings) does not compress "
+            f"between chunks. Send at most {pool - PAGE_SIZE - 1} tokens."
+        )
+    return (
+        f"The prompt has {length} tokens and may keep {budget}; the KV pool of {pool} "
+        "cannot hold it whole, and compressing it between chunks takes twice what it "
+        f"keeps and a chunk of {rule.min_chunk} or more. Ask for a higher rate or a "
+        "smaller budget."
+    )
+
+
+def course_of(req: Any) -> Course | None:
+    """The request's course at its present length; a prefill step does not change it."""
+    policy = policy_of(req)
+    if policy is None:
+        return None
+    length = len(req.origin_input_ids) + len(req.output_ids)
+    left = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+    key = (length, left, policy)
+    known = getattr(req, "kv_compress_course", None)
+    if known is None or known[0] != key:
+        horizon = schedule_policy.CLIP_MAX_NEW_TOKENS
+        known = req.kv_compress_course = (key, course(policy, length, left, horizon))
+    found: Course | None = known[1]
+    return found
+
+
+def max_prefix_len(req: Any, input_len: int, stock: int) -> int:
+    """Longest prefix hit: the last `window` tokens must be computed to be observed.
+
+    The hit is lossless either way; the cap costs at most `window` tokens of prefill
+    and makes the scores, hence the kept set, independent of what was cached. A prompt
+    that is compressed between chunks also leaves room for its first chunk: it holds the
+    hit until that chunk's pass.
+    """
+    policy, way = policy_of(req), course_of(req)
+    if policy is None or way is None or way.way is Way.KEEP:
+        return stock
+    if way.way is Way.LATER:
+        left = (req.sampling_params.max_new_tokens or 0) - len(req.output_ids)
+        if policy.first_due(input_len) > input_len + left:
+            return stock
+    return max(min(stock, input_len - policy.options.window, way.max_hit), 0)

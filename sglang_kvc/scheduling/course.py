@@ -1,0 +1,166 @@
+"""How a request will be served on this server, and whether it can be at all.
+
+This is the one place that decides it. `course` judges a request as if it were alone:
+it takes the first way whose memory fits in the empty pool, with the numbers that
+admission then asks of a pool in use (`admission`, `headroom`). So what has a course is
+admitted at the latest when nothing else runs, and what has none is refused at once.
+This module imports neither torch nor SGLang.
+
+======= ================================== ============================================
+way     when it is compressed              most tokens held until then
+======= ================================== ============================================
+BETWEEN after every chunk of its prompt    two packed copies and a chunk
+AFTER   behind its prompt                  the prompt and its packed copy
+LATER   while it decodes                   the length at which a pass is due, the copy
+KEEP    never: not asked for, or no copy   all its tokens
+        fits beside what it holds
+======= ================================== ============================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from sglang_kvc.config.options import PAGE_SIZE
+from sglang_kvc.scheduling.lengths import NEVER, SLACK, ceil_page, floor_page
+from sglang_kvc.scheduling.policy import RequestPolicy
+
+
+class Way(Enum):
+    """When a request is compressed, see the module's table."""
+
+    BETWEEN = auto()
+    AFTER = auto()
+    LATER = auto()
+    KEEP = auto()
+
+
+@dataclass(frozen=True)
+class Course:
+    """One way of serving a request, and the memory that it takes, in tokens.
+
+    Attributes
+    ----------
+    way : when the request is compressed.
+    step : most that it holds until its first pass is settled, the prompt and a cached
+        prefix included; with KEEP and LATER: as far as SGLang's admission looks.
+    later : most that it holds afterwards, as far as SGLang's admission looks; 0 with
+        KEEP and LATER, whose growth SGLang charges itself.
+    copy : what a later pass needs beside that for a moment.
+    chunk : with BETWEEN, tokens of a chunk; else 0.
+    max_hit : longest cached prefix that it may start from.
+    """
+
+    way: Way
+    step: int
+    later: int = 0
+    copy: int = 0
+    chunk: int = 0
+    max_hit: int = NEVER
+
+    def fits(self, pool_tokens: int) -> bool:
+        """Whether an empty pool of this size admits it; strict, as SGLang's test."""
+        return (
+            self.step + PAGE_SIZE < pool_tokens and self.later + self.copy < pool_tokens
+        )
+
+
+def course(
+    policy: RequestPolicy, length: int, left: int, horizon: int
+) -> Course | None:
+    """The way in which a request is served.
+
+    Parameters
+    ----------
+    policy : of the request.
+    length : tokens to prefill: the prompt, after a retraction with what was decoded.
+    left : tokens that it may still decode.
+    horizon : most of them that SGLang's admission looks at.
+
+    Returns
+    -------
+    Course or None
+        None if this pool cannot hold the request in any way.
+    """
+    ahead = min(left, horizon)
+    candidates: list[Course] = []
+    if policy.compresses(length):
+        budget = policy.budget(length)
+        later, copy = _after_first_pass(policy, length, ahead)
+        after = Course(Way.AFTER, length + budget + PAGE_SIZE, later, copy)
+        candidates = [after]
+        rule = policy.chunk_rule
+        chunk = rule.chunk_tokens(length, budget) if rule is not None else 0
+        if rule is not None and chunk:
+            between = Course(
+                Way.BETWEEN,
+                rule.peak(budget, chunk),
+                later,
+                copy,
+                chunk,
+                rule.max_hit(budget, chunk),
+            )
+            first = rule.prefers(length)
+            candidates = [between, after] if first else [after, between]
+    else:
+        due = policy.first_due(length)
+        if due < NEVER:
+            most = due + policy.budget(due) + SLACK + PAGE_SIZE
+            if most + PAGE_SIZE < policy.pool_tokens:
+                candidates = [Course(Way.LATER, min(length + ahead, most))]
+    candidates.append(Course(Way.KEEP, length + ahead))
+    fitting = (it for it in candidates if it.fits(policy.pool_tokens))
+    return next(fitting, None)
+
+
+def reach(policy: RequestPolicy, length: int) -> int:
+    """Longest that a request, alone, can become: prompt and output, tokens.
+
+    At least what SGLang allows without compression. With a budget there is no end. With
+    a rate the budget grows until no pass finds room for a second copy beside it; from
+    then on the request keeps everything.
+    """
+    pool = policy.pool_tokens
+    whole = pool - PAGE_SIZE - 1 - (ceil_page(length) - length)
+    budget = policy.budget(length)
+    if budget == NEVER:
+        return whole
+    way = course(policy, length, 0, 0)
+    if way is None or way.way is Way.KEEP:
+        return whole
+    start = policy.first_due(length) if way.way is Way.LATER else floor_page(length)
+    if policy.last_pass == NEVER:
+        return NEVER
+    packed, fold = _last_fold(policy, start)
+    return max(whole, pool - PAGE_SIZE - 1 - packed + fold)
+
+
+def _last_fold(policy: RequestPolicy, start: int) -> tuple[int, int]:
+    """Packed tokens and fold that the last possible pass leaves, at worst.
+
+    `start` is the fold of the first pass.
+    """
+    last = policy.last_pass
+    if start > last:
+        return policy.budget(start + PAGE_SIZE), start
+    packed = policy.budget(last)
+    return packed, max(start, floor_page(last - policy.growth(packed) - SLACK))
+
+
+def _after_first_pass(
+    policy: RequestPolicy, length: int, ahead: int
+) -> tuple[int, int]:
+    """`Course.later` and `Course.copy` of a request whose prompt is compressed."""
+    end, last = length + ahead, policy.last_pass
+    held = 0
+    if end > last:
+        # No pass after `last`: from there on it keeps everything.
+        packed, fold = _last_fold(policy, floor_page(length))
+        held = packed + end - fold + PAGE_SIZE
+    if length > last:
+        return held, 0
+    packed = policy.budget(min(end, last))
+    passing = packed + policy.growth(packed) + SLACK
+    later = max(held, passing)
+    return later, max(passing + policy.budget(length) - later, 0)

@@ -1,0 +1,199 @@
+"""How many more tokens the pool can take: in this step, and in every later one.
+
+SGLang admits a prompt if the pool holds it beside all that running requests may still
+add. A compressed prompt is large for one step, in which nothing else grows, and small
+afterwards. Charging both at once keeps out requests that would fit, so two sums are
+kept of what must stay free:
+
+========  ==========================  =================================================
+sum       for a running request       for a prompt that will be compressed
+========  ==========================  =================================================
+*now*     nothing                     its new tokens and the packed copy
+*steady*  what it can still grow to   the budget, an interval and slack
+========  ==========================  =================================================
+
+Everything else counts in both sums with SGLang's own charge. The pass behind the step
+is settled before another step is scheduled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_kvc.scheduling.lengths import NEVER, SLACK, ceil_page
+from sglang_kvc.scheduling.passes import policy_of, state_of
+from sglang_kvc.scheduling.policy import RequestPolicy
+
+
+def growth_bound(req: Any, stock: float) -> float:
+    """Tokens that a running request can still add to the pool.
+
+    SGLang's charge, `stock`, is a guess: it takes a part of the tokens that are still
+    allowed, because most requests end early. That guess serves for what a budget grows
+    by with the request, not for its tail: requests that started together fill an
+    interval together.
+    """
+    policy, state = policy_of(req), state_of(req)
+    if policy is None or state is None:
+        return stock
+    length = req.kv_committed_len
+    left = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+    due = state.next_due(length)
+    if due == NEVER:
+        return stock
+    bound = due + SLACK - length
+    if state.fold:
+        bound += _budget_growth(policy, length, int(stock))
+    return min(ceil_page(left), bound)
+
+
+def running_charge(adder: Any, req: Any, stock: float) -> float:
+    """What SGLang's adder counts for a running request.
+
+    While it looks for requests to preempt, that is what one of them would give back;
+    else what it can still grow to.
+    """
+    growth = growth_bound(req, stock) if stock > 0 else stock
+    headroom: Headroom | None = getattr(adder, "kv_compress_headroom", None)
+    if headroom is None or not headroom.preempting or req.kv is None:
+        return growth
+    state = state_of(req)
+    held = req.kv.kv_allocated_len
+    if state is not None and state.fold:
+        held = state.resident(req.kv_committed_len)
+    return growth + ceil_page(held)
+
+
+def _budget_growth(policy: RequestPolicy, length: int, tokens: int) -> int:
+    """With a rate the budget itself grows."""
+    return policy.budget(length + ceil_page(tokens)) - policy.budget(length)
+
+
+class Headroom:
+    """Both sums for one round of admission.
+
+    SGLang's PrefillAdder knows one sum, ``rem_total_token_offset``. It is set to the
+    greater of both, but for the time of `charged_now`.
+
+    Parameters
+    ----------
+    adder : as its constructor left it: its offset is *steady* (`growth_bound`).
+    """
+
+    def __init__(self, adder: Any) -> None:
+        self.adder = adder
+        running = adder.running_batch
+        self.running: list[Any] = running.reqs if running is not None else []
+        self.steady = self._known = adder.rem_total_token_offset
+        self.now = 0.0
+        self.preempting = False
+
+    @classmethod
+    def of(cls, adder: Any) -> Headroom:
+        """The headroom of this round, with what SGLang has charged by itself since."""
+        headroom: Headroom | None = getattr(adder, "kv_compress_headroom", None)
+        if headroom is None:
+            headroom = adder.kv_compress_headroom = cls(adder)
+        headroom._sync()
+        return headroom
+
+    def _sync(self) -> None:
+        charged = self.adder.rem_total_token_offset - self._known
+        self.now += charged
+        self.steady += charged
+        self._publish()
+
+    def _publish(self) -> None:
+        self._known = max(self.now, self.steady)
+        self.adder.rem_total_token_offset = self._known
+
+    @property
+    def free(self) -> int:
+        """Free and evictable tokens of the pool."""
+        offset: float = self.adder.rem_total_token_offset
+        return int(self.adder.rem_total_tokens + offset)
+
+    def charged_now(self, steady: int, more: int, call: Any) -> Any:
+        """Run `call`, which admits a request, on the sum *now* alone.
+
+        Parameters
+        ----------
+        steady : what the request counts for in the other sum, once it is admitted.
+        more : what it counts for in this one beyond SGLang's charge.
+        """
+        adder = self.adder
+        before = len(adder.can_run_list)
+        adder.rem_total_token_offset = self.now + more
+        try:
+            return call()
+        finally:
+            if len(adder.can_run_list) > before:
+                self.now = adder.rem_total_token_offset
+                self.steady += steady
+            self._publish()
+
+    def preempt(self, call: Callable[[], bool]) -> bool:
+        """Run `call`, which preempts running requests, and keep both sums right.
+
+        What the preempted ones held is free already. What they could still grow to was
+        part of the sum *steady*, and of no other.
+        """
+        adder = self.adder
+        growth = {id(req): self._growth(req) for req in self.running}
+        before = len(adder.preempt_list)
+        self.preempting = True
+        try:
+            return call()
+        finally:
+            self.preempting = False
+            gone = {id(req) for req in adder.preempt_list[before:]}
+            self.steady -= sum(growth.get(req, 0) for req in gone)
+            self.running = [req for req in self.running if id(req) not in gone]
+            self._publish()
+
+    def _growth(self, req: Any) -> float:
+        charge: float = self.adder._get_running_request_total_token_offset(req)
+        return charge
+
+    def squeeze(self, missing: float, due_lens: Any) -> bool:
+        """Make passes due at once if what they free lets the next prompt in.
+
+        Tails between two passes are memory that a pass gives back. Longest tails go
+        first; passes in flight and due ones are counted before any other.
+
+        Parameters
+        ----------
+        missing : tokens by which the sum *now* is exceeded.
+        due_lens : [slots], see `PassScheduler`; written.
+
+        Returns
+        -------
+        bool
+            Whether the tokens will be there once all passes are settled.
+        """
+        candidates = []
+        for req in self.running:
+            state = state_of(req)
+            if state is None or not state.fold:
+                continue
+            missing -= sum(record.gain for record in state.in_flight)
+            length = req.kv_committed_len
+            gain = state.gain(length)
+            if state.in_flight or gain <= 0:
+                continue
+            if due_lens[state.slot] <= length:
+                missing -= gain
+            else:
+                candidates.append((gain, state.slot, length))
+        chosen = []
+        for gain, slot, length in sorted(candidates, reverse=True):
+            if missing <= 0:
+                break
+            missing -= gain
+            chosen.append((slot, length))
+        if missing > 0:
+            return False
+        for slot, length in chosen:
+            due_lens[slot] = length
+        return True

@@ -1,0 +1,104 @@
+"""When and how far a request is compressed: what it asked for, on this server.
+
+This module imports neither torch nor SGLang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from sglang_kvc.config.options import PAGE_SIZE, KVCompressOptions
+from sglang_kvc.requests.request_options import RequestOptions, resolve_budget
+from sglang_kvc.scheduling.chunking import ChunkRule
+from sglang_kvc.scheduling.lengths import NEVER, SLACK, ceil_page, floor_page
+
+PASS_SHARE = 64
+"""A pass gives back at least this part of what it copies (1/64), and then only runs."""
+
+LONGEST = 1 << 31
+"""Longer than any request; where searches end."""
+
+
+@dataclass(frozen=True)
+class RequestPolicy:
+    """When and how far one request is compressed; fixed for its life.
+
+    Attributes
+    ----------
+    options : the server's options.
+    request : what the request asked for.
+    chunk_rule : when prompts are compressed between chunks, and the size of the pool;
+        None: never, in a pool without end.
+    """
+
+    options: KVCompressOptions
+    request: RequestOptions
+    chunk_rule: ChunkRule | None = None
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens of the KV pool."""
+        return self.chunk_rule.pool_tokens if self.chunk_rule is not None else NEVER
+
+    def budget(self, length: int) -> int:
+        """Tokens to keep per KV head at logical `length`; NEVER when not compressed."""
+        budget = resolve_budget(self.request, self.options, length)
+        return NEVER if budget is None else budget
+
+    def growth(self, budget: int) -> int:
+        """Full tail tokens that make a pass due: the interval in whole pages.
+
+        With a large budget more: a pass copies all of it.
+        """
+        share = floor_page(budget // PASS_SHARE)
+        return max(ceil_page(self.options.interval), share)
+
+    def least_gain(self, budget: int) -> int:
+        """Tokens that a pass must give back to be worth its copy."""
+        return max(PAGE_SIZE, floor_page(budget // PASS_SHARE))
+
+    def compresses(self, length: int) -> bool:
+        """Whether a pass at logical `length` is worth it if all tokens are there."""
+        budget = self.budget(length)
+        return floor_page(length) - budget >= self.least_gain(budget)
+
+    def first_due(self, length: int) -> int:
+        """Logical length at which an uncompressed request should be looked at again."""
+        return max(self._worth_from, length + 1)
+
+    @cached_property
+    def _worth_from(self) -> int:
+        """Length from which a first pass gives back what makes passes due, or NEVER."""
+
+        def worth(length: int) -> bool:
+            budget = self.budget(length)
+            return floor_page(length) - budget >= self.growth(budget)
+
+        if not worth(LONGEST):
+            return NEVER
+        return _first(worth, LONGEST)
+
+    @cached_property
+    def last_pass(self) -> int:
+        """Longest at which a later pass finds room for a second copy; NEVER: no end."""
+
+        def full(length: int) -> bool:
+            budget = self.budget(length)
+            return 2 * budget + self.growth(budget) + 2 * SLACK >= self.pool_tokens
+
+        return _first(full, LONGEST) - 1 if full(LONGEST) else NEVER
+
+    def pass_fits(self, held: int, budget: int) -> bool:
+        """Whether `held` tokens and a packed copy fit in a pool that is else empty."""
+        return ceil_page(held) + budget + PAGE_SIZE <= self.pool_tokens
+
+
+def _first(holds: Callable[[int], bool], high: int) -> int:
+    """Least length for which a rising condition holds; it does at `high`."""
+    low = 0
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low

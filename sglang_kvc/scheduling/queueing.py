@@ -1,0 +1,95 @@
+"""Requests on their way into the queue and back: refused, preempted, retracted.
+
+Called from the hooks on SGLang's scheduler. A request never disappears: it is in the
+queue, in a batch, or its sender has been told why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from sglang_kvc.scheduling.acceptance import (
+    attach_policy,
+    course_of,
+    readmit,
+    refusal_of,
+)
+
+if TYPE_CHECKING:
+    from sglang_kvc.scheduling.server import Server
+
+
+def enqueue(scheduler: Any, server: Server, req: Any, call: Callable[[], None]) -> None:
+    """Run ``Scheduler._add_request_to_queue``, unless the request cannot be served.
+
+    A new request is refused with HTTP 400. One that was served already and cannot come
+    back ends with HTTP 503 and what it has generated.
+    """
+    if req.finished_reason is None and req.to_finish is None:
+        attach_policy(req, server)
+        refusal, status = refusal_of(req), HTTPStatus.BAD_REQUEST
+        if refusal is None:
+            refusal, status = readmit(req), HTTPStatus.SERVICE_UNAVAILABLE
+        if refusal is not None:
+            end(scheduler, req, refusal, status)
+            return
+    call()
+
+
+def end(scheduler: Any, req: Any, message: str, status: HTTPStatus) -> None:
+    """End a request that is in no queue and no batch; tell its sender why."""
+    name = "BadRequestError" if status is HTTPStatus.BAD_REQUEST else status.phrase
+    req.finished_reason = FINISH_ABORT(message, status, name)
+    req.time_stats.trace_ctx.abort(abort_info={"reason": message})
+    scheduler.ipc_channels.send_to_tokenizer.send_output(
+        AbortReq(rid=req.rid, finished_reason=req.finished_reason.to_json()), req
+    )
+
+
+def after_admission(scheduler: Any, server: Server) -> None:
+    """After a round of admission: nobody is lost, nobody waits for ever.
+
+    SGLang forgets the requests that it has preempted if the one that they made room for
+    is not admitted all the same.
+    """
+    passes = server.scheduler
+    waiting = {id(req) for req in scheduler.waiting_queue}
+    preempted, passes.preempted = passes.preempted, []
+    for req in preempted:
+        if req.kv is None and req.finished_reason is None and id(req) not in waiting:
+            scheduler._add_request_to_queue(req)
+    stuck, passes.stuck = passes.stuck, None
+    if stuck is not None and id(stuck) in waiting:
+        scheduler.waiting_queue = [r for r in scheduler.waiting_queue if r is not stuck]
+        end(scheduler, stuck, *_stuck(stuck))
+
+
+def _stuck(req: Any) -> tuple[str, HTTPStatus]:
+    message = (
+        f"The request of {len(req.origin_input_ids)} tokens does not fit in an empty "
+        f"KV pool ({course_of(req)}), although it was accepted. That is an error of "
+        "the server; please report it with this message."
+    )
+    return message, HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def retract(result: tuple[list[Any], float, list[Any]]) -> Any:
+    """Take the last request of a full pool back into the queue instead of ending it.
+
+    Memory that is held elsewhere comes back, and what the request has grown since its
+    last pass is compressed when it returns. `readmit` judges whether it can.
+    """
+    retracted, ratio, aborted = result
+    for req in aborted:
+        req.to_finish = None
+    return [*retracted, *aborted], ratio, []
+
+
+def retraction_order(reqs: list[Any], order: Iterable[int]) -> list[int]:
+    """Keep what could not come back: SGLang retracts from the end of the list."""
+    return sorted(order, key=lambda index: course_of(reqs[index]) is not None)

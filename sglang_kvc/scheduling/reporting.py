@@ -1,0 +1,55 @@
+"""``meta_info["kv_compress"]``: from the scheduler's state to the client's dict.
+
+SGLang carries per-token lists (``Req.customized_info``) and concatenates them in the
+tokenizer process. `Report` answers a slice with one summary made at that moment;
+`Accumulator` keeps the newest one, so the client sees a plain dict.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _collections_abc import dict_keys
+
+    from sglang_kvc.scheduling.request_state import RequestState
+
+KEY = "kv_compress"
+
+
+class Report:
+    """Looks like a per-token list; a slice of it is the request's summary of now."""
+
+    def __init__(self, req: Any, state: RequestState) -> None:
+        self._req, self._state = req, state
+
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]:
+        """One summary, whatever is asked for: the slice has no meaning."""
+        del index
+        req = self._req
+        length = len(req.origin_input_ids) + len(req.output_ids)
+        if req.kv is not None:
+            length = max(req.kv_committed_len, 0)
+        return [self._state.summary(max(length, self._state.fold))]
+
+
+class Summary(dict[str, Any]):
+    """The newest summary; absorbs SGLang's list operations."""
+
+    def extend(self, items: list[dict[str, Any] | None]) -> None:
+        """Take the last summary among `items`."""
+        for item in items:
+            if item is not None:
+                self.update(item)
+
+
+class Accumulator(dict[str, Any]):
+    """``ReqState.customized_info_accumulated`` with a `Summary` for our key."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Start our key with a `Summary` instead of a list."""
+        super().__setitem__(key, Summary() if key == KEY else value)
+
+    def keys(self) -> dict_keys[str, Any]:
+        """The keys of per-token lists, which SGLang cuts and joins; not ours."""
+        return {key: None for key in self if key != KEY}.keys()

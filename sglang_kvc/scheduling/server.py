@@ -1,0 +1,30 @@
+"""What scheduling asks of the server that it schedules for."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.scheduling.chunking import ChunkRule
+from sglang_kvc.scheduling.passes import PassScheduler
+
+
+class Server(Protocol):
+    """The part of the runtime that decisions need; nothing of the device.
+
+    Attributes
+    ----------
+    chunk_rule : when prompts are compressed between chunks, and the size of the pool.
+    scheduler : passes, and what a round of admission leaves behind.
+    """
+
+    chunk_rule: ChunkRule
+    scheduler: PassScheduler
+
+    @property
+    def options(self) -> KVCompressOptions:
+        """The server's options."""
+
+    @property
+    def page_list_width(self) -> int:
+        """Pages of the longest request: what page lists are set aside for."""
