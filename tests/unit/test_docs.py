@@ -57,7 +57,8 @@ def flags_tables() -> str:
     head = "| flag | meaning |\n| --- | --- |\n"
     return (
         f"What a user turns:\n\n{head}{''.join(rows[True])}\n"
-        f"Experts only. The defaults were tuned together:\n\n{head}{''.join(rows[False])}"
+        "Experts only. The defaults were tuned together:\n\n"
+        f"{head}{''.join(rows[False])}"
     )
 
 
