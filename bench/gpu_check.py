@@ -4,7 +4,7 @@
 
 1. every kernel against its reference (``pytest tests/kernels``);
 2. the small cases again under ``compute-sanitizer --tool memcheck``;
-3. `bench.serve`: 256 requests of 100 to 8,000 tokens at rate 8, dummy weights, CUDA
+3. `bench.serving`: 256 requests of 100 to 8,000 tokens at rate 8, dummy weights, CUDA
    graphs, overlap, the same pool for stock SGLang and for --kv-compress.
 
 Appends to ``gpu_check.jsonl`` and ``serve.jsonl`` in ``--out``. Stops at the first red
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.record import environment, write_record
+from bench.common.record import environment, write_record
 
 PYTEST = ["-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
 SMALL = (
@@ -87,7 +87,7 @@ def main() -> None:
     )
     if args.no_serving:
         return
-    serve = [python, "-m", "bench.serve", "--model", args.model]
+    serve = [python, "-m", "bench.serving", "--model", args.model]
     serve += ["--load-format", "dummy", "--pool", str(args.pool)]
     serve += ["--out", str(args.out / "serve.jsonl")]
     subprocess.run(serve, check=True)

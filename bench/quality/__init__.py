@@ -12,16 +12,14 @@
 * `stats`, `report`, `plot`: retention of the full cache's score, with intervals
 * `heads`, `heads_report`: what every layer and head keeps
 * `side_by_side`: several of these runs on one GPU
-* `simulate`: a scout, many ways to choose at once in Hugging Face, never a result
-* `missed`: another, what the full cache's answers look at and a rate evicts
 * `kvpress_systems`, `kvpress_answers`, `hf_decoding`: other methods, in Hugging Face
-* `snapkv_check`: ours against one of them, exactly
+* `scouts`: tried in Hugging Face before it is worth a server, and checks of that
 
 On a GPU machine
 ----------------
-Below, M is the model's folder (``python -m sglang_kvc.tools.fetch_model`` prints it), R a
-folder for results and D the folder of the evaluation data. Where the repository is all
-that travels, put D (6 MB) into ``build/``, which git ignores, and name that with
+Below, M is the model's folder (``python -m sglang_kvc.tools.fetch_model`` prints it), R
+a folder for results and D the folder of the evaluation data. Where the repository is
+all that travels, put D (6 MB) into ``build/``, which git ignores, and name that with
 ``--data``; prompts are made from it and the seed. Commands go on where they stopped:
 repeat them until they exit with 0 (3: samples are left).
 

@@ -113,6 +113,7 @@ def default_data() -> Path | None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure; the exit status, `SAMPLES_LEFT` if some are."""
+    from bench.common.record import environment
     from bench.quality.run import Runner
 
     wish, store = read_wish(args)
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
             store,
             args.out,
             args.also,
-            origin(),
+            environment(),
             args.deadline,
             args.batch,
         )
@@ -140,6 +141,7 @@ def run_heads(args: argparse.Namespace) -> int:
     """Measure what every head keeps."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from bench.common.record import environment
     from bench.quality.engines import start
     from bench.quality.heads import HeadAsker, measure
 
@@ -154,7 +156,7 @@ def run_heads(args: argparse.Namespace) -> int:
         )
 
     try:
-        lines = measure(wish, store, args.out, origin(), open_heads)
+        lines = measure(wish, store, args.out, environment(), open_heads)
     finally:
         store.close()
     print(f"{lines} new lines" if lines else "nothing is missing")
@@ -172,8 +174,8 @@ def read_wish(args: argparse.Namespace) -> tuple[Wish, SampleStore]:
         )
     if not Path(args.model).is_dir():
         raise SystemExit(
-            f"--model {args.model} is no folder; python -m sglang_kvc.tools.fetch_model "
-            "prints one"
+            f"--model {args.model} is no folder; "
+            "python -m sglang_kvc.tools.fetch_model prints one"
         )
     wish = Wish(
         Path(args.model).name,
@@ -185,16 +187,6 @@ def read_wish(args: argparse.Namespace) -> tuple[Wish, SampleStore]:
         args.samples,
     )
     return wish, SampleStore(args.model, args.data, args.workers)
-
-
-def origin() -> dict[str, Any]:
-    """Command, commit and hardware, as they go into every line."""
-    from bench.record import environment
-
-    found = environment()
-    main_file = "bench/quality/__main__.py"
-    found["command"] = found["command"].replace(main_file, "-m bench.quality")
-    return found
 
 
 def open_system(

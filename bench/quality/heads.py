@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench.common.record import read_lines, write_record
 from bench.quality.asking import TURN_REPLY
 from bench.quality.plan import Wish, key_for
 from bench.quality.records import Key
@@ -32,7 +33,6 @@ from bench.quality.tasks.sample import (
     encode_parts,
     encode_turns,
 )
-from bench.record import read_lines, write_record
 
 FIELD = "kept_per_head"
 """Marks a line: mean kept fraction, a list of heads for each layer."""

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.plot import DPI, load_pyplot
+from bench.common.plotting import DPI, load_pyplot
+from bench.common.record import read_lines
 from bench.quality.heads import FIELD
 from bench.quality.records import key_of
 from bench.quality.report import table
 from bench.quality.stats import order
-from bench.record import read_lines
 
 HEAD = ("model", "system", "tokens", "rate", "prompts", "mean", "min", "max", "CV")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.plot import COLORS, DPI, MARKERS, load_pyplot
+from bench.common.plotting import COLORS, DPI, MARKERS, load_pyplot
 from bench.quality.records import Cell, Key
 from bench.quality.stats import (
     Estimate,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.record import read_lines
+from bench.common.record import read_lines
 
 ANSWER_CHARS = 60
 """Of a wrong answer, kept to see what went wrong."""

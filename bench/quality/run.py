@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from bench.common.record import write_record
 from bench.quality.asking import Answer
 from bench.quality.plan import Todo, Wish, batches, blocks, todo
 from bench.quality.records import pack, read
@@ -16,7 +17,6 @@ from bench.quality.samples import SampleKey, SampleStore
 from bench.quality.scoring import result
 from bench.quality.systems import Setting, System
 from bench.quality.tasks.sample import Sample
-from bench.record import write_record
 
 START_GUESS = 60.0
 """Seconds that starting an engine is taken to cost before the first one did."""

@@ -1,0 +1,7 @@
+"""What several rooms of bench/ share; it imports none of them.
+
+* `record`: JSON lines with command, commit and hardware
+* `gpu_memory`: memory of the GPU, watched from outside
+* `ports`: ports for servers and engines
+* `plotting`: looks and captions of plots, and which records count
+"""

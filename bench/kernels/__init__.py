@@ -1,0 +1,12 @@
+"""Every kernel against its reference and the bytes that it must move, on one GPU.
+
+``python -m bench.kernels``; ``python -m bench.kernels.plot`` draws what it recorded.
+
+* `batches`: random requests in an arena as large as a server's
+* `timing`: clocks, and the record and table of the figures
+* `checks`: small batches on which a kernel must match its reference first
+* `decode`: decode attention beside FlashAttention-3; its rows (`decode_case`), whole
+  steps (`decode_steps`), a sweep of its configurations (`decode_tune`)
+* `append`, `prefill`: new tokens stored, prompts read
+* `passes`, `pass_cases`: eviction passes, each stage and all of them
+"""

@@ -1,0 +1,124 @@
+"""Every kernel against its reference and the bytes that it must move, on one GPU.
+
+    python -m bench.kernels [--only decode,append,pass,prefill] [--quick] [--tune]
+
+Needs torch, triton and one Hopper GPU; with SGLang's FlashAttention-3 (FA3), decode and
+prefill are compared with it. Shapes are those of Llama-3.1-8B in bf16. A kernel is
+first compared with its reference and gets no number if it differs. Numbers are medians
+of replayed CUDA graphs, L2 cold; "floor us" is the time to move the least bytes at
+4.3 TB/s, what a copy reaches on an H200. Everything is appended to ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common.record import environment
+from bench.kernels import append, decode, decode_case, decode_tune, passes, prefill
+from bench.kernels.batches import Shape, make_arena
+from bench.kernels.timing import Clock, Report
+
+SECTIONS = ("decode", "append", "pass", "prefill")
+COPY_BYTES = 2 << 30
+REPLAYS, QUICK_REPLAYS = 15, 7
+SMALL_ARENA_PAGES = 4_352
+"""More than 2**31 elements of K, as in a server."""
+TUNE_SECONDS = 140.0
+
+
+def import_fa3() -> Callable[..., Any] | None:
+    """SGLang's FlashAttention-3, or None with a message."""
+    try:
+        from sglang.kernels.ops.attention.flash_attention import (
+            flash_attn_with_kvcache,
+        )
+
+        # Its library is loaded at the first call only.
+        q, k = (
+            torch.randn(1, n, 1, 128, dtype=torch.bfloat16, device="cuda")
+            for n in (1, 16)
+        )
+        zeros = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
+        flash_attn_with_kvcache(
+            q, k, k, page_table=zeros, cache_seqlens=zeros[0] + 16, causal=True, ver=3
+        )
+    except Exception as error:
+        print(f"no FA3: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        return None
+    found: Callable[..., Any] = flash_attn_with_kvcache
+    return found
+
+
+def bench_copy(clock: Clock, report: Report) -> None:
+    """What this GPU copies: the line that floors are drawn at."""
+    with report.guard("copy"):
+        source = torch.randn(COPY_BYTES // 4, device="cuda")
+        target = torch.empty_like(source)
+        # copy_ would be a memcpy node in a graph, which is slower than a kernel.
+        timing = clock.gpu(lambda: torch.add(source, 1.0, out=target))
+        report.add("copy", "copy", "2 GiB", timing, 2 * COPY_BYTES)
+
+
+def arena_pages(sections: list[str]) -> int:
+    """Pages that the sections need; 1 MiB of K and 1 MiB of V each."""
+    needs = {"decode": decode_case.ARENA_PAGES, "pass": passes.ARENA_PAGES}
+    return max(needs.get(section, SMALL_ARENA_PAGES) for section in sections)
+
+
+def main() -> None:
+    """Run the sections, each on its own; exit with 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default=",".join(SECTIONS))
+    parser.add_argument("--out", type=Path, default=Path("bench/results/kernels.jsonl"))
+    parser.add_argument("--quick", action="store_true", help="few cases and replays")
+    parser.add_argument("--tune", action="store_true", help="sweep decode instead")
+    parser.add_argument("--tune-seconds", type=float, default=TUNE_SECONDS)
+    args = parser.parse_args()
+    sections = args.only.split(",")
+    if unknown := set(sections) - set(SECTIONS):
+        parser.error(f"--only knows {', '.join(SECTIONS)}, not {', '.join(unknown)}")
+    if not torch.cuda.is_available():
+        parser.error("no GPU: nothing can be measured here")
+
+    shape = Shape()
+    pages = arena_pages(["decode"] if args.tune else sections)
+    settings = {**vars(args), "out": args.out.name, "pages": pages}
+    common = {**environment(), "args": settings, "shape": shape._asdict()}
+    report = Report(args.out, common)
+    clock = Clock("cuda", QUICK_REPLAYS if args.quick else REPLAYS)
+    print(f"{common['gpu']}, commit {common['commit']}, {pages} pages", flush=True)
+    bench_copy(clock, report)
+    started = time.monotonic()
+    torch.manual_seed(0)
+    arena = make_arena(pages, shape, "cuda")
+    base = (arena, shape, clock, report, args.quick)
+    work: dict[str, Callable[[], None]]
+    if args.tune:
+        work = {"tune": lambda: decode_tune.tune_decode(*base, args.tune_seconds)}
+    else:
+        fa3 = import_fa3() if {"decode", "prefill"} & set(sections) else None
+        every: dict[str, Callable[[], None]] = {
+            "decode": lambda: decode.bench_decode(*base, fa3),
+            "append": lambda: append.bench_append(*base),
+            "pass": lambda: passes.bench_pass(*base),
+            "prefill": lambda: prefill.bench_prefill(*base, fa3),
+        }
+        work = {section: every[section] for section in sections}
+    for name, run in work.items():
+        begin = time.monotonic()
+        with report.guard(name):
+            run()
+        print(f"== {name}: {time.monotonic() - begin:.0f} s", flush=True)
+    report.print_table()
+    print(f"{time.monotonic() - started:.0f} s in all", flush=True)
+    raise SystemExit(1 if report.errors else 0)
+
+
+if __name__ == "__main__":
+    main()

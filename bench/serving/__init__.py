@@ -1,0 +1,14 @@
+"""Loads served by stock SGLang and with --kv-compress, in one table.
+
+``python -m bench.serving``; ``python -m bench.serving.plot`` draws what it recorded,
+and ``python -m bench.serving.passkey`` asks which rates still find a key.
+
+* `loads`: what is served, and what is aimed at
+* `args`, `plan`: which engines serve which loads, before which deadline
+* `session`: starts engines, serves, checks, records
+* `child`, `engine`: an engine in a process of its own, from outside and inside
+* `log`: figures that SGLang logs
+* `report`: medians, ratios to stock, the table
+* `plot`, `plot_data`: figures against the rate
+* `passkey`, `passkey_prompts`: a key hidden in a long prompt
+"""
