@@ -1,6 +1,6 @@
 """Quality under compression, measured through the served engine.
 
-``python -m bench.quality run|heads|report|plot|list``. In the order of a run:
+``python -m bench.quality run|heads|report|plot|archive|list``. In the order of a run:
 
 * `tasks`: samples, deterministic from task, length, seed and index
 * `systems`: what is compared: engine keywords and the options of a request
@@ -9,6 +9,7 @@
 * `asking`: one batch through ``sglang.Engine``; `forced` dictates tokens to it
 * `metrics`: an answer's score in [0, 1]
 * `records`: JSONL files that can be resumed and merged
+* `archive`, `columns`: their samples as one compressed file a campaign
 * `stats`, `report`, `plot`: retention of the full cache's score, with intervals
 * `heads`, `heads_report`: what every layer and head keeps
 * `side_by_side`: several of these runs on one GPU
@@ -51,6 +52,11 @@ repeat them until they exit with 0 (3: samples are left).
 
        python -m bench.quality report $R/quality*.jsonl --out $R/quality.md
        python -m bench.quality plot $R/quality*.jsonl --out docs/plots
+
+   What goes into the repository is archived first: a summary that can be read, and a
+   Parquet file with every sample, which all commands read beside it::
+
+       python -m bench.quality archive bench/results/quality.jsonl
 
 With several GPUs, ``side_by_side --gpus N`` deals its processes out; give others some
 of the tasks and a GPU each (``CUDA_VISIBLE_DEVICES``). Cards decide near-ties in their

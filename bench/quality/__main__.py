@@ -8,10 +8,12 @@
         --samples 20 --out bench/results/quality_heads.jsonl
     python -m bench.quality report bench/results/quality*.jsonl
     python -m bench.quality plot bench/results/quality*.jsonl --out docs/plots
+    python -m bench.quality archive bench/results/quality.jsonl
     python -m bench.quality list
 
 The question is inside the prompt. A run goes on where earlier ones stopped; give the
-most important tasks, rates and systems first.
+most important tasks, rates and systems first. ``archive`` moves the samples of a file
+into a compressed one beside it, which all commands read, too.
 """
 
 from __future__ import annotations
@@ -72,6 +74,8 @@ def parser(preset: Preset | None = None) -> argparse.ArgumentParser:
         one.add_argument("--model", default="", help="default: each")
         target = Path("docs/plots") if name == "plot" else None
         one.add_argument("--out", type=Path, default=target)
+    store = commands.add_parser("archive", help="samples out of the text")
+    store.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl")
     commands.add_parser("list", help="tasks by group, and presets")
     return top
 
@@ -262,6 +266,14 @@ def plot(args: argparse.Namespace) -> None:
         print(f"\n{heads_report.markdown(kept)}")
 
 
+def move(args: argparse.Namespace) -> None:
+    """Move samples out of the files."""
+    from bench.quality.archive import archive
+
+    for path in args.files:
+        print(f"{path}: {archive(path)} lines with samples moved")
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     args = parse(words)
@@ -272,6 +284,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise SystemExit(f"bench.quality: {error}") from None
     if args.command == "list":
         show_list()
+    elif args.command == "archive":
+        move(args)
     elif args.command == "report":
         report(args)
     else:

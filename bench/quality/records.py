@@ -2,7 +2,8 @@
 
 A cell is a model, a system, a setting, a task, a length and a seed. Later lines add
 samples to earlier ones or replace them, so files of several visits to a machine are
-one table, and a run that was stopped goes on where it stopped.
+one table, and a run that was stopped goes on where it stopped. Lines that `archive` has
+moved into the Parquet file beside a JSONL file are read before that file's own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.common.record import read_lines
+from bench.quality import columns
 
 ANSWER_CHARS = 60
 """Of a wrong answer, kept to see what went wrong."""
@@ -90,4 +92,10 @@ def merge(records: Iterable[dict[str, Any]]) -> dict[Key, Cell]:
 
 def read(paths: Iterable[Path]) -> dict[Key, Cell]:
     """Cells of files; a file that does not exist has none."""
-    return merge(record for path in paths for record in read_lines(path))
+    return merge(record for path in paths for record in lines_of(path))
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Lines of a JSONL file, archived ones first, or of a Parquet file alone."""
+    lines = columns.read(path.with_suffix(columns.SUFFIX))
+    return lines if path.suffix == columns.SUFFIX else lines + read_lines(path)
