@@ -59,10 +59,17 @@ def test_so_many_at_a_time_and_the_rest_of_the_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The third starts when the first has ended, and is told what is left."""
-    words = "import sys, time; print(sys.argv[1:]); time.sleep({})"
+    words = "import pathlib, sys, time; print(sys.argv[1:]); "
+    # A log is written at the end of its process.
+    third = f"pathlib.Path({str(tmp_path / 'c.log')!r})"
+    wait = f"\nwhile not ({third}.exists() and {third}.stat().st_size): time.sleep(0.1)"
     found = {
-        name: [sys.executable, "-c", words.format(seconds)]
-        for name, seconds in (("a", 0.5), ("b", 1.5), ("c", 0.1))
+        name: [sys.executable, "-c", words + rest]
+        for name, rest in (
+            ("a", "time.sleep(0.5)"),
+            ("b", f"{wait}\ntime.sleep(1)"),
+            ("c", ""),
+        )
     }
     assert run_all(found, tmp_path, 30, at_once=2) == 0
     assert [line[0] for line in capsys.readouterr().out.splitlines()] == ["a", "c", "b"]
