@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_kvc.config.flags import add_cli_arguments
+from sglang_kvc.config.flags import USER_FLAGS, add_cli_arguments
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "guide.md"
@@ -25,7 +25,7 @@ PAGES = sorted(
         *(ROOT / "docs").glob("*.md"),
     ]
 )
-BY_USERS = ("", "-rate", "-budget", "-min-budget", "-chunks")
+BY_USERS = ("", *(f"-{name.replace('_', '-')}" for name in USER_FLAGS))
 BEGIN, END = "<!-- flags: begin -->\n", "<!-- flags: end -->\n"
 
 
