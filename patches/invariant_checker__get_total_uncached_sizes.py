@@ -26,5 +26,5 @@ def hook(original: Any, checker: Any) -> tuple[int, int]:
     """Stock sizes plus what is in no batch or no row."""
     full, swa = original(checker)
     runtime = runtime_of(checker.tree_cache.token_to_kv_pool_allocator)
-    passes = runtime.scheduler if runtime is not None else None
+    passes = runtime.pass_scheduler if runtime is not None else None
     return full + uncounted_tokens(checker, passes), swa

@@ -26,4 +26,4 @@ def hook(result: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     del result, args, kwargs
     runtime = runtime_of(batch.token_to_kv_pool_allocator)
     if runtime is not None:
-        runtime.scheduler.plan_extend(batch)
+        runtime.pass_scheduler.plan_extend(batch)

@@ -25,4 +25,4 @@ def hook(scheduler: Any, running_batch: Any, last_batch: Any) -> None:
     del running_batch, last_batch
     runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
     if runtime is not None:
-        runtime.scheduler.settle_launched(scheduler)
+        runtime.pass_scheduler.settle_launched(scheduler)

@@ -25,4 +25,6 @@ def hook(scheduler: Any, batch: Any, result: Any) -> None:
     del batch
     runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
     if runtime is not None:
-        runtime.scheduler.settle(scheduler, getattr(result, "kv_compress_passes", []))
+        runtime.pass_scheduler.settle(
+            scheduler, getattr(result, "kv_compress_passes", [])
+        )

@@ -53,7 +53,7 @@ class KVCompressRuntime:
         self.state = make_device_state(model_runner, options)
         self.passes = PassRunner(self.state, sm_scale)
         observes = get_scorer(options.metric).observes
-        self.scheduler = PassScheduler(
+        self.pass_scheduler = PassScheduler(
             options,
             self.state.tables.req_to_token.shape[0],
             probes=options.chunk_queries == "prompt" and observes,

@@ -25,7 +25,7 @@ def run_step(runtime: KVCompressRuntime, worker: Any, batch: Any, forward: Any) 
                 run_probe(runtime, worker.model_runner, record)
         runtime.passes.run(plan.passes)
         result.kv_compress_passes = plan.passes
-        runtime.scheduler.launched = plan.passes
+        runtime.pass_scheduler.launched = plan.passes
         # The scheduling stream may go on once the forward has read the request table;
         # a pass reads it later, so make SGLang wait for the whole step instead.
         worker.war_fastpath_runner.war_fastpath_read_done_event = None

@@ -14,8 +14,6 @@ from sglang.srt.mem_cache.memory_pool import KVCache
 from sglang_kvc.errors import UnsupportedModeError
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
 
-GIB = 1 << 30
-
 
 class ArenaKVPool(KVCache):
     """SGLang's KV pool contract over the arena.

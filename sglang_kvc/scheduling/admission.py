@@ -14,6 +14,7 @@ from sglang_kvc.scheduling.course import Course, Way
 from sglang_kvc.scheduling.headroom import Headroom
 from sglang_kvc.scheduling.lengths import NEVER, ceil_page, floor_page
 from sglang_kvc.scheduling.passes import policy_of, state_of
+from sglang_kvc.scheduling.server import Server
 
 
 def add_one(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
@@ -30,7 +31,7 @@ def add_one(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
         # An empty pool has no room. It must not happen, see `course`; if it does, this
         # request ends, and the others do not wait for it. (One that has ended stays in
         # the running batch for a step, without memory, and is still charged.)
-        allocator.get_kvcache().runtime.scheduler.stuck = req
+        _server(adder).pass_scheduler.stuck = req
     return result
 
 
@@ -68,7 +69,7 @@ def preempt(adder: Any, req: Any, call: Callable[[], bool]) -> bool:
         return headroom.preempt(call)
     # SGLang matches the prefix only afterwards; until then the prompt has no length.
     req.init_next_round_input(adder.tree_cache)
-    passes = adder.token_to_kv_pool_allocator.get_kvcache().runtime.scheduler
+    passes = _server(adder).pass_scheduler
     before = len(adder.preempt_list)
     params = req.sampling_params
     asked, params.max_new_tokens = params.max_new_tokens, NEVER
@@ -117,8 +118,7 @@ def _admit(
     need = _missing(req) + clip + PAGE_SIZE
     missing = need + 1 - (headroom.free - headroom.now)
     if missing > 0:
-        allocator = headroom.adder.token_to_kv_pool_allocator
-        headroom.squeeze(missing, allocator.get_kvcache().runtime.scheduler.due_lens)
+        headroom.squeeze(missing, _server(headroom.adder).pass_scheduler.due_lens)
         return schedule_policy.AddReqResult.NO_TOKEN
     return headroom.charged_now(way.later, more, call)
 
@@ -141,8 +141,7 @@ def add_chunked(adder: Any, req: Any, call: Callable[[], Any]) -> Any:
     # Without others nothing more will come: then even a short chunk is progress.
     least = policy.options.window if headroom.running else PAGE_SIZE
     waits = chunk < min(least, _missing(req))
-    runtime = adder.token_to_kv_pool_allocator.get_kvcache().runtime
-    runtime.scheduler.waiting_prompt = req if waits else None
+    _server(adder).pass_scheduler.waiting_prompt = req if waits else None
     if waits:
         # No room, also for others: only one prompt can be unfinished.
         adder.rem_chunk_tokens = 0
@@ -164,8 +163,14 @@ def _has_lists_for_one_more(adder: Any) -> bool:
     )
     if not width:
         return True
-    runtime = adder.token_to_kv_pool_allocator.get_kvcache().runtime
-    return bool((len(adder.can_run_list) + 1) * width <= runtime.page_list_width)
+    most = _server(adder).page_list_width
+    return (len(adder.can_run_list) + 1) * width <= most
+
+
+def _server(adder: Any) -> Server:
+    """The server that an adder of SGLang admits for."""
+    server: Server = adder.token_to_kv_pool_allocator.get_kvcache().runtime
+    return server
 
 
 def _missing(req: Any) -> int:

@@ -19,7 +19,7 @@ CHUNKS_OF_POOL = 8
 AUTO_SHARE = 2
 """``auto`` compresses a prompt between chunks if it needs 1/2 of the pool or more."""
 
-SLACK = 4 * PAGE_SIZE
+CHUNK_SLACK = 4 * PAGE_SIZE
 """Pages that rounding and one decode step may take beside the chunk."""
 
 
@@ -75,7 +75,7 @@ class ChunkRule:
         What it has (the old packed copy; before the first pass the cached prefix that
         it starts from), the new packed copy, a chunk and slack.
         """
-        return max(budget, hit) + budget + chunk + SLACK
+        return max(budget, hit) + budget + chunk + CHUNK_SLACK
 
     def max_hit(self, budget: int, chunk: int) -> int:
         """Longest cached prefix that leaves room for the first chunk and its pass."""

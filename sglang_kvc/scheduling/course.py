@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from sglang_kvc.config.options import PAGE_SIZE
-from sglang_kvc.scheduling.lengths import NEVER, SLACK, ceil_page, floor_page
+from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER, ceil_page, floor_page
 from sglang_kvc.scheduling.policy import RequestPolicy
 
 
@@ -106,7 +106,7 @@ def course(
     else:
         due = policy.first_due(length)
         if due < NEVER:
-            most = due + policy.budget(due) + SLACK + PAGE_SIZE
+            most = due + policy.budget(due) + LATE_PASS_SLACK + PAGE_SIZE
             if most + PAGE_SIZE < policy.pool_tokens:
                 candidates = [Course(Way.LATER, min(length + ahead, most))]
     candidates.append(Course(Way.KEEP, length + ahead))
@@ -145,7 +145,9 @@ def _last_fold(policy: RequestPolicy, start: int) -> tuple[int, int]:
     if start > last:
         return policy.budget(start + PAGE_SIZE), start
     packed = policy.budget(last)
-    return packed, max(start, floor_page(last - policy.growth(packed) - SLACK))
+    return packed, max(
+        start, floor_page(last - policy.growth(packed) - LATE_PASS_SLACK)
+    )
 
 
 def _after_first_pass(
@@ -161,6 +163,6 @@ def _after_first_pass(
     if length > last:
         return held, 0
     packed = policy.budget(min(end, last))
-    passing = packed + policy.growth(packed) + SLACK
+    passing = packed + policy.growth(packed) + LATE_PASS_SLACK
     later = max(held, passing)
     return later, max(passing + policy.budget(length) - later, 0)

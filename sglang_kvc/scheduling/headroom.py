@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_kvc.scheduling.lengths import NEVER, SLACK, ceil_page
+from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER, ceil_page
 from sglang_kvc.scheduling.passes import policy_of, state_of
 from sglang_kvc.scheduling.policy import RequestPolicy
 
@@ -42,7 +42,7 @@ def growth_bound(req: Any, stock: float) -> float:
     due = state.next_due(length)
     if due == NEVER:
         return stock
-    bound = due + SLACK - length
+    bound = due + LATE_PASS_SLACK - length
     if state.fold:
         bound += _budget_growth(policy, length, int(stock))
     return min(ceil_page(left), bound)

@@ -7,7 +7,7 @@ from sglang_kvc.config.options import PAGE_SIZE
 NEVER = 1 << 62
 """A logical length that no request reaches."""
 
-SLACK = 2 * PAGE_SIZE
+LATE_PASS_SLACK = 2 * PAGE_SIZE
 """A pass is planned one step late at most twice (overlap, page boundary)."""
 
 

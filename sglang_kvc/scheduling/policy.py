@@ -12,7 +12,7 @@ from functools import cached_property
 from sglang_kvc.config.options import PAGE_SIZE, KVCompressOptions
 from sglang_kvc.requests.request_options import RequestOptions, resolve_budget
 from sglang_kvc.scheduling.chunking import ChunkRule
-from sglang_kvc.scheduling.lengths import NEVER, SLACK, ceil_page, floor_page
+from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER, ceil_page, floor_page
 
 PASS_SHARE = 64
 """A pass gives back at least this part of what it copies (1/64), and then only runs."""
@@ -86,7 +86,10 @@ class RequestPolicy:
 
         def full(length: int) -> bool:
             budget = self.budget(length)
-            return 2 * budget + self.growth(budget) + 2 * SLACK >= self.pool_tokens
+            return (
+                2 * budget + self.growth(budget) + 2 * LATE_PASS_SLACK
+                >= self.pool_tokens
+            )
 
         return _first(full, LONGEST) - 1 if full(LONGEST) else NEVER
 

@@ -57,7 +57,7 @@ def after_admission(scheduler: Any, server: Server) -> None:
     SGLang forgets the requests that it has preempted if the one that they made room for
     is not admitted all the same.
     """
-    passes = server.scheduler
+    passes = server.pass_scheduler
     waiting = {id(req) for req in scheduler.waiting_queue}
     preempted, passes.preempted = passes.preempted, []
     for req in preempted:

@@ -15,11 +15,11 @@ class Server(Protocol):
     Attributes
     ----------
     chunk_rule : when prompts are compressed between chunks, and the size of the pool.
-    scheduler : passes, and what a round of admission leaves behind.
+    pass_scheduler : passes, and what a round of admission leaves behind.
     """
 
     chunk_rule: ChunkRule
-    scheduler: PassScheduler
+    pass_scheduler: PassScheduler
 
     @property
     def options(self) -> KVCompressOptions:

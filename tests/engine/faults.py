@@ -245,7 +245,7 @@ def a_pass_that_cannot_help(server: InProcessScheduler) -> Facts:
 def aborted_between_two_chunks(server: InProcessScheduler) -> Facts:
     """C5."""
     server.set_chunk(64, "never")
-    passes = server.allocator.get_kvcache().runtime.scheduler
+    passes = server.allocator.get_kvcache().runtime.pass_scheduler
     pending: list[int] = []
     server.on_poll = lambda now: pending.append(passes.pending_prompt_tokens)
     requests = [

@@ -139,7 +139,7 @@ def apply(server: InProcessScheduler, setting: Setting) -> None:
     stock.TEST_RETRACT, stock.TEST_RETRACT_INTERVAL = setting.retract, 7
     runtime = server.allocator.get_kvcache().runtime
     options = dataclasses.replace(runtime.options, interval=setting.interval)
-    runtime.state.options = runtime.scheduler.options = options
+    runtime.state.options = runtime.pass_scheduler.options = options
 
 
 def serve(

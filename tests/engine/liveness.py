@@ -61,7 +61,7 @@ def dump(scheduler: Any) -> str:
     """Who waits, who runs, both sums of admission, free pages; one line each."""
     allocator, tree = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
     running = scheduler.running_batch
-    passes = allocator.get_kvcache().runtime.scheduler
+    passes = allocator.get_kvcache().runtime.pass_scheduler
     lines = [
         f"pool {allocator.size}: free {allocator.available_size()}, evictable "
         f"{tree.evictable_size()}, protected {tree.protected_size()}",

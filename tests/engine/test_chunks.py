@@ -56,7 +56,7 @@ def test_every_chunk_keeps_what_the_oracle_keeps(
     runtime = chunked.allocator.get_kvcache().runtime
     options = dataclasses.replace(runtime.options, **dataclasses.asdict(policy))
     monkeypatch.setattr(runtime.state, "options", options)
-    monkeypatch.setattr(runtime.scheduler, "probes", queries == "prompt")
+    monkeypatch.setattr(runtime.pass_scheduler, "probes", queries == "prompt")
     oracle = Oracle(model_path, options)
     length = 3 * CHUNK + rest
     ids = prompt(model_path, 500, length)

@@ -20,7 +20,7 @@ class SettleProbe:
 
     def __init__(self, scheduler: InProcessScheduler) -> None:
         self.allocator = scheduler.allocator
-        self.passes = scheduler.allocator.get_kvcache().runtime.scheduler
+        self.passes = scheduler.allocator.get_kvcache().runtime.pass_scheduler
         self.seen: list[tuple[Any, int]] = []
         self.original = self.passes.settle
 

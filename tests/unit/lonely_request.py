@@ -87,7 +87,7 @@ class Server:
         self.runtime = SimpleNamespace(
             options=case.options(),
             chunk_rule=case.rule(),
-            scheduler=scheduler,
+            pass_scheduler=scheduler,
             page_list_width=-(-case.context // PAGE),
         )
         pool = SimpleNamespace(runtime=self.runtime)

@@ -33,7 +33,7 @@ class Adder:
         self.running_batch = SimpleNamespace(reqs=running)
         self.due_lens = np.full(257, NEVER, dtype=np.int64)
         self.passes = SimpleNamespace(due_lens=self.due_lens, preempted=[], stuck=None)
-        runtime = SimpleNamespace(scheduler=self.passes)
+        runtime = SimpleNamespace(pass_scheduler=self.passes)
         pool = SimpleNamespace(runtime=runtime)
         self.token_to_kv_pool_allocator = SimpleNamespace(
             get_kvcache=lambda: pool, size=POOL
