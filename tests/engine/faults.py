@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
-
 from tests.engine.inprocess import (
     InProcessScheduler,
     Output,
@@ -293,9 +291,7 @@ def full_pool_beside_a_started_prompt(server: InProcessScheduler) -> Facts:
     try:
         return facts(server.serve(requests))
     finally:
-        os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
-
-
+        
 def run(name: str, server: InProcessScheduler, audit: PageAudit) -> Facts:
     """One scenario from the same start; a failure is a fact, too."""
     server.set_overlap(True)

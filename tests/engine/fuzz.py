@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import random
 import sys
 import tempfile
@@ -19,8 +18,6 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
 
 from tests.engine.inprocess import (
     InProcessScheduler,
