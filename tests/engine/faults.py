@@ -24,7 +24,7 @@ from tests.engine.inprocess import (
     Request,
     make_server_args,
 )
-from tests.engine.stress import POOL, PageAudit
+from tests.engine.stress import POOL, STRICT, PageAudit
 from tests.engine.tiny_model import VOCAB, write_tiny_model
 
 CHUNK = 512
@@ -283,7 +283,7 @@ def full_pool_beside_a_started_prompt(server: InProcessScheduler) -> Facts:
             allocator.free_segment(held.pop(), start_pos=0)
 
     server.on_poll = squeeze
-    os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "0"
+    os.environ[STRICT] = "0"
     requests = [
         Request("runs", ids(40, 1), 150, {"enabled": False}),
         Request("long", ids(1500, 2), 8, {"budget": 64}, 4),
@@ -291,7 +291,9 @@ def full_pool_beside_a_started_prompt(server: InProcessScheduler) -> Facts:
     try:
         return facts(server.serve(requests))
     finally:
-        
+        os.environ[STRICT] = "1"
+
+
 def run(name: str, server: InProcessScheduler, audit: PageAudit) -> Facts:
     """One scenario from the same start; a failure is a fact, too."""
     server.set_overlap(True)
@@ -309,6 +311,7 @@ def run(name: str, server: InProcessScheduler, audit: PageAudit) -> Facts:
 
 def main(target: str, only: list[str]) -> None:
     """Run the scenarios; one that breaks the scheduler is the last of its process."""
+    os.environ[STRICT] = "1"
     report: dict[str, Facts] = {}
     with tempfile.TemporaryDirectory() as folder:
         args = make_server_args(

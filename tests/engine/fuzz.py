@@ -25,7 +25,7 @@ from tests.engine.inprocess import (
     Request,
     make_server_args,
 )
-from tests.engine.stress import POOL, PageAudit
+from tests.engine.stress import POOL, STRICT, PageAudit
 from tests.engine.tiny_model import VOCAB, write_tiny_model
 
 REQUESTS = 30
@@ -197,6 +197,7 @@ def judge(request: Request, out: Output, counts: dict[str, int]) -> None:
 
 def main() -> None:
     """Serve all seeds in all settings; the report holds counts, or the traceback."""
+    os.environ[STRICT] = "1"
     parser = argparse.ArgumentParser(prog="python -m tests.engine.fuzz")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 2))
