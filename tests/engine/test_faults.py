@@ -7,6 +7,7 @@ unfair. The scenarios are in `faults.py`; those of single functions in tests/uni
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Facts]:
             text=True,
             cwd=Path(__file__).parents[2],
             timeout=600,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,
         )
         new = json.loads(target.read_text()) if target.exists() else {}

@@ -1,8 +1,9 @@
-"""A slice of `fuzz`: two seeds in every setting; forty were served once."""
+"""A slice of `fuzz`: one seed in every setting; forty were served once."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from tests.engine.fuzz import REQUESTS, SETTINGS
 
-SEEDS = 2
+SEEDS = 1
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         text=True,
         cwd=Path(__file__).parents[2],
         timeout=900,
+        # Threads of small CPU ops wait for each other on a busy machine.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert target.exists(), run.stderr[-4000:]
@@ -47,12 +50,12 @@ def test_the_loads_did_what_they_are_for(report: dict[str, Any]) -> None:
         key: sum(counts[key] for counts in report.values())
         for key in next(iter(report.values()))
     }
-    assert total["passes"] > 500
-    assert total["chunk_passes"] > 200
-    assert total["deferred_passes"] > 20
-    assert total["retractions"] > 50
+    assert total["passes"] > 300
+    assert total["chunk_passes"] > 100
+    assert total["deferred_passes"] > 10
+    assert total["retractions"] > 30
     assert total["refused"] > 50
-    assert total["aborted"] > 20
+    assert total["aborted"] > 10
     for name in ("never", "unchunked", "priority never"):
         assert report[name]["chunk_passes"] == 0
     for name in ("retract", "pause", "all at once"):
