@@ -35,7 +35,7 @@ def free_port() -> int:
 def start(port: int, server_code: str) -> subprocess.Popen[str]:
     """Run the front end with SGLang replaced by ``server_code``."""
     front = (
-        "import sys; from sglang_kvc import serve\n"
+        "import sys; from sglang_kvc.tools import serve\n"
         f"command = [sys.executable, '-c', {server_code!r}, '{port}']\n"
         "serve.server_command = lambda *_: command\n"
         f"sys.exit(serve.main(['--model', '.', '--port', '{port}']))"
