@@ -12,7 +12,7 @@ CPU_REQUESTS = 8
 
 def start(system: System, model: str, extra: dict[str, Any]) -> Any:
     """An engine; `extra` are keywords that win."""
-    from sglang_kvc import serve
+    from sglang_kvc.tools import serve
 
     gpu = serve.has_gpu()
     serve.set_defaults(os.environ, gpu, True)

@@ -79,7 +79,7 @@ def dense(pool, table, q, layer, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["FlashAttention3Prefill", "FlashInferPrefill"])
 def test_gpu_backends_read_the_arena_view(name: str) -> None:
     """Within twice the error of the same maths in torch at bf16."""
-    from sglang_kvc import prefill
+    from sglang_kvc.attention import prefill
 
     pool, table, batch, q, layer = make_batch("cuda", torch.bfloat16)
     backend = getattr(prefill, name)(pool, table)
