@@ -45,10 +45,9 @@ def _add_one(
     # Without a prefix cache SGLang simulates requests that ignore EOS to their end, as
     # if they kept every token.
     try:
-        if way.way in (Way.KEEP, Way.LATER):
-            clip = way.step - len(req.full_untruncated_fill_ids)
-            return _with_clip(clip, call)
         clip = _clip(req, way)
+        if way.way in (Way.KEEP, Way.LATER):
+            return _with_clip(clip, call)
         if not way.chunk:
             return _admit(headroom, way, req, clip, partial(_with_clip, clip, call))
         left = adder.rem_chunk_tokens
