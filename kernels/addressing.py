@@ -35,7 +35,7 @@ def head_rows_ref(
     slot: int,
     fold_len: int,
     end: int,
-    heads_per_page: int,
+    *,
     first_head: int = 0,
     num_heads: int | None = None,
 ) -> HeadRows:
@@ -47,9 +47,9 @@ def head_rows_ref(
     slot : row of the request in every table.
     fold_len : logical tokens held as packed blocks.
     end : logical positions [fold_len, end) are the tail.
-    heads_per_page : L * H.
     first_head, num_heads : range of lh = layer * H + head; all heads by default.
     """
+    heads_per_page = tables.heads_per_page
     heads = heads_per_page if num_heads is None else num_heads
     device = tables.block_offsets.device
     offsets = tables.block_offsets[slot, first_head : first_head + heads + 1].long()

@@ -21,14 +21,15 @@ from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
 
 
 def append_kv_ref(
+    arena: Arena,
     k: torch.Tensor,
     v: torch.Tensor,
     q: torch.Tensor,
-    arena: Arena,
-    layer: int,
     out_cache_loc: torch.Tensor,
     query_ring: torch.Tensor,
     ring_index: torch.Tensor,
+    *,
+    layer: int,
 ) -> None:
     """Plain torch form of `append_kv`."""
     page, offset = out_cache_loc // PAGE_SIZE, out_cache_loc % PAGE_SIZE
@@ -134,14 +135,15 @@ def _append_kernel(
 
 
 def append_kv_triton(
+    arena: Arena,
     k: torch.Tensor,
     v: torch.Tensor,
     q: torch.Tensor,
-    arena: Arena,
-    layer: int,
     out_cache_loc: torch.Tensor,
     query_ring: torch.Tensor,
     ring_index: torch.Tensor,
+    *,
+    layer: int,
 ) -> None:
     """Triton form of `append_kv`; one compilation serves all layers."""
     num_tokens, num_kv_heads, head_dim = k.shape
@@ -178,28 +180,29 @@ def append_kv_triton(
 
 
 def append_kv(
+    arena: Arena,
     k: torch.Tensor,
     v: torch.Tensor,
     q: torch.Tensor,
-    arena: Arena,
-    layer: int,
     out_cache_loc: torch.Tensor,
     query_ring: torch.Tensor,
     ring_index: torch.Tensor,
+    *,
+    layer: int,
 ) -> None:
     """Store one layer's K and V of N tokens, zero their scores, record their queries.
 
     Parameters
     ----------
+    arena : written in place.
     k, v : [N, H, D], last dimension contiguous, cast to the arena's dtype.
     q : [N, Hq, D], last dimension contiguous, after RoPE.
-    arena : written in place.
-    layer : which layer of the arena and the ring.
     out_cache_loc : [N] int64 token ids. Equal ids (the padding rows of a decode graph)
         leave one of the rows.
     query_ring : [slots, L, w, Hq, D], contiguous, written in place.
     ring_index : [N] int64, slot * w + p % w, or -1 to record nothing. The indices that
         are not -1 must differ.
+    layer : which layer of the arena and the ring.
     """
     op = append_kv_triton if use_triton(k) else append_kv_ref
-    op(k, v, q, arena, layer, out_cache_loc, query_ring, ring_index)
+    op(arena, k, v, q, out_cache_loc, query_ring, ring_index, layer=layer)

@@ -84,9 +84,9 @@ def plan_decode(
     tables: BlockTables,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_layers: int,
-    num_kv_heads: int,
     workspace: DecodeWorkspace,
+    *,
+    num_kv_heads: int,
 ) -> None:
     """Split the work of this step's `decode_attention` calls, for all layers.
 
@@ -97,20 +97,23 @@ def plan_decode(
     ----------
     tables : only read.
     slots, seq_lens : [B] int32 or int64, the ones `decode_attention` will be given.
-    num_layers, num_kv_heads : L and H of the arena.
     workspace : from `make_decode_workspace`, for at least these B, L and H.
+    num_kv_heads : H.
     """
     if use_triton(slots):
-        plan_decode_triton(tables, slots, seq_lens, num_layers, num_kv_heads, workspace)
+        plan_decode_triton(
+            tables, slots, seq_lens, workspace, num_kv_heads=num_kv_heads
+        )
 
 
 def decode_attention_ref(
-    q: torch.Tensor,
     arena: Arena,
-    layer: int,
     tables: BlockTables,
+    q: torch.Tensor,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
+    *,
+    layer: int,
     sm_scale: float,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
@@ -124,7 +127,7 @@ def decode_attention_ref(
         k, v, loc, ring = new_tokens
         window = ring.shape[2]
         ring_index = slots.long() * window + (seq_lens.long() - 1) % window
-        append_kv_ref(k, v, q, arena, layer, loc, ring, ring_index)
+        append_kv_ref(arena, k, v, q, loc, ring, ring_index, layer=layer)
     dtype = torch.float32 if upcast else q.dtype
     heads, head_dim = arena.num_kv_heads, arena.head_dim
     keys, values = arena.k.view(-1, head_dim), arena.v.view(-1, head_dim)
@@ -136,9 +139,8 @@ def decode_attention_ref(
             slot,
             fold_len,
             seq_len,
-            arena.heads_per_page,
-            layer * heads,
-            heads,
+            first_head=layer * heads,
+            num_heads=heads,
         )
         k, v = keys[rows].to(dtype), values[rows].to(dtype)
         query = q[b].view(heads, -1, head_dim).to(dtype)
@@ -155,12 +157,13 @@ def decode_attention_ref(
 
 
 def decode_attention_triton(
-    q: torch.Tensor,
     arena: Arena,
-    layer: int,
     tables: BlockTables,
+    q: torch.Tensor,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
+    *,
+    layer: int,
     sm_scale: float,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
@@ -177,9 +180,17 @@ def decode_attention_triton(
     programs = num_programs(config, q.device)
     if workspace is None:
         workspace = make_decode_workspace(
-            batch, num_qo_heads, head_dim, q.device, heads, layers, config
+            batch,
+            num_qo_heads,
+            head_dim,
+            q.device,
+            num_kv_heads=heads,
+            num_layers=layers,
+            config=config,
         )
-        plan_decode_triton(tables, slots, seq_lens, layers, heads, workspace, config)
+        plan_decode_triton(
+            tables, slots, seq_lens, workspace, num_kv_heads=heads, config=config
+        )
     check_workspace(workspace, batch, layers, heads)
     check_programs(workspace, programs)
     if workspace.partial_out.shape[1:] != (group, head_dim):
@@ -191,31 +202,23 @@ def decode_attention_triton(
     padded_dim = triton.next_power_of_2(head_dim)
     tile_bytes = 2 * config.tile * padded_dim * q.element_size()
     num_stages = min(config.num_stages, 2 + 2 * (_TILE_BYTES // tile_bytes))
-    k, v, loc, ring = new_tokens or (None, None, None, None)
-    strides = [0 if x is None else x.stride(i) for x in (k, v) for i in (0, 1)]
-    rings = [part.shape[2] for part in (query_lse, ring) if part is not None] or [1]
+    strides = [0] * 4
+    rings = [] if query_lse is None else [query_lse.shape[2]]
+    if new_tokens is not None:
+        strides = [x.stride(i) for x in new_tokens[:2] for i in (0, 1)]
+        rings.append(new_tokens.query_ring.shape[2])
+    rings = rings or [1]
     if rings[0] != rings[-1]:
         raise ValueError(f"query_lse and query_ring have {rings} rows a layer")
     decode_tiles_kernel[(programs,)](
-        q,
-        arena.k,
-        arena.v,
+        arena,
         tables.req_to_token,
         tables.packed_pages,
-        workspace.cu_tiles,
-        workspace.shares,
-        workspace.records,
-        workspace.partial_out,
-        workspace.partial_max,
-        workspace.partial_mass,
-        workspace.arrivals,
-        out,
+        workspace,
+        q,
+        new_tokens,
         query_lse,
-        k,
-        v,
-        loc,
-        arena.score,
-        ring,
+        out,
         q.stride(0),
         q.stride(1),
         *strides,
@@ -247,12 +250,13 @@ def decode_attention_triton(
 
 
 def decode_attention(
-    q: torch.Tensor,
     arena: Arena,
-    layer: int,
     tables: BlockTables,
+    q: torch.Tensor,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
+    *,
+    layer: int,
     sm_scale: float,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
@@ -263,11 +267,11 @@ def decode_attention(
 
     Parameters
     ----------
-    q : [B, Hq, D], last dimension contiguous; the arena's dtype.
     arena, tables : only read, but for the cells of `new_tokens` in the arena.
-    layer : which layer of the arena.
+    q : [B, Hq, D], last dimension contiguous; the arena's dtype.
     slots : [B] int32 or int64. Padding rows have slot 0 and sequence length 1.
     seq_lens : [B] int32 or int64, logical tokens, the current one included.
+    layer : which layer of the arena.
     sm_scale : factor on the logits, usually D ** -0.5.
     out : [B, Hq, D], last dimension contiguous; allocated like q by default.
     workspace : from `make_decode_workspace`; `plan_decode` must have filled it for the
@@ -279,6 +283,17 @@ def decode_attention(
     -------
     torch.Tensor : `out`, in q's dtype.
     """
-    args = (q, arena, layer, tables, slots, seq_lens, sm_scale, out, workspace)
     op = decode_attention_triton if use_triton(q) else decode_attention_ref
-    return op(*args, query_lse, new_tokens)
+    return op(
+        arena,
+        tables,
+        q,
+        slots,
+        seq_lens,
+        layer=layer,
+        sm_scale=sm_scale,
+        out=out,
+        workspace=workspace,
+        query_lse=query_lse,
+        new_tokens=new_tokens,
+    )

@@ -21,7 +21,14 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_kvc.kernels.decode_rows import row_extent, row_record
+from sglang_kvc.kernels.decode_rows import (
+    ENTRIES,
+    RECORD,
+    row_extent,
+    row_record,
+    store_record,
+    store_start,
+)
 from sglang_kvc.kernels.decode_schedule import (
     DecodeConfig,
     DecodeWorkspace,
@@ -58,13 +65,14 @@ def plan_decode_ref(
     tables: BlockTables,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_layers: int,
+    *,
     num_kv_heads: int,
     programs: int,
     config: DecodeConfig,
 ) -> DecodePlan:
     """Plain torch form of `plan_decode_triton`."""
     slots, rows = slots.long(), len(slots) * num_kv_heads
+    num_layers = tables.heads_per_page // num_kv_heads
 
     def by_row(values: torch.Tensor) -> torch.Tensor:
         # [B, L * H] -> [L, B * H]: requests, and within a request its heads.
@@ -79,7 +87,7 @@ def plan_decode_ref(
     fields = [slots[:, None] * same, offsets[:, :-1], packed, folds[:, None] * same]
     row_records = torch.stack([by_row(field) for field in [*fields, entries]], -1)
 
-    tiles = (-(-row_records[..., 4] // config.tile)).clamp(min=1)
+    tiles = (-(-row_records[..., ENTRIES.value] // config.tile)).clamp(min=1)
     total = tiles.sum(1)
     shares = (-(-total // programs)).clamp(min=config.min_share)
     if config.max_parts is not None:
@@ -151,7 +159,7 @@ def decode_plan_kernel(
     layer = tl.program_id(0)
     cu = cu_tiles + layer * cu_stride
     own = records + layer * records_stride
-    row_records = own + planned_programs * 8
+    row_records = own + planned_programs * RECORD
     lane = tl.arange(0, CHUNK)
     total = 0
     longest = 0
@@ -162,12 +170,8 @@ def decode_plan_kernel(
         slot, first_block, packed_len, fold_len, n = row_extent(
             row, ok, layer, fold_lens, block_offsets, slots, seq_lens, LH, H, S
         )
-        record = row_records + row * 8
-        tl.store(record, slot.to(tl.int32), mask=ok)
-        tl.store(record + 1, first_block, mask=ok)
-        tl.store(record + 2, packed_len, mask=ok)
-        tl.store(record + 3, fold_len, mask=ok)
-        tl.store(record + 4, n, mask=ok)
+        record = row_records + row * RECORD
+        store_record(record, slot, first_block, packed_len, fold_len, n, ok)
         # Every row has a tile, so that the attention kernel visits and writes it.
         tiles = tl.where(ok, tl.maximum(tl.cdiv(n, TILE), 1), 0)
         tl.store(cu + 1 + row, total + tl.cumsum(tiles, 0), mask=ok)
@@ -207,25 +211,19 @@ def decode_plan_kernel(
         begun = tl.load(cu + middle) <= tile
         low = tl.where(begun, middle, low)
         high = tl.where(begun, high, middle)
-    slot, first_block, packed_len, fold_len, n = row_record(row_records + low * 8)
-    record = own + p * 8
-    tl.store(record, slot.to(tl.int32), mask=is_program)
-    tl.store(record + 1, first_block, mask=is_program)
-    tl.store(record + 2, packed_len, mask=is_program)
-    tl.store(record + 3, fold_len, mask=is_program)
-    tl.store(record + 4, n, mask=is_program)
-    tl.store(record + 5, tl.load(cu + low), mask=is_program)
-    tl.store(record + 6, tl.load(cu + low + 1), mask=is_program)
-    tl.store(record + 7, low, mask=is_program)
+    begin = row_record(row_records + low * RECORD)
+    record = own + p * RECORD
+    store_record(record, *begin, is_program)
+    store_start(record, tl.load(cu + low), tl.load(cu + low + 1), low, is_program)
 
 
 def plan_decode_triton(
     tables: BlockTables,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_layers: int,
-    num_kv_heads: int,
     workspace: DecodeWorkspace,
+    *,
+    num_kv_heads: int,
     config: DecodeConfig | None = None,
 ) -> None:
     """Fill the plan of all layers in one launch.
@@ -234,11 +232,12 @@ def plan_decode_triton(
     ----------
     tables : only read, and of them only the lengths.
     slots, seq_lens : [B] int32 or int64, as in `decode_attention`.
-    num_layers, num_kv_heads : L and H of the arena.
     workspace : from `make_decode_workspace`.
+    num_kv_heads : H.
     config : default of the workspace's head_dim.
     """
     batch, heads = slots.shape[0], num_kv_heads
+    num_layers = tables.heads_per_page // heads
     check_workspace(workspace, batch, num_layers, heads)
     config = config or default_config(workspace.partial_out.shape[-1])
     programs = num_programs(config, slots.device)
@@ -257,7 +256,7 @@ def plan_decode_triton(
         workspace.records.stride(0),
         rows,
         max(rows - 1, 0).bit_length(),
-        LH=num_layers * heads,
+        LH=tables.heads_per_page,
         H=heads,
         S=PAGE_SIZE,
         TILE=config.tile,

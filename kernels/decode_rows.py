@@ -3,6 +3,18 @@
 import triton
 import triton.language as tl
 
+# Cells of a record (`DecodeWorkspace.records`): where a row lies, and in the records of
+# programs also the tiles of the row that the program begins in.
+RECORD = tl.constexpr(8)
+SLOT = tl.constexpr(0)
+FIRST_BLOCK = tl.constexpr(1)
+PACKED_LEN = tl.constexpr(2)
+FOLD_LEN = tl.constexpr(3)
+ENTRIES = tl.constexpr(4)
+FIRST_TILE = tl.constexpr(5)
+END_TILE = tl.constexpr(6)
+ROW = tl.constexpr(7)
+
 
 @triton.jit
 def row_extent(
@@ -33,19 +45,93 @@ def row_extent(
 def row_record(record):
     """What `row_extent` gave for a row, from its record: independent loads."""
     return (
-        tl.load(record).to(tl.int64),
-        tl.load(record + 1),
-        tl.load(record + 2),
-        tl.load(record + 3),
-        tl.load(record + 4),
+        tl.load(record + SLOT).to(tl.int64),
+        tl.load(record + FIRST_BLOCK),
+        tl.load(record + PACKED_LEN),
+        tl.load(record + FOLD_LEN),
+        tl.load(record + ENTRIES),
     )
 
 
 @triton.jit
+def store_record(record, slot, first_block, packed_len, fold_len, n, mask):
+    """Write what `row_record` reads, a record a lane."""
+    tl.store(record + SLOT, slot.to(tl.int32), mask=mask)
+    tl.store(record + FIRST_BLOCK, first_block, mask=mask)
+    tl.store(record + PACKED_LEN, packed_len, mask=mask)
+    tl.store(record + FOLD_LEN, fold_len, mask=mask)
+    tl.store(record + ENTRIES, n, mask=mask)
+
+
+@triton.jit
+def start_record(record):
+    """The row that a program begins in: its first tile, its end tile, its number."""
+    return (
+        tl.load(record + FIRST_TILE),
+        tl.load(record + END_TILE),
+        tl.load(record + ROW),
+    )
+
+
+@triton.jit
+def store_start(record, first_tile, end_tile, row, mask):
+    """Write what `start_record` reads, a record a lane."""
+    tl.store(record + FIRST_TILE, first_tile, mask=mask)
+    tl.store(record + END_TILE, end_tile, mask=mask)
+    tl.store(record + ROW, row, mask=mask)
+
+
+@triton.jit
+def store_row(
+    out_row,
+    out_head_stride,
+    query_lse,
+    ring_head,
+    value,
+    lse,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Write a row's [ROWS, DP] attention output to `out_row`, its [ROWS] log2-sum-exp2,
+    unless query_lse is None, to query_lse[ring_head]. Rows past G are padding.
+    """
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, DP)
+    cell = g[:, None] * out_head_stride + d[None, :]
+    tl.store(out_row + cell, value, mask=(g < G)[:, None] & (d < D)[None, :])
+    if query_lse is not None:
+        tl.store(query_lse + ring_head + g, lse, mask=g < G)
+
+
+@triton.jit
+def store_part(
+    work,
+    part,
+    m,
+    denom,
+    acc,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    GP: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Write a part of a row, as `attend_tiles` gives it, to cell `part` of the
+    `DecodeWorkspace`.
+    """
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    row = part * G + g
+    cell = row[:, None] * D + d[None, :]
+    tl.store(work.partial_max + row, m, mask=g < G)
+    tl.store(work.partial_mass + row, denom, mask=g < G)
+    tl.store(work.partial_out + cell, acc, mask=(g < G)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
 def merge_parts(
-    partial_out,
-    partial_max,
-    partial_mass,
+    work,
     first,
     last,
     G: tl.constexpr,
@@ -54,8 +140,9 @@ def merge_parts(
     DP: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """[GR, DP] attention output of one row and its [GR] log2-sum-exp2, from its parts
-    of programs first .. last; PARTS at a time, in this order whichever program runs it.
+    """[GR, DP] attention output of one row and its [GR] log2-sum-exp2, from the parts
+    that programs first .. last stored; PARTS at a time, in this order whichever program
+    runs it.
     """
     j = tl.arange(0, PARTS)
     g = tl.arange(0, GR)
@@ -71,16 +158,16 @@ def merge_parts(
         cell = part[:, None] * G + g_cell[None, :]
         # .cg: other multiprocessors wrote these, and L1 is not coherent.
         top = tl.load(
-            partial_max + cell,
+            work.partial_max + cell,
             mask=ok[:, None],
             other=float("-inf"),
             cache_modifier=".cg",
         )
         mass = tl.load(
-            partial_mass + cell, mask=ok[:, None], other=0.0, cache_modifier=".cg"
+            work.partial_mass + cell, mask=ok[:, None], other=0.0, cache_modifier=".cg"
         )
         value = tl.load(
-            partial_out + cell[:, :, None] * D + d[None, None, :],
+            work.partial_out + cell[:, :, None] * D + d[None, None, :],
             mask=ok[:, None, None] & (d < D)[None, None, :],
             other=0.0,
             cache_modifier=".cg",

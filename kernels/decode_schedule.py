@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from sglang_kvc.kernels.decode_rows import RECORD
+
 # Multiprocessors of an H100 or H200, assumed where there is no GPU.
 _DEFAULT_SMS = 132
 
@@ -79,10 +81,9 @@ class DecodeWorkspace(NamedTuple):
     cu_tiles : [L, R + 1] int32, the plan: exclusive prefix sum of the rows' tiles, in
         an aligned layer each rounded up to whole shares.
     shares : [L] int32, the plan: tiles a program.
-    records : [L, P + R, 8] int32, the plan: slot, first block, packed entries, fold
-        length, all entries of a row: where it lies, without the tables, whose loads
-        would wait for each other. First of the P rows that programs begin in, with
-        first tile, end tile and row, then of all R rows, the rest unused.
+    records : [L, P + R, RECORD] int32, the plan: where a row lies, without the tables,
+        whose loads would wait for each other; cells as in ``decode_rows``. First of the
+        P rows that programs begin in, then of all R rows, without the tiles.
     partial_out : [2 P, Hq / H, D] fp32, sum of 2 ** (logit - max) V over a part of a
         row, not yet divided by ...
     partial_mass : [2 P, Hq / H] fp32, the sum of 2 ** (logit - max).
@@ -109,6 +110,7 @@ def make_decode_workspace(
     num_qo_heads: int,
     head_dim: int,
     device: torch.device | str,
+    *,
     num_kv_heads: int = 1,
     num_layers: int = 1,
     config: DecodeConfig | None = None,
@@ -133,13 +135,13 @@ def make_decode_workspace(
     ints = {"dtype": torch.int32, "device": device}
     floats = {"dtype": torch.float32, "device": device}
     return DecodeWorkspace(
-        torch.empty(num_layers, rows + 1, **ints),
-        torch.empty(num_layers, **ints),
-        torch.empty(num_layers, programs + rows, 8, **ints),
-        torch.empty(2 * programs, group, head_dim, **floats),
-        torch.empty(2 * programs, group, **floats),
-        torch.empty(2 * programs, group, **floats),
-        torch.zeros(rows, **ints),
+        cu_tiles=torch.empty(num_layers, rows + 1, **ints),
+        shares=torch.empty(num_layers, **ints),
+        records=torch.empty(num_layers, programs + rows, RECORD.value, **ints),
+        partial_out=torch.empty(2 * programs, group, head_dim, **floats),
+        partial_mass=torch.empty(2 * programs, group, **floats),
+        partial_max=torch.empty(2 * programs, group, **floats),
+        arrivals=torch.zeros(rows, **ints),
     )
 
 

@@ -27,60 +27,54 @@ import triton.language as tl
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.key_similarity import TINY
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
-from sglang_kvc.kernels.plan_heads import plan_head, plan_tails_ref
+from sglang_kvc.kernels.plan_heads import head_walk, plan_head, plan_tails_ref
 
 
 def add_distinct_ref(
+    tables: BlockTables,
+    plan: PassPlan,
     scores: torch.Tensor,
     unlike: torch.Tensor | None,
     units: torch.Tensor,
-    plan: PassPlan,
-    tables: BlockTables,
+    *,
     weight: float,
-    num_heads_per_page: int,
 ) -> None:
     """Plain torch form of `add_distinct`; one request at a time."""
-    for tail in plan_tails_ref(tables, plan, num_heads_per_page):
-        new = tail.starts[:, None] + torch.arange(tail.folded, device=scores.device)
-        if not tail.pooled:
-            scores[new] += units[tail.slot]
+    for request, starts, entries in plan_tails_ref(tables, plan):
+        folded = request.fold_new - request.fold_old
+        new = starts[:, None] + torch.arange(folded, device=scores.device)
+        if not request.pool_tail:
+            scores[new] += units[request.slot]
             continue
         assert unlike is not None
         # Padding counts for nothing: it is 0 in both.
-        cells = slice(tail.first, int(tail.starts[-1]) + tail.length)
+        cells = slice(request.entry_base, int(starts[-1]) + request.tail_len)
         worth = weight * scores[cells].sum()
         length = unlike[cells].sum().clamp_min(TINY.value)
-        units[tail.slot] = worth / tail.entries
+        units[request.slot] = worth / entries
         scores[new] += worth / length * unlike[new]
 
 
 @triton.jit
 def sums_kernel(
+    walk,
+    pool_tail,
     scores,
     unlike,
     sums,
-    block_offsets,
-    slots,
-    seq_lens,
-    folds,
-    tail_blocks,
-    pool_tail,
-    entry_base,
     LH: tl.constexpr,
     S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (R * LH): program x sums the scores and the unlikeness of its head.
 
-    Pointers: scores and unlike [num_entries] fp32; sums [2, R * LH] fp32; plan vectors
-    [R] int64.
+    Pointers: walk a `HeadWalk`; pool_tail [R] int64; scores and unlike [num_entries]
+    fp32; sums [2, R * LH] fp32.
     """
     x = tl.program_id(0)
     r = x // LH
     lh = x % LH
-    _, _, _, _, n, _, base = plan_head(
-        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
-    )
+    _, _, _, _, n, _, base = plan_head(walk, r, lh, LH, S)
     reach = tl.where(tl.load(pool_tail + r) != 0, n, 0)
     score = tl.zeros([BLOCK], tl.float32)
     length = tl.zeros([BLOCK], tl.float32)
@@ -94,18 +88,13 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=["weight"])
 def add_kernel(
+    walk,
+    fold_blocks,
+    pool_tail,
     scores,
     unlike,
     units,
     sums,
-    block_offsets,
-    slots,
-    seq_lens,
-    folds,
-    tail_blocks,
-    fold_blocks,
-    pool_tail,
-    entry_base,
     weight,
     LH: tl.constexpr,
     LHP: tl.constexpr,
@@ -113,7 +102,8 @@ def add_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (R * LH, P): program (x, y) adds to blocks y, y + P, ... of the new entries
-    of its head. Pointers as in `sums_kernel`; units [slots] fp32.
+    of its head. Pointers as in `sums_kernel`; fold_blocks [R] int64; units [slots]
+    fp32.
 
     Where a prompt is pooled, every program merges the sums of its request's heads in
     the same order, and one notes the unit; elsewhere neither they nor `unlike` is read.
@@ -121,9 +111,7 @@ def add_kernel(
     x = tl.program_id(0)
     r = x // LH
     lh = x % LH
-    slot, _, _, packed_len, n, _, base = plan_head(
-        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
-    )
+    slot, _, _, packed_len, n, _, base = plan_head(walk, r, lh, LH, S)
     pooled = tl.load(pool_tail + r) != 0
     h = tl.arange(0, LHP)
     inside = (h < LH) & pooled
@@ -134,7 +122,7 @@ def add_kernel(
     scale = worth / tl.maximum(length, TINY)
     unit = tl.load(units + slot, mask=pooled == 0, other=0.0)
     if pooled & (lh == 0) & (tl.program_id(1) == 0):
-        packed = tl.load(block_offsets + slot * (LH + 1) + LH) * S
+        packed = tl.load(walk.block_offsets + slot * (LH + 1) + LH) * S
         tl.store(units + slot, worth / (packed + LH * (n - packed_len)))
 
     first = scores + base + packed_len
@@ -148,66 +136,62 @@ def add_kernel(
 
 
 def add_distinct_triton(
+    tables: BlockTables,
+    plan: PassPlan,
     scores: torch.Tensor,
     unlike: torch.Tensor | None,
     units: torch.Tensor,
-    plan: PassPlan,
-    tables: BlockTables,
+    *,
     weight: float,
-    num_heads_per_page: int,
 ) -> None:
     """Triton form of `add_distinct`; one launch, two where a prompt is pooled."""
-    block, rows = 1024, plan.slots.shape[0] * num_heads_per_page
-    axes = {"LH": num_heads_per_page, "S": PAGE_SIZE, "BLOCK": block, "num_warps": 4}
+    block, heads = 1024, tables.heads_per_page
+    rows = plan.slots.shape[0] * heads
+    axes = {"LH": heads, "S": PAGE_SIZE, "BLOCK": block, "num_warps": 4}
     sums = torch.empty(2 * rows, dtype=torch.float32, device=scores.device)
-    where = (tables.block_offsets, plan.slots, plan.seq_lens, plan.fold_old)
+    walk = head_walk(tables, plan)
     if unlike is not None:
         sums_kernel[(rows,)](
+            walk,
+            plan.pool_tail,
             scores,
             unlike,
             sums,
-            *where,
-            plan.tail_blocks,
-            plan.pool_tail,
-            plan.entry_base,
             **axes,
         )
     add_kernel[(rows, -(-plan.max_blocks * PAGE_SIZE // block))](
+        walk,
+        plan.fold_blocks,
+        plan.pool_tail,
         scores,
         scores if unlike is None else unlike,
         units,
         sums,
-        *where,
-        plan.tail_blocks,
-        plan.fold_blocks,
-        plan.pool_tail,
-        plan.entry_base,
         weight,
-        LHP=triton.next_power_of_2(num_heads_per_page),
+        LHP=triton.next_power_of_2(heads),
         **axes,
     )
 
 
 def add_distinct(
+    tables: BlockTables,
+    plan: PassPlan,
     scores: torch.Tensor,
     unlike: torch.Tensor | None,
     units: torch.Tensor,
-    plan: PassPlan,
-    tables: BlockTables,
+    *,
     weight: float,
-    num_heads_per_page: int,
 ) -> None:
     """Add to the scores of what a pass folds, in place.
 
     Parameters
     ----------
+    tables, plan : as they were when the scores were made; only read.
     scores : [plan.num_entries] fp32 >= 0, pooled; 0 at positions >= seq_len.
     unlike : [plan.num_entries] fp32 from `key_similarity_scores`; may be None where no
         request of the plan is pooled.
     units : [slots] fp32, written for requests that are pooled, read for others.
-    plan, tables : as they were when the scores were made; only read.
     weight : > 0, a unit as a multiple of the mean score.
-    num_heads_per_page : L * H.
 
     Raises
     ------
@@ -216,4 +200,4 @@ def add_distinct(
     if unlike is None and plan.any_pooled:
         raise ValueError("a pass that pools a prompt needs the unlikeness of its keys")
     op = add_distinct_triton if use_triton(scores) else add_distinct_ref
-    op(scores, unlike, units, plan, tables, weight, num_heads_per_page)
+    op(tables, plan, scores, unlike, units, weight=weight)

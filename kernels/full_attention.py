@@ -25,6 +25,7 @@ def full_attention_scores(
     queries: torch.Tensor,
     keys: torch.Tensor,
     first_position: int,
+    *,
     sm_scale: float,
     power: int,
     buffer: int = 10,

@@ -25,12 +25,12 @@ def head_tables_ref(
     tables: BlockTables,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_layers: int,
+    *,
     num_kv_heads: int,
     width: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain torch form of `head_tables`."""
-    heads = num_layers * num_kv_heads
+    heads = tables.heads_per_page
     slots = slots.long()
     offsets = tables.block_offsets[slots].long()
     first, packed = offsets[:, :-1], offsets[:, 1:] - offsets[:, :-1]
@@ -55,7 +55,7 @@ def head_tables_ref(
     blocks = torch.where(is_packed, packed_block, tail_block)
     blocks = torch.where(valid, blocks, 0).int()
     lens = (packed * PAGE_SIZE + tail_len[:, None]).int()
-    split = (num_layers, num_kv_heads)
+    split = (heads // num_kv_heads, num_kv_heads)
     return (
         blocks.unflatten(1, split).transpose(0, 1).contiguous(),
         lens.unflatten(1, split).transpose(0, 1).contiguous(),
@@ -123,17 +123,18 @@ def head_tables_triton(
     tables: BlockTables,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_layers: int,
+    *,
     num_kv_heads: int,
     width: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Triton form of `head_tables`."""
     batch, device = slots.shape[0], slots.device
+    num_layers = tables.heads_per_page // num_kv_heads
     shape = (num_layers, batch, num_kv_heads)
     blocks = torch.empty(*shape, width, dtype=torch.int32, device=device)
     lens = torch.empty(shape, dtype=torch.int32, device=device)
     block = 128
-    head_tables_kernel[(batch, num_layers * num_kv_heads, -(-width // block))](
+    head_tables_kernel[(batch, tables.heads_per_page, -(-width // block))](
         tables.req_to_token,
         tables.fold_lens,
         tables.block_offsets,
@@ -158,7 +159,7 @@ def head_tables(
     tables: BlockTables,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_layers: int,
+    *,
     num_kv_heads: int,
     width: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +169,7 @@ def head_tables(
     ----------
     tables : only read.
     slots, seq_lens : [B] int32 or int64; logical lengths.
-    num_layers, num_kv_heads : L and H.
+    num_kv_heads : H.
     width : blocks of the longest list; at least what any head holds.
 
     Returns
@@ -176,4 +177,4 @@ def head_tables(
     blocks, lens : see the module docstring.
     """
     op = head_tables_triton if use_triton(slots) else head_tables_ref
-    return op(tables, slots, seq_lens, num_layers, num_kv_heads, width)
+    return op(tables, slots, seq_lens, num_kv_heads=num_kv_heads, width=width)

@@ -25,11 +25,12 @@ from sglang_kvc.kernels.addressing import tile_rows
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.plan_heads import (
+    head_pages,
+    head_walk,
     load_rows,
     plan_head,
     plan_heads_ref,
-    programs_per_head,
-    walk_inputs,
+    split_heads,
 )
 
 # Shortest length that is divided by, as in torch.nn.functional.normalize.
@@ -43,7 +44,7 @@ def key_similarity_scores_ref(
     normalize = torch.nn.functional.normalize
     keys = arena.k.view(-1, arena.head_dim)
     scores = torch.zeros(plan.num_entries, dtype=torch.float32, device=arena.k.device)
-    for head in plan_heads_ref(tables, plan, arena.heads_per_page):
+    for head in plan_heads_ref(tables, plan):
         unit = normalize(keys[head.rows].float(), dim=-1)
         anchor = normalize(unit.sum(0), dim=-1)
         scores[head.cells] = (1 - unit @ anchor).clamp_(min=0)
@@ -59,14 +60,7 @@ def _inverse_length(square):
 @triton.jit(do_not_specialize=["first_request"])
 def anchor_kernel(
     arena_k,
-    req_to_token,
-    block_offsets,
-    packed_pages,
-    slots,
-    seq_lens,
-    folds,
-    tail_blocks,
-    entry_base,
+    walk,
     partial,
     token_table_stride,
     page_table_stride,
@@ -80,17 +74,16 @@ def anchor_kernel(
     """Grid (requests * LH, P): program (x, y) sums the normalised keys of tiles y,
     y + P, ... of head x % LH of request first_request + x // LH.
 
-    Pointers: arena and tables as in ``layout``; plan vectors [R] int64; partial
+    Pointers: arena as in ``layout``; walk a `HeadWalk`; partial
     [requests * LH, P, D] fp32: each program writes its own row, 0 if it has no tile.
     """
     x = tl.program_id(0)
     r = first_request + x // LH
     lh = x % LH
-    slot, fold_len, first_block, packed_len, n, _, _ = plan_head(
-        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
+    slot, fold_len, first_block, packed_len, n, _, _ = plan_head(walk, r, lh, LH, S)
+    pages, tail_tokens = head_pages(
+        walk, slot, fold_len, packed_len, token_table_stride, page_table_stride
     )
-    tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
-    pages = packed_pages + slot * page_table_stride
     total = tl.zeros([DP], tl.float32)
 
     for i in range(tl.program_id(1) * TILE, n, tl.num_programs(1) * TILE):
@@ -109,14 +102,7 @@ def anchor_kernel(
 @triton.jit(do_not_specialize=["first_request"])
 def similarity_kernel(
     arena_k,
-    req_to_token,
-    block_offsets,
-    packed_pages,
-    slots,
-    seq_lens,
-    folds,
-    tail_blocks,
-    entry_base,
+    walk,
     partial,
     scores,
     token_table_stride,
@@ -138,10 +124,11 @@ def similarity_kernel(
     r = first_request + x // LH
     lh = x % LH
     slot, fold_len, first_block, packed_len, n, size, first_cell = plan_head(
-        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
+        walk, r, lh, LH, S
     )
-    tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
-    pages = packed_pages + slot * page_table_stride
+    pages, tail_tokens = head_pages(
+        walk, slot, fold_len, packed_len, token_table_stride, page_table_stride
+    )
     d = tl.arange(0, DP)
     part = partial + x.to(tl.int64) * tl.num_programs(1) * D
     anchor = tl.zeros([DP], tl.float32)
@@ -162,11 +149,6 @@ def similarity_kernel(
         tl.store(scores + first_cell + entry, score, mask=entry < size)
 
 
-# Partial sums of a launch, fp32 values: 32 MB.
-_MAX_PARTIAL = 8 << 20
-_MAX_SPLITS = 64
-
-
 def key_similarity_scores_triton(
     arena: Arena, tables: BlockTables, plan: PassPlan
 ) -> torch.Tensor:
@@ -174,24 +156,14 @@ def key_similarity_scores_triton(
     tile = 64
     num_requests, heads = plan.slots.shape[0], arena.heads_per_page
     # Several tiles a program, so that merging costs less than summing.
-    splits = programs_per_head(
-        num_requests * heads, -(-plan.max_blocks * PAGE_SIZE // (8 * tile))
-    )
-    splits = min(splits, _MAX_SPLITS)
-    head_values = splits * arena.head_dim
-    chunk = max(1, min(num_requests, _MAX_PARTIAL // (heads * head_values)))
+    values = arena.head_dim
+    splits, chunk = split_heads(plan, heads, entries=8 * tile, values=values)
     device = arena.k.device
     scores = torch.empty(plan.num_entries, dtype=torch.float32, device=device)
     partial = torch.empty(
-        chunk * heads * head_values, dtype=torch.float32, device=device
+        chunk * heads * splits * values, dtype=torch.float32, device=device
     )
-    inputs = (
-        arena.k,
-        *walk_inputs(tables, plan),
-        plan.tail_blocks,
-        plan.entry_base,
-        partial,
-    )
+    inputs = (arena.k, head_walk(tables, plan), partial)
     axes = {
         "LH": heads,
         "D": arena.head_dim,

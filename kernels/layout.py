@@ -34,6 +34,7 @@ The *log2-sum-exp2* of a query is log2 of the sum of 2 ** (log2(e) * sm_scale * 
 over all entries that it sees: what softmax divides by, on the scale of the kernels.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -75,9 +76,43 @@ class BlockTables(NamedTuple):
     packed_pages: torch.Tensor
 
     @property
+    def heads_per_page(self) -> int:
+        """Head blocks in a page, L * H."""
+        return self.block_offsets.shape[1] - 1
+
+    @property
     def row_strides(self) -> tuple[int, int]:
         """Cells from one slot's row to the next, of tokens and of packed pages."""
         return self.req_to_token.stride(0), self.packed_pages.stride(0)
+
+
+class PlannedRequest(NamedTuple):
+    """What a `PassPlan` says of one request; its vectors in their order, on the host.
+
+    Meanings are those of `PassPlan`; the four flags are 0 or 1.
+    """
+
+    slot: int
+    seq_len: int
+    fold_old: int
+    fold_new: int
+    query_start: int
+    tail_blocks: int
+    fold_blocks: int
+    evict_blocks: int
+    evict_most: int
+    protected: int
+    is_first: int
+    repeated: int
+    pool_tail: int
+    recorded: int
+    entry_base: int
+    keep_base: int
+
+    @property
+    def tail_len(self) -> int:
+        """Entries of the tail of each head; padding is left out."""
+        return self.seq_len - self.fold_old
 
 
 class PassPlan(NamedTuple):
@@ -136,3 +171,9 @@ class PassPlan(NamedTuple):
     """Whether ``recorded`` is 1 for every request, known to the host."""
     any_pooled: bool
     """Whether ``pool_tail`` is 1 for any request, known to the host."""
+
+    def requests(self) -> Iterator[PlannedRequest]:
+        """Request by request, for the references: this waits for the device."""
+        vectors = [field for field in self if isinstance(field, torch.Tensor)]
+        for numbers in torch.stack(vectors, dim=1).tolist():
+            yield PlannedRequest._make(numbers)

@@ -34,47 +34,45 @@ from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.observe_kernels import score_kernel
-from sglang_kvc.kernels.plan_heads import programs_per_head, walk_inputs
+from sglang_kvc.kernels.plan_heads import (
+    head_cells_ref,
+    head_walk,
+    programs_per_head,
+)
 from sglang_kvc.kernels.query_lse import LOG2E, fill_lse
 
 
 def observe_scores_ref(
-    query_ring: torch.Tensor,
-    query_lse: torch.Tensor,
     arena: Arena,
     tables: BlockTables,
     plan: PassPlan,
+    query_ring: torch.Tensor,
+    query_lse: torch.Tensor,
+    *,
     sm_scale: float,
     power: int,
-    window: int,
     value_norms: bool = False,
 ) -> torch.Tensor:
     """Plain torch form of `observe_scores`; loops over requests and layers."""
-    heads, heads_per_page = arena.num_kv_heads, arena.heads_per_page
+    heads, window = arena.num_kv_heads, query_ring.shape[2]
     keys, stored = arena.k.view(-1, arena.head_dim), arena.score.view(-1)
     values = arena.v.view(-1, arena.head_dim)
     scores = torch.zeros(plan.num_entries, dtype=torch.float32, device=arena.k.device)
-    columns = (
-        plan.slots,
-        plan.seq_lens,
-        plan.fold_old,
-        plan.query_start,
-        plan.tail_blocks,
-        plan.is_first,
-        plan.repeated,
-        plan.recorded,
-        plan.entry_base,
-    )
-    requests = zip(*(column.tolist() for column in columns), strict=True)
-    for slot, seq_len, fold, start, tail_blocks, *flags, base in requests:
-        is_first, repeated, recorded = flags
-        positions = range(max(start, seq_len - window, 0), seq_len)
+    for request in plan.requests():
+        slot, seq_len = request.slot, request.seq_len
+        cells = head_cells_ref(tables, request)
+        positions = range(max(request.query_start, seq_len - window, 0), seq_len)
         query_pos = torch.tensor(positions, device=arena.k.device)
         queries = query_ring[slot, :, query_pos % window]
         for layer in range(arena.num_layers):
             first = layer * heads
-            rows, valid, entry_pos, packed = head_rows_ref(
-                tables, slot, fold, seq_len, heads_per_page, first, heads
+            rows, valid, entry_pos, _ = head_rows_ref(
+                tables,
+                slot,
+                request.fold_old,
+                seq_len,
+                first_head=first,
+                num_heads=heads,
             )
             # [H, J * G, D] x [H, D, n]
             query = queries[layer].unflatten(1, (heads, -1))
@@ -86,7 +84,7 @@ def observe_scores_ref(
             hidden = ~valid[:, None] | (entry_pos[:, None] > query_pos[None, :, None])
             s.masked_fill_(hidden[:, :, None], float("-inf"))
             ring_rows = query_pos % window
-            if not recorded:
+            if not request.recorded:
                 lse = s.logsumexp(-1).transpose(0, 1).flatten(1) * LOG2E
                 query_lse[slot, layer, ring_rows] = lse
             lse = query_lse[slot, layer, ring_rows].unflatten(1, (heads, group))
@@ -96,15 +94,14 @@ def observe_scores_ref(
             total = prob.pow_(power).sum((1, 2))
             if value_norms:
                 total *= values[rows].float().norm(dim=-1)
-            if not is_first:
+            if not request.is_first:
                 old = stored[rows]
-                total = torch.maximum(total, old) if repeated else total + old
+                merge = torch.maximum if request.repeated else torch.add
+                total = merge(total, old)
 
-            offsets = tables.block_offsets[slot, first : first + heads].long()
-            lh = torch.arange(first, first + heads, device=offsets.device)
-            head_base = base + PAGE_SIZE * (offsets + lh * tail_blocks)
-            entry = torch.arange(rows.shape[1], device=offsets.device)
-            scores[(head_base[:, None] + entry)[valid]] = total[valid]
+            entry = torch.arange(rows.shape[1], device=rows.device)
+            index = cells[first : first + heads, None] + entry
+            scores[index[valid]] = total[valid]
     return scores
 
 
@@ -124,26 +121,55 @@ class ObserveConfig(NamedTuple):
     score_registers: int | None = None
 
 
-_CONFIG = ObserveConfig(128, 32, 256, 64, 4, 3, 168)
-_WIDE_CONFIG = ObserveConfig(32, 32, 32, 32, 4, 2)
+_CONFIG = ObserveConfig(
+    lse_rows=128,
+    lse_tile=32,
+    score_rows=256,
+    score_tile=64,
+    score_warps=4,
+    score_stages=3,
+    score_registers=168,
+)
+# Queries that are read again for every tile of keys, or that are wide: what the
+# pipeline holds of them must fit in the 99 KiB of an Ada GPU.
+_MANY_CONFIG = _CONFIG._replace(score_rows=128, score_warps=8, score_stages=2)
+_LONG_CONFIG = _MANY_CONFIG._replace(
+    lse_rows=64, score_rows=64, score_tile=32, score_warps=4
+)
+_WIDE_CONFIG = ObserveConfig(
+    lse_rows=32,
+    lse_tile=32,
+    score_rows=32,
+    score_tile=32,
+    score_warps=4,
+    score_stages=2,
+)
+
+
+def _config(rows: int, padded_dim: int, itemsize: int) -> ObserveConfig:
+    """Tiles for `rows` observed queries of a KV head."""
+    if itemsize > 2:
+        # fp32, which only tests use.
+        return _WIDE_CONFIG
+    if padded_dim > 128:
+        return _LONG_CONFIG
+    return _CONFIG if rows <= _CONFIG.score_rows else _MANY_CONFIG
 
 
 def observe_scores_triton(
-    query_ring: torch.Tensor,
-    query_lse: torch.Tensor,
     arena: Arena,
     tables: BlockTables,
     plan: PassPlan,
+    query_ring: torch.Tensor,
+    query_lse: torch.Tensor,
+    *,
     sm_scale: float,
     power: int,
-    window: int,
     value_norms: bool = False,
 ) -> torch.Tensor:
     """Triton form of `observe_scores`."""
     num_requests, heads = plan.slots.shape[0], arena.heads_per_page
-    group = query_ring.shape[3] // arena.num_kv_heads
-    # fp32, which only tests use, needs smaller tiles.
-    config = _CONFIG if arena.k.element_size() <= 2 else _WIDE_CONFIG
+    window, group = query_ring.shape[2], query_ring.shape[3] // arena.num_kv_heads
     row_tile = max(triton.next_power_of_2(window * group), 16)
     sizes = {
         "L": arena.num_layers,
@@ -154,17 +180,18 @@ def observe_scores_triton(
         "DP": triton.next_power_of_2(arena.head_dim),
         "S": PAGE_SIZE,
     }
+    config = _config(row_tile, sizes["DP"], arena.k.element_size())
     if not plan.all_recorded:
         fill_lse(
-            query_ring,
-            query_lse,
             arena,
             tables,
             plan,
-            sm_scale,
-            sizes,
-            config.lse_rows,
-            config.lse_tile,
+            query_ring,
+            query_lse,
+            sm_scale=sm_scale,
+            sizes=sizes,
+            max_rows=config.lse_rows,
+            tile=config.lse_tile,
         )
     scores = torch.empty(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     rows = num_requests * heads
@@ -173,17 +200,13 @@ def observe_scores_triton(
     warps = config.score_warps * (2 if score_rows > 128 else 1)
     three_fit = warps == 4 and sizes["DP"] <= 128
     score_kernel[(rows, programs_per_head(rows, tiles))](
-        query_ring,
-        query_lse,
-        arena.k,
-        arena.v,
-        arena.score,
-        *walk_inputs(tables, plan),
+        *arena,
+        head_walk(tables, plan),
         plan.query_start,
-        plan.tail_blocks,
         plan.is_first,
         plan.repeated,
-        plan.entry_base,
+        query_ring,
+        query_lse,
         scores,
         *tables.row_strides,
         sm_scale * LOG2E,
@@ -200,26 +223,25 @@ def observe_scores_triton(
 
 
 def observe_scores(
-    query_ring: torch.Tensor,
-    query_lse: torch.Tensor,
     arena: Arena,
     tables: BlockTables,
     plan: PassPlan,
+    query_ring: torch.Tensor,
+    query_lse: torch.Tensor,
+    *,
     sm_scale: float,
     power: int,
-    window: int,
     value_norms: bool = False,
 ) -> torch.Tensor:
     """Score every resident KV of the plan's requests, all layers and heads at once.
 
     Parameters
     ----------
+    arena, tables, plan : only read.
     query_ring : [slots, L, w, Hq, D], contiguous, the arena's dtype; only read.
     query_lse : [slots, L, w, Hq] fp32, contiguous; what was not recorded is written.
-    arena, tables, plan : only read.
     sm_scale : factor on the logits, usually D ** -0.5.
     power : 1 or 2.
-    window : w.
     value_norms : weigh new mass by the L2 norm of the value, in fp32.
 
     Returns
@@ -228,12 +250,18 @@ def observe_scores(
 
     Raises
     ------
-    ValueError : `power` is not 1 or 2, or `window` is not the ring's.
+    ValueError : `power` is not 1 or 2.
     """
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power}")
-    if window != query_ring.shape[2]:
-        raise ValueError(f"window must be {query_ring.shape[2]}, got {window}")
     op = observe_scores_triton if use_triton(query_ring) else observe_scores_ref
-    args = (query_ring, query_lse, arena, tables, plan, sm_scale, power, window)
-    return op(*args, value_norms)
+    return op(
+        arena,
+        tables,
+        plan,
+        query_ring,
+        query_lse,
+        sm_scale=sm_scale,
+        power=power,
+        value_norms=value_norms,
+    )

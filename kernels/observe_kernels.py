@@ -15,7 +15,7 @@ from sglang_kvc.kernels.observe_rows import (
     query_rows,
     ring_cell,
 )
-from sglang_kvc.kernels.plan_heads import plan_head
+from sglang_kvc.kernels.plan_heads import head_pages, plan_head
 
 
 @triton.jit
@@ -37,22 +37,15 @@ def _lengths(arena_v, arena_row, valid, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def score_kernel(
-    query_ring,
-    query_lse,
     arena_k,
     arena_v,
     arena_score,
-    req_to_token,
-    block_offsets,
-    packed_pages,
-    slots,
-    seq_lens,
-    folds,
+    walk,
     query_starts,
-    tail_blocks,
     is_first,
     repeated,
-    entry_base,
+    query_ring,
+    query_lse,
     scores,
     token_table_stride,
     page_table_stride,
@@ -72,25 +65,26 @@ def score_kernel(
     """Grid (R * L * H, P): program (x, y) scores key tiles y, y + P, ... of head
     x % (L * H) of request x // (L * H).
 
-    Pointers: ring, lse, arena and tables as in ``layout``; plan vectors [R] int64;
-    scores [num_entries] fp32: each program writes its own tiles, padding entries
-    (positions >= seq_len) as 0. With ROWS >= W * G all queries stay in the program;
-    else they are read again for every tile, ROWS at a time. NORMS: weigh new mass by
-    the length of the value.
+    Pointers: arena, ring and lse as in ``layout``; walk a `HeadWalk`; query_starts,
+    is_first and repeated [R] int64; scores [num_entries] fp32: each program writes its
+    own tiles, padding entries (positions >= seq_len) as 0. With ROWS >= W * G all
+    queries stay in the program; else they are read again for every tile, ROWS at a
+    time. NORMS: weigh new mass by the length of the value.
     """
     LH: tl.constexpr = L * H
     x = tl.program_id(0)
     r = x // LH
     lh = x % LH
     slot, fold_len, first_block, packed_len, n, size, first_cell = plan_head(
-        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
+        walk, r, lh, LH, S
     )
     seq_len = fold_len + n - packed_len
     query_start = tl.load(query_starts + r).to(tl.int32)
     annotated = tl.load(is_first + r) == 0
     again = tl.load(repeated + r) != 0
-    tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
-    pages = packed_pages + slot * page_table_stride
+    pages, tail_tokens = head_pages(
+        walk, slot, fold_len, packed_len, token_table_stride, page_table_stride
+    )
     out = scores + first_cell
     t = tl.arange(0, TILE)
 

@@ -23,14 +23,15 @@ from sglang_kvc.kernels.pack_kernels import (
     pack_kernel,
     publish_kernel,
 )
+from sglang_kvc.kernels.plan_heads import head_cells_ref
 from sglang_kvc.kernels.select import SelectedEntries
 
 
 def pack_entries_ref(
     arena: Arena,
+    plan: PassPlan,
     selected: SelectedEntries,
     dest_pages: torch.Tensor,
-    plan: PassPlan,
 ) -> None:
     """Plain torch form of `pack_entries`."""
     heads_per_page = arena.heads_per_page
@@ -45,42 +46,30 @@ def pack_entries_ref(
 
 
 def commit_tables_ref(
-    tables: BlockTables,
     arena: Arena,
-    selected: SelectedEntries,
+    tables: BlockTables,
     plan: PassPlan,
+    selected: SelectedEntries,
     dest_pages: torch.Tensor,
     scores: torch.Tensor,
 ) -> None:
     """Plain torch form of `commit_tables`."""
     heads_per_page = arena.heads_per_page
-    columns = (
-        plan.slots,
-        plan.seq_lens,
-        plan.fold_old,
-        plan.fold_new,
-        plan.tail_blocks,
-        plan.entry_base,
-        plan.keep_base,
-    )
-    requests = zip(*(column.tolist() for column in columns), strict=True)
-    for r, (slot, seq_len, fold_old, fold_new, tail, base, keep) in enumerate(requests):
+    for request, offsets in zip(plan.requests(), selected.block_offsets, strict=True):
+        slot = request.slot
         # Entries are found through the old tables: annotate first, publish after.
         rows, valid, positions, _ = head_rows_ref(
-            tables, slot, fold_old, seq_len, heads_per_page
+            tables, slot, request.fold_old, request.seq_len
         )
-        annotate = valid & (positions >= fold_new)
-        lh = torch.arange(heads_per_page, device=rows.device)
-        head_base = tables.block_offsets[slot, :heads_per_page].long() + lh * tail
-        index = base + PAGE_SIZE * head_base[:, None]
-        index = index + torch.arange(rows.shape[1], device=rows.device)
+        annotate = valid & (positions >= request.fold_new)
+        entry = torch.arange(rows.shape[1], device=rows.device)
+        index = head_cells_ref(tables, request)[:, None] + entry
         arena.score.view(-1)[rows[annotate]] = scores[index[annotate]]
 
-        offsets = selected.block_offsets[r]
-        first_page = keep // (PAGE_SIZE * heads_per_page)
+        first_page = request.keep_base // (PAGE_SIZE * heads_per_page)
         num_pages = int(offsets[-1]) // heads_per_page
         tables.block_offsets[slot] = offsets
-        tables.fold_lens[slot] = fold_new
+        tables.fold_lens[slot] = request.fold_new
         tables.packed_pages[slot, :num_pages] = dest_pages[
             first_page : first_page + num_pages
         ].to(tables.packed_pages.dtype)
@@ -88,9 +77,9 @@ def commit_tables_ref(
 
 def pack_entries_triton(
     arena: Arena,
+    plan: PassPlan,
     selected: SelectedEntries,
     dest_pages: torch.Tensor,
-    plan: PassPlan,
 ) -> None:
     """Triton form of `pack_entries`."""
     if plan.num_kept == 0:
@@ -114,10 +103,10 @@ def pack_entries_triton(
 
 
 def commit_tables_triton(
-    tables: BlockTables,
     arena: Arena,
-    selected: SelectedEntries,
+    tables: BlockTables,
     plan: PassPlan,
+    selected: SelectedEntries,
     dest_pages: torch.Tensor,
     scores: torch.Tensor,
 ) -> None:
@@ -159,28 +148,28 @@ def commit_tables_triton(
 
 def pack_entries(
     arena: Arena,
+    plan: PassPlan,
     selected: SelectedEntries,
     dest_pages: torch.Tensor,
-    plan: PassPlan,
 ) -> None:
     """Copy the survivors' K, V and score into their packed blocks.
 
     Parameters
     ----------
     arena : written in place, in pages `dest_pages` only.
+    plan : only read.
     selected : from `select_entries`.
     dest_pages : [plan.num_kept // (S * L * H)] int64, page ids that nobody else uses.
-    plan : only read.
     """
     op = pack_entries_triton if use_triton(dest_pages) else pack_entries_ref
-    op(arena, selected, dest_pages, plan)
+    op(arena, plan, selected, dest_pages)
 
 
 def commit_tables(
-    tables: BlockTables,
     arena: Arena,
-    selected: SelectedEntries,
+    tables: BlockTables,
     plan: PassPlan,
+    selected: SelectedEntries,
     dest_pages: torch.Tensor,
     scores: torch.Tensor,
 ) -> None:
@@ -188,12 +177,12 @@ def commit_tables(
 
     Parameters
     ----------
-    tables : ``block_offsets``, ``fold_lens`` and the used part of ``packed_pages`` are
-        overwritten in the rows of the plan's slots.
     arena : ``score`` of the positions fold_new .. seq_len - 1 is set from `scores`;
         positions below fold_new, which may be shared with the prefix tree, are not.
-    selected, plan, dest_pages : as given to `pack_entries`.
+    tables : ``block_offsets``, ``fold_lens`` and the used part of ``packed_pages`` are
+        overwritten in the rows of the plan's slots.
+    plan, selected, dest_pages : as given to `pack_entries`.
     scores : [plan.num_entries] fp32 that `select_entries` chose by.
     """
     op = commit_tables_triton if use_triton(scores) else commit_tables_ref
-    op(tables, arena, selected, plan, dest_pages, scores)
+    op(arena, tables, plan, selected, dest_pages, scores)

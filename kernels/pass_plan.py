@@ -1,19 +1,29 @@
 """Build a `PassPlan` from plain integers: all sizes are known before any GPU work."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from dataclasses import dataclass
 
 import torch
 
-from sglang_kvc.kernels.layout import PAGE_SIZE, PassPlan
+from sglang_kvc.kernels.layout import PAGE_SIZE, PassPlan, PlannedRequest
 
 
-class PassRequest(TypedDict):
-    """One request of an eviction pass; see `PassPlan` for the meaning of the fields.
+@dataclass(frozen=True, kw_only=True)
+class PassRequest:
+    """One request of an eviction pass.
 
-    ``packed_pages`` is the number of pages that hold its packed blocks before the pass
-    (0 if it was never compressed). ``evict_blocks`` is over all heads and must leave
-    whole pages, and so is ``evict_most``, which is no less.
+    Attributes
+    ----------
+    packed_pages : pages that hold its packed blocks before the pass, 0 if it was never
+        compressed.
+    evict_pages : pages' worth of blocks to free, over all heads.
+    evict_most_pages : pages' worth of blocks that could go; no less.
+
+    The other fields are those of `PassPlan`.
+
+    Raises
+    ------
+    ValueError : unaligned or unordered folds, or more goes than there is.
     """
 
     slot: int
@@ -22,48 +32,46 @@ class PassRequest(TypedDict):
     fold_new: int
     query_start: int
     packed_pages: int
-    evict_blocks: int
-    evict_most: int
+    evict_pages: int
+    evict_most_pages: int
     protected: int
     is_first: bool
     repeated: bool
     pool_tail: bool
     recorded: bool
 
+    def __post_init__(self) -> None:
+        if self.fold_old % PAGE_SIZE or self.fold_new % PAGE_SIZE:
+            raise ValueError(
+                f"fold_old and fold_new must be multiples of {PAGE_SIZE}, "
+                f"got {self.fold_old} and {self.fold_new}"
+            )
+        if not 0 <= self.fold_old <= self.fold_new <= self.seq_len:
+            raise ValueError(
+                "expected 0 <= fold_old <= fold_new <= seq_len, got "
+                f"{self.fold_old}, {self.fold_new}, {self.seq_len}"
+            )
+        held = self.packed_pages + self.fold_blocks
+        if not 0 <= self.evict_pages <= self.evict_most_pages <= held:
+            raise ValueError(
+                f"expected 0 <= evict_pages <= evict_most_pages <= {held}, the pages "
+                f"that compete, got {self.evict_pages} and {self.evict_most_pages}"
+            )
 
-def kept_pages(request: PassRequest, heads_per_page: int) -> int:
-    """Pages that hold the request's packed blocks after the pass."""
-    held = request["packed_pages"] * heads_per_page
-    held += (request["fold_new"] - request["fold_old"]) // PAGE_SIZE * heads_per_page
-    return (held - request["evict_blocks"]) // heads_per_page
+    @property
+    def tail_blocks(self) -> int:
+        """Blocks of a head's tail, the partly filled one included."""
+        return -(-(self.seq_len - self.fold_old) // PAGE_SIZE)
 
+    @property
+    def fold_blocks(self) -> int:
+        """Blocks of a head's tail that compete."""
+        return (self.fold_new - self.fold_old) // PAGE_SIZE
 
-def _check(request: PassRequest, heads_per_page: int) -> None:
-    """Raise ValueError if the request cannot be a part of a plan."""
-    fold_old, fold_new = request["fold_old"], request["fold_new"]
-    if fold_old % PAGE_SIZE or fold_new % PAGE_SIZE:
-        raise ValueError(
-            f"fold_old and fold_new must be multiples of {PAGE_SIZE}, "
-            f"got {fold_old} and {fold_new}"
-        )
-    if not 0 <= fold_old <= fold_new <= request["seq_len"]:
-        raise ValueError(
-            "expected 0 <= fold_old <= fold_new <= seq_len, got "
-            f"{fold_old}, {fold_new}, {request['seq_len']}"
-        )
-    held = request["packed_pages"] + (fold_new - fold_old) // PAGE_SIZE
-    evict = request["evict_blocks"]
-    if evict % heads_per_page or not 0 <= evict <= held * heads_per_page:
-        raise ValueError(
-            f"evict_blocks must free whole pages of {heads_per_page} blocks out of "
-            f"{held}, got {evict} blocks"
-        )
-    most = request["evict_most"]
-    if most % heads_per_page or not evict <= most <= held * heads_per_page:
-        raise ValueError(
-            f"evict_most must be whole pages of {heads_per_page} blocks, {evict} "
-            f"blocks or more out of {held} pages, got {most}"
-        )
+    @property
+    def kept_pages(self) -> int:
+        """Pages that hold its packed blocks after the pass."""
+        return self.packed_pages + self.fold_blocks - self.evict_pages
 
 
 def build_plan(
@@ -73,7 +81,7 @@ def build_plan(
 
     Parameters
     ----------
-    requests : at least one; plain Python integers.
+    requests : at least one.
     heads_per_page : L * H.
     device : where the plan's vectors go. One copy of [16, R] int64 (R rounded up to
         even), asynchronous on CUDA: from pinned memory, which the caching host
@@ -81,54 +89,56 @@ def build_plan(
 
     Raises
     ------
-    ValueError : no request, unaligned folds, or a pass that does not free whole pages.
+    ValueError : no request.
     """
     if not requests:
         raise ValueError("a pass plan needs at least one request")
-    columns: list[list[int]] = []
+    planned: list[PlannedRequest] = []
     entry_base = keep_base = max_blocks = 0
     for request in requests:
-        _check(request, heads_per_page)
-        fold_old = request["fold_old"]
-        tail_blocks = -(-(request["seq_len"] - fold_old) // PAGE_SIZE)
-        columns.append(
-            [
-                request["slot"],
-                request["seq_len"],
-                fold_old,
-                request["fold_new"],
-                request["query_start"],
-                tail_blocks,
-                (request["fold_new"] - fold_old) // PAGE_SIZE,
-                request["evict_blocks"],
-                request["evict_most"],
-                request["protected"],
-                int(request["is_first"]),
-                int(request["repeated"]),
-                int(request["pool_tail"]),
-                int(request["recorded"]),
-                entry_base,
-                keep_base,
-            ]
+        planned.append(
+            PlannedRequest(
+                slot=request.slot,
+                seq_len=request.seq_len,
+                fold_old=request.fold_old,
+                fold_new=request.fold_new,
+                query_start=request.query_start,
+                tail_blocks=request.tail_blocks,
+                fold_blocks=request.fold_blocks,
+                evict_blocks=request.evict_pages * heads_per_page,
+                evict_most=request.evict_most_pages * heads_per_page,
+                protected=request.protected,
+                is_first=int(request.is_first),
+                repeated=int(request.repeated),
+                pool_tail=int(request.pool_tail),
+                recorded=int(request.recorded),
+                entry_base=entry_base,
+                keep_base=keep_base,
+            )
         )
         page_entries = PAGE_SIZE * heads_per_page
-        entry_base += page_entries * (request["packed_pages"] + tail_blocks)
-        keep_base += page_entries * kept_pages(request, heads_per_page)
+        entry_base += page_entries * (request.packed_pages + request.tail_blocks)
+        keep_base += page_entries * request.kept_pages
         # A head holds at most the folded tokens themselves, and at most every block.
-        packed = min(request["packed_pages"] * heads_per_page, fold_old // PAGE_SIZE)
-        max_blocks = max(max_blocks, packed + tail_blocks)
+        every_block = request.packed_pages * heads_per_page
+        packed = min(every_block, request.fold_old // PAGE_SIZE)
+        max_blocks = max(max_blocks, packed + request.tail_blocks)
 
     on_cuda = torch.device(device).type == "cuda"
     count = len(requests)
     # An even row length aligns every row to 16 bytes: kernels, which Triton specialises
     # on alignment, compile once for all R.
-    host = torch.zeros(
-        len(columns[0]), count + count % 2, dtype=torch.int64, pin_memory=on_cuda
+    shape = (len(PlannedRequest._fields), count + count % 2)
+    host = torch.zeros(shape, dtype=torch.int64, pin_memory=on_cuda)
+    host[:, :count] = torch.tensor(planned).t()
+    rows = host.to(device, non_blocking=True)[:, :count].unbind(0)
+    # A plan has the vectors of its requests' numbers first, then its totals.
+    vectors = dict(zip(PassPlan._fields, rows, strict=False))
+    return PassPlan(
+        **vectors,
+        num_entries=entry_base,
+        num_kept=keep_base,
+        max_blocks=max_blocks,
+        all_recorded=all(request.recorded for request in requests),
+        any_pooled=any(request.pool_tail for request in requests),
     )
-    host[:, :count] = torch.tensor(columns).t()
-    rows = host.to(device, non_blocking=True).unbind(0)
-    fields = [row[:count] for row in rows]
-    all_recorded = all(request["recorded"] for request in requests)
-    any_pooled = any(request["pool_tail"] for request in requests)
-    totals = [entry_base, keep_base, max_blocks, all_recorded, any_pooled]
-    return PassPlan._make([*fields, *totals])

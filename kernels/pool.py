@@ -31,7 +31,7 @@ import triton.language as tl
 
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
-from sglang_kvc.kernels.plan_heads import plan_head, plan_tails_ref
+from sglang_kvc.kernels.plan_heads import head_walk, plan_head, plan_tails_ref
 
 
 class Pooling(NamedTuple):
@@ -54,45 +54,41 @@ class Pooling(NamedTuple):
         return self.gain * self.decay ** abs(shift) if shift else 1.0
 
 
-def pool_rows_ref(rows: torch.Tensor, pool: Pooling) -> torch.Tensor:
+def pool_rows_ref(rows: torch.Tensor, pooling: Pooling) -> torch.Tensor:
     """Pool each row of `rows` [heads, n], scores >= 0, by itself."""
     n = rows.shape[1]
-    padded = F.pad(rows, (pool.back, pool.ahead))
+    back, ahead = pooling.back, pooling.ahead
+    padded = F.pad(rows, (back, ahead))
     near = (
-        padded[:, pool.back + shift : pool.back + shift + n] * pool.factor(shift)
-        for shift in range(-pool.back, pool.ahead + 1)
+        padded[:, back + shift : back + shift + n] * pooling.factor(shift)
+        for shift in range(-back, ahead + 1)
     )
     return functools.reduce(torch.maximum, near)
 
 
 def pool_scores_ref(
-    scores: torch.Tensor,
-    plan: PassPlan,
     tables: BlockTables,
-    pool: Pooling,
-    num_heads_per_page: int,
+    plan: PassPlan,
+    scores: torch.Tensor,
+    *,
+    pooling: Pooling,
 ) -> torch.Tensor:
     """Plain torch form of `pool_scores`."""
     pooled = scores.clone()
-    for tail in plan_tails_ref(tables, plan, num_heads_per_page):
-        if tail.pooled:
-            entry = torch.arange(tail.length, device=scores.device)
+    for tail in plan_tails_ref(tables, plan):
+        if tail.request.pool_tail:
+            entry = torch.arange(tail.request.tail_len, device=scores.device)
             index = tail.starts[:, None] + entry
-            pooled[index] = pool_rows_ref(scores[index], pool)
+            pooled[index] = pool_rows_ref(scores[index], pooling)
     return pooled
 
 
 @triton.jit
 def pool_kernel(
+    walk,
+    pool_tail,
     scores,
     pooled,
-    block_offsets,
-    slots,
-    seq_lens,
-    folds,
-    tail_blocks,
-    pool_tail,
-    entry_base,
     LH: tl.constexpr,
     S: tl.constexpr,
     BACK: tl.constexpr,
@@ -104,15 +100,13 @@ def pool_kernel(
     """Grid (R * LH, P): program (x, y) writes blocks y, y + P, ... of head x % LH of
     request x // LH: the window maximum of tail entries to be pooled, else a copy.
 
-    Pointers: scores, pooled [num_entries] fp32 >= 0; plan vectors [R] int64. Lanes
-    outside the tail count as 0; each entry is written by one program.
+    Pointers: walk a `HeadWalk`; pool_tail [R] int64; scores, pooled [num_entries] fp32
+    >= 0. Lanes outside the tail count as 0; each entry is written by one program.
     """
     x = tl.program_id(0)
     r = x // LH
     lh = x % LH
-    _, _, _, packed_len, n, size, base = plan_head(
-        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
-    )
+    _, _, _, packed_len, n, size, base = plan_head(walk, r, lh, LH, S)
     reach = tl.where(tl.load(pool_tail + r) != 0, n, 0)
 
     for i in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
@@ -133,32 +127,27 @@ def pool_kernel(
 
 
 def pool_scores_triton(
-    scores: torch.Tensor,
-    plan: PassPlan,
     tables: BlockTables,
-    pool: Pooling,
-    num_heads_per_page: int,
+    plan: PassPlan,
+    scores: torch.Tensor,
+    *,
+    pooling: Pooling,
 ) -> torch.Tensor:
     """Triton form of `pool_scores`."""
     pooled = torch.empty_like(scores)
-    block = 1024
-    rows = plan.slots.shape[0] * num_heads_per_page
+    block, heads = 1024, tables.heads_per_page
+    rows = plan.slots.shape[0] * heads
     pool_kernel[(rows, -(-plan.max_blocks * PAGE_SIZE // block))](
+        head_walk(tables, plan),
+        plan.pool_tail,
         scores,
         pooled,
-        tables.block_offsets,
-        plan.slots,
-        plan.seq_lens,
-        plan.fold_old,
-        plan.tail_blocks,
-        plan.pool_tail,
-        plan.entry_base,
-        LH=num_heads_per_page,
+        LH=heads,
         S=PAGE_SIZE,
-        BACK=pool.back,
-        AHEAD=pool.ahead,
-        DECAY=pool.decay,
-        GAIN=pool.gain,
+        BACK=pooling.back,
+        AHEAD=pooling.ahead,
+        DECAY=pooling.decay,
+        GAIN=pooling.gain,
         BLOCK=block,
         num_warps=4,
     )
@@ -166,22 +155,21 @@ def pool_scores_triton(
 
 
 def pool_scores(
-    scores: torch.Tensor,
-    plan: PassPlan,
     tables: BlockTables,
-    pool: Pooling,
-    num_heads_per_page: int,
+    plan: PassPlan,
+    scores: torch.Tensor,
+    *,
+    pooling: Pooling,
 ) -> torch.Tensor:
     """Smooth the scores of new text: a new tensor, or `scores` if there is none.
 
     Parameters
     ----------
+    tables, plan : as they were when the scores were made; only read.
     scores : [plan.num_entries] fp32 >= 0 from `observe_scores`.
-    plan, tables : the tables as they were when the scores were made.
-    pool : how scores spread.
-    num_heads_per_page : L * H.
+    pooling : how scores spread.
     """
-    if not (pool.back or pool.ahead) or not plan.any_pooled:
+    if not (pooling.back or pooling.ahead) or not plan.any_pooled:
         return scores
     op = pool_scores_triton if use_triton(scores) else pool_scores_ref
-    return op(scores, plan, tables, pool, num_heads_per_page)
+    return op(tables, plan, scores, pooling=pooling)

@@ -35,10 +35,11 @@ from sglang_kvc.kernels.addressing import tile_rows
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.plan_heads import (
+    head_pages,
+    head_walk,
     plan_head,
     plan_heads_ref,
     programs_per_head,
-    walk_inputs,
 )
 
 SEED_LIMIT = 1 << 31
@@ -64,24 +65,24 @@ def recency_scores_ref(
     """Plain torch form of `recency_scores`; one head at a time."""
     device = arena.k.device
     scores = torch.zeros(plan.num_entries, dtype=torch.float32, device=device)
-    for head in plan_heads_ref(tables, plan, arena.heads_per_page):
+    for head in plan_heads_ref(tables, plan):
         behind = torch.arange(head.rows.shape[0] - 1, -1, -1, device=device)
         scores[head.cells] = 1 / (1 + behind.float())
     return scores
 
 
 def random_scores_ref(
-    arena: Arena, tables: BlockTables, plan: PassPlan, seed: int
+    arena: Arena, tables: BlockTables, plan: PassPlan, *, seed: int
 ) -> torch.Tensor:
     """Plain torch form of `random_scores`; one head at a time."""
     device, stored = arena.k.device, arena.score.view(-1)
     scores = torch.zeros(plan.num_entries, dtype=torch.float32, device=device)
-    for head in plan_heads_ref(tables, plan, arena.heads_per_page):
-        key = _mix(_mix(_mix(_mix(seed) ^ head.slot) ^ head.seq_len) ^ head.lh)
-        n = head.rows.shape[0]
-        position = head.seq_len - n + torch.arange(n, device=device)
+    for head in plan_heads_ref(tables, plan):
+        request, n = head.request, head.rows.shape[0]
+        key = _mix(_mix(_mix(_mix(seed) ^ request.slot) ^ request.seq_len) ^ head.lh)
+        position = request.seq_len - n + torch.arange(n, device=device)
         drawn = ((_mix(position ^ key) >> 9).float() + 0.5) * 2**-23
-        if head.annotated:
+        if not request.is_first:
             kept = stored[head.rows]
             drawn = torch.where(kept > 0, kept, drawn)
         scores[head.cells] = drawn
@@ -90,12 +91,7 @@ def random_scores_ref(
 
 @triton.jit
 def recency_kernel(
-    block_offsets,
-    slots,
-    seq_lens,
-    folds,
-    tail_blocks,
-    entry_base,
+    walk,
     scores,
     LH: tl.constexpr,
     S: tl.constexpr,
@@ -104,15 +100,13 @@ def recency_kernel(
     """Grid (R * LH, P): program (x, y) scores tiles y, y + P, ... of head x % LH of
     request x // LH.
 
-    Pointers: block_offsets as in ``layout``; plan vectors [R] int64; scores
-    [num_entries] fp32: each program writes its own tiles, padding entries as 0.
+    Pointers: walk a `HeadWalk`; scores [num_entries] fp32: each program writes its own
+    tiles, padding entries as 0.
     """
     x = tl.program_id(0)
     r = x // LH
     lh = x % LH
-    _, _, _, _, n, size, first_cell = plan_head(
-        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
-    )
+    _, _, _, _, n, size, first_cell = plan_head(walk, r, lh, LH, S)
     for i in range(tl.program_id(1) * TILE, size, tl.num_programs(1) * TILE):
         entry = i + tl.arange(0, TILE)
         # n - entry is 1 + d; padding must not divide by 0.
@@ -124,15 +118,8 @@ def recency_kernel(
 @triton.jit(do_not_specialize=["seed"])
 def random_kernel(
     arena_score,
-    req_to_token,
-    block_offsets,
-    packed_pages,
-    slots,
-    seq_lens,
-    folds,
-    tail_blocks,
+    walk,
     is_first,
-    entry_base,
     scores,
     token_table_stride,
     page_table_stride,
@@ -141,7 +128,8 @@ def random_kernel(
     S: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Grid and ownership as `recency_kernel`; arena and tables as in ``layout``.
+    """Grid and ownership as `recency_kernel`; arena as in ``layout``, is_first [R]
+    int64.
 
     Where no score is stored the draw hashes the entry's position (int64 throughout).
     """
@@ -149,12 +137,13 @@ def random_kernel(
     r = x // LH
     lh = x % LH
     slot, fold_len, first_block, packed_len, n, size, first_cell = plan_head(
-        block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
+        walk, r, lh, LH, S
     )
     annotated = tl.load(is_first + r) == 0
-    seq_len = tl.load(seq_lens + r)
-    tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
-    pages = packed_pages + slot * page_table_stride
+    seq_len = tl.load(walk.seq_lens + r)
+    pages, tail_tokens = head_pages(
+        walk, slot, fold_len, packed_len, token_table_stride, page_table_stride
+    )
     key = _mix_kernel(_mix_kernel(_mix_kernel(seed.to(tl.int64)) ^ slot) ^ seq_len)
     key = _mix_kernel(key ^ lh)
 
@@ -182,12 +171,7 @@ def recency_scores_triton(
     tiles = -(-plan.max_blocks * PAGE_SIZE // tile)
     scores = torch.empty(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     recency_kernel[(rows, programs_per_head(rows, tiles))](
-        tables.block_offsets,
-        plan.slots,
-        plan.seq_lens,
-        plan.fold_old,
-        plan.tail_blocks,
-        plan.entry_base,
+        head_walk(tables, plan),
         scores,
         LH=arena.heads_per_page,
         S=PAGE_SIZE,
@@ -198,7 +182,7 @@ def recency_scores_triton(
 
 
 def random_scores_triton(
-    arena: Arena, tables: BlockTables, plan: PassPlan, seed: int
+    arena: Arena, tables: BlockTables, plan: PassPlan, *, seed: int
 ) -> torch.Tensor:
     """Triton form of `random_scores`; one launch."""
     tile = 512
@@ -207,10 +191,8 @@ def random_scores_triton(
     scores = torch.empty(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     random_kernel[(rows, programs_per_head(rows, tiles))](
         arena.score,
-        *walk_inputs(tables, plan),
-        plan.tail_blocks,
+        head_walk(tables, plan),
         plan.is_first,
-        plan.entry_base,
         scores,
         *tables.row_strides,
         seed,
@@ -239,7 +221,7 @@ def recency_scores(arena: Arena, tables: BlockTables, plan: PassPlan) -> torch.T
 
 
 def random_scores(
-    arena: Arena, tables: BlockTables, plan: PassPlan, seed: int
+    arena: Arena, tables: BlockTables, plan: PassPlan, *, seed: int
 ) -> torch.Tensor:
     """Draw a score for every resident KV of the plan's requests that has none yet.
 
@@ -259,4 +241,4 @@ def random_scores(
     if not 0 <= seed < SEED_LIMIT:
         raise ValueError(f"seed must be in [0, {SEED_LIMIT}), got {seed}")
     op = random_scores_triton if use_triton(arena.k) else random_scores_ref
-    return op(arena, tables, plan, seed)
+    return op(arena, tables, plan, seed=seed)

@@ -9,36 +9,31 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
-from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
+from sglang_kvc.kernels.layout import Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.observe_rows import (
     load_heads,
     load_queries,
     query_rows,
     ring_cell,
 )
-from sglang_kvc.kernels.plan_heads import plan_head, programs_per_head, walk_inputs
+from sglang_kvc.kernels.plan_heads import (
+    MAX_SPLITS,
+    head_pages,
+    head_walk,
+    plan_head,
+    split_heads,
+)
 
 LOG2E = 1.4426950408889634
-
-# Partial log-sum-exps of a launch, fp32 values: 32 MB.
-_MAX_PARTIAL = 8 << 20
-_MAX_SPLITS = 64
 
 
 @triton.jit(do_not_specialize=["first_request"])
 def lse_kernel(
-    query_ring,
     arena_k,
-    req_to_token,
-    block_offsets,
-    packed_pages,
-    slots,
-    seq_lens,
-    folds,
+    walk,
     query_starts,
-    tail_blocks,
-    entry_base,
     recorded,
+    query_ring,
     partial_lse,
     token_table_stride,
     page_table_stride,
@@ -57,9 +52,10 @@ def lse_kernel(
     """Grid (requests * L * H, P): program (x, s) reduces one of P equal shares of the
     entries of head x % (L * H) of request first_request + x // (L * H).
 
-    Pointers: ring, arena, tables as in ``layout``; plan vectors [R] int64; partial_lse
-    [requests * L * H, P, W * G] fp32: -inf where a row sees nothing of the share, not
-    written for recorded requests. Rows are taken ROWS at a time.
+    Pointers: arena and ring as in ``layout``; walk a `HeadWalk`; query_starts and
+    recorded [R] int64; partial_lse [requests * L * H, P, W * G] fp32: -inf where a row
+    sees nothing of the share, not written for recorded requests. Rows are taken ROWS at
+    a time.
     """
     LH: tl.constexpr = L * H
     x = tl.program_id(0)
@@ -68,16 +64,15 @@ def lse_kernel(
     r = first_request + x // LH
     lh = x % LH
     if tl.load(recorded + r) == 0:
-        slot, fold_len, first_block, packed_len, n, _, _ = plan_head(
-            block_offsets, slots, seq_lens, folds, tail_blocks, entry_base, r, lh, LH, S
-        )
+        slot, fold_len, first_block, packed_len, n, _, _ = plan_head(walk, r, lh, LH, S)
         seq_len = fold_len + n - packed_len
         query_start = tl.load(query_starts + r).to(tl.int32)
         share = tl.cdiv(tl.cdiv(n, num_splits), TILE) * TILE
         start = split * share
         end = tl.minimum(start + share, n)
-        tail_tokens = req_to_token + slot * token_table_stride + fold_len - packed_len
-        pages = packed_pages + slot * page_table_stride
+        pages, tail_tokens = head_pages(
+            walk, slot, fold_len, packed_len, token_table_stride, page_table_stride
+        )
         t = tl.arange(0, TILE)
         out = partial_lse + (x.to(tl.int64) * num_splits + split) * (W * G)
 
@@ -147,11 +142,12 @@ def merge_lse_kernel(
 
 
 def fill_lse(
-    query_ring: torch.Tensor,
-    query_lse: torch.Tensor,
     arena: Arena,
     tables: BlockTables,
     plan: PassPlan,
+    query_ring: torch.Tensor,
+    query_lse: torch.Tensor,
+    *,
     sm_scale: float,
     sizes: dict[str, int],
     max_rows: int,
@@ -161,8 +157,9 @@ def fill_lse(
 
     Parameters
     ----------
-    query_ring, arena, tables, plan, sm_scale : as in `observe_scores`.
+    arena, tables, plan, query_ring : as in `observe_scores`.
     query_lse : [slots, L, w, Hq] fp32; written where the plan does not say recorded.
+    sm_scale : as in `observe_scores`.
     sizes : L, H, G, W, D, DP and S, which `lse_kernel` is compiled for.
     max_rows, tile : queries and keys that a program takes at a time.
     """
@@ -170,24 +167,19 @@ def fill_lse(
     axes = {name: sizes[name] for name in "LHGW"}
     num_rows = axes["W"] * axes["G"]
     lse_rows = min(max(triton.next_power_of_2(num_rows), 16), max_rows)
-    splits = programs_per_head(
-        num_requests * heads, -(-plan.max_blocks * PAGE_SIZE // 1024)
-    )
-    splits = min(splits, _MAX_SPLITS)
-    chunk = max(1, min(num_requests, _MAX_PARTIAL // (heads * splits * num_rows)))
+    splits, chunk = split_heads(plan, heads, entries=1024, values=num_rows)
     partial = torch.empty(
         chunk * heads * splits * num_rows, dtype=torch.float32, device=arena.k.device
     )
+    walk = head_walk(tables, plan)
     for first in range(0, num_requests, chunk):
         rows = min(chunk, num_requests - first) * heads
         lse_kernel[(rows, splits)](
-            query_ring,
             arena.k,
-            *walk_inputs(tables, plan),
+            walk,
             plan.query_start,
-            plan.tail_blocks,
-            plan.entry_base,
             plan.recorded,
+            query_ring,
             partial,
             *tables.row_strides,
             first,
@@ -205,6 +197,6 @@ def fill_lse(
             splits,
             first,
             BLOCK=128,
-            MAX_SPLITS=_MAX_SPLITS,
+            MAX_SPLITS=MAX_SPLITS,
             **axes,
         )

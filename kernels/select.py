@@ -25,6 +25,7 @@ tensor                  shape                  meaning
 ======================  =====================  =========================================
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,11 +34,35 @@ import triton
 from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables, PassPlan
+from sglang_kvc.kernels.plan_heads import head_cells_ref, head_walk
 from sglang_kvc.kernels.select_kernels import count_kernel, deal_kernel
 from sglang_kvc.kernels.select_survivors import survivors_kernel
 
 DIGITS, ROUNDS = 256, 4
+# What a request is charged for `SelectScratch`, caps and offsets, and for the counts of
+# its groups. A head takes 1,044 bytes; the allocator rounds up.
+SCRATCH_BYTES_PER_HEAD, SCRATCH_BYTES_PER_GROUP = 1088, 4 * ROUNDS * DIGITS
 SHORT_BLOCK, LONG_BLOCK = 512, 2048
+
+
+@dataclass(frozen=True, order=True)
+class SelectionRule:
+    """Who competes in a selection, and what stays whatever it scores.
+
+    Attributes
+    ----------
+    sinks : first entries of every head that must stay.
+    groups : 1, L or L * H: heads compete inside as many equal groups. With more than
+        one, every group must hold enough blocks to lose its share.
+    floor_blocks : blocks that a head keeps at least; what remains must suffice.
+    bound_groups : no group of so many equal ones loses more than its part of
+        ``plan.evict_most``; 0: no bound. Each must hold enough to lose that.
+    """
+
+    sinks: int
+    groups: int = 1
+    floor_blocks: int = 0
+    bound_groups: int = 0
 
 
 class SelectedEntries(NamedTuple):
@@ -50,69 +75,51 @@ class SelectedEntries(NamedTuple):
     block_offsets: torch.Tensor
 
 
+def make_selected(tables: BlockTables, plan: PassPlan) -> SelectedEntries:
+    """Room for the survivors of `plan`; nothing is written."""
+    num_requests, device = plan.slots.shape[0], plan.slots.device
+    ints = {"dtype": torch.int32, "device": device}
+    return SelectedEntries(
+        source_rows=torch.empty(plan.num_kept, **ints),
+        scores=torch.empty(plan.num_kept, dtype=torch.float32, device=device),
+        block_offsets=torch.empty(num_requests, tables.heads_per_page + 1, **ints),
+    )
+
+
 def select_entries_ref(
-    scores: torch.Tensor,
-    arena_heads: int,
-    tables: BlockTables,
-    plan: PassPlan,
-    sinks: int,
-    groups: int = 1,
-    floor_blocks: int = 0,
-    bound_groups: int = 0,
+    tables: BlockTables, plan: PassPlan, scores: torch.Tensor, *, rule: SelectionRule
 ) -> SelectedEntries:
     """Plain torch form of `select_entries`; sorts, one request at a time."""
     device = scores.device
-    num_requests = plan.slots.shape[0]
-    selected = SelectedEntries(
-        torch.empty(plan.num_kept, dtype=torch.int32, device=device),
-        torch.empty(plan.num_kept, dtype=torch.float32, device=device),
-        torch.zeros(num_requests, arena_heads + 1, dtype=torch.int32, device=device),
-    )
-    columns = (
-        plan.slots,
-        plan.fold_old,
-        plan.fold_new,
-        plan.tail_blocks,
-        plan.evict_blocks,
-        plan.evict_most,
-        plan.protected,
-        plan.entry_base,
-        plan.keep_base,
-    )
-    requests = zip(*(column.tolist() for column in columns), strict=True)
-    for r, (
-        slot,
-        fold_old,
-        fold_new,
-        tail,
-        evict,
-        most,
-        protected,
-        base,
-        keep,
-    ) in enumerate(requests):
-        rows, valid, _, _ = head_rows_ref(tables, slot, fold_old, fold_new, arena_heads)
+    selected = make_selected(tables, plan)
+    selected.block_offsets[:, 0] = 0
+    for r, request in enumerate(plan.requests()):
+        rows, valid, _, _ = head_rows_ref(
+            tables, request.slot, request.fold_old, request.fold_new
+        )
         counts = valid.sum(1)
         entry = torch.arange(rows.shape[1], device=device)[None]
-        offsets = tables.block_offsets[slot, :arena_heads].long()
-        head_base = offsets + torch.arange(arena_heads, device=device) * tail
-        index = base + PAGE_SIZE * head_base[:, None] + entry
-        own = scores[torch.where(valid, index, base)]
-        forced = (entry < sinks) | (entry >= counts[:, None] - protected)
+        index = head_cells_ref(tables, request)[:, None] + entry
+        own = scores[torch.where(valid, index, request.entry_base)]
+        forced = (entry < rule.sinks) | (entry >= counts[:, None] - request.protected)
         # Entries a head does not have sort behind those that it has: equal keys keep
         # their order.
         ascending, order = own.masked_fill(forced, torch.inf).sort(dim=1, stable=True)
 
         prices = ascending[:, PAGE_SIZE - 1 :: PAGE_SIZE]
         block = torch.arange(prices.shape[1], device=device)
-        caps = counts // PAGE_SIZE - floor_blocks
-        if bound_groups:
-            caps = cheapest_by_head(prices, block < caps[:, None], most, bound_groups)
-        evicted = cheapest_by_head(prices, block < caps[:, None], evict, groups)
+        caps = counts // PAGE_SIZE - rule.floor_blocks
+        if rule.bound_groups:
+            caps = cheapest_by_head(
+                prices, block < caps[:, None], request.evict_most, rule.bound_groups
+            )
+        evicted = cheapest_by_head(
+            prices, block < caps[:, None], request.evict_blocks, rule.groups
+        )
 
         stays = entry >= PAGE_SIZE * evicted[:, None]
         survives = torch.zeros_like(valid).scatter_(1, order, stays) & valid
-        kept = slice(keep, keep + int(survives.sum()))
+        kept = slice(request.keep_base, request.keep_base + int(survives.sum()))
         selected.source_rows[kept] = rows[survives].int()
         selected.scores[kept] = own[survives]
         selected.block_offsets[r, 1:] = (counts // PAGE_SIZE - evicted).cumsum(0)
@@ -143,134 +150,138 @@ def scan_block(entries: int, heads: int) -> int:
     return LONG_BLOCK if entries >= LONG_BLOCK * heads else SHORT_BLOCK
 
 
-def select_entries_triton(
-    scores: torch.Tensor,
-    arena_heads: int,
-    tables: BlockTables,
-    plan: PassPlan,
-    sinks: int,
-    groups: int = 1,
-    floor_blocks: int = 0,
-    bound_groups: int = 0,
-) -> SelectedEntries:
-    """Triton form of `select_entries`; 7 launches, 14 with a bound, for any sizes."""
-    device = scores.device
-    num_requests = plan.slots.shape[0]
-    rows = num_requests * arena_heads
+class SelectScratch(NamedTuple):
+    """What the launches of a selection leave for each other, by head of the plan.
+
+    Attributes
+    ----------
+    prefix : [R * L * H] int32, digits of the threshold that are chosen so far.
+    below : [R * L * H] int32, entries below them.
+    histogram : [R * L * H, DIGITS] int32, of the others by their next digit.
+    evicted : [R * L * H] int32, blocks to lose.
+    """
+
+    prefix: torch.Tensor
+    below: torch.Tensor
+    histogram: torch.Tensor
+    evicted: torch.Tensor
+
+
+def make_scratch(heads: int, device: torch.device | str) -> SelectScratch:
+    """Allocate that of `heads` heads, all requests together."""
     ints = {"dtype": torch.int32, "device": device}
     # Tensors of their own are aligned: rows of one would make Triton compile anew.
-    prefix, below, evicted = (torch.empty(rows, **ints) for _ in range(3))
-    histogram = torch.empty(rows, DIGITS, **ints)
-    selected = SelectedEntries(
-        torch.empty(plan.num_kept, **ints),
-        torch.empty(plan.num_kept, dtype=torch.float32, device=device),
-        torch.empty(num_requests, arena_heads + 1, **ints),
+    return SelectScratch(
+        prefix=torch.empty(heads, **ints),
+        below=torch.empty(heads, **ints),
+        histogram=torch.empty(heads, DIGITS, **ints),
+        evicted=torch.empty(heads, **ints),
     )
-    block = scan_block(plan.num_entries, rows)
-    axes = {"LH": arena_heads, "S": PAGE_SIZE}
 
-    def deal(wanted: torch.Tensor, groups: int, caps: torch.Tensor | None) -> None:
-        """Write `evicted` and the block offsets; `caps`: most that a head may lose."""
-        priced = torch.zeros(ROUNDS, num_requests * groups, DIGITS, **ints)
-        most = evicted if caps is None else caps
-        for step in range(ROUNDS):
-            count_kernel[(rows,)](
-                scores,
-                tables.block_offsets,
-                plan.slots,
-                plan.tail_blocks,
-                plan.fold_blocks,
-                wanted,
-                plan.protected,
-                plan.entry_base,
-                prefix,
-                below,
-                histogram,
-                priced,
-                most,
-                8 * (ROUNDS - 1 - step),
-                sinks,
-                floor_blocks,
-                GROUPS=groups,
-                FIRST=step == 0,
-                CAPPED=caps is not None,
-                BLOCK=block,
-                num_warps=4,
-                **axes,
-            )
-        deal_kernel[(num_requests * groups,)](
+
+def deal(
+    tables: BlockTables,
+    plan: PassPlan,
+    scores: torch.Tensor,
+    scratch: SelectScratch,
+    wanted: torch.Tensor,
+    caps: torch.Tensor | None,
+    new_offsets: torch.Tensor,
+    *,
+    groups: int,
+    rule: SelectionRule,
+) -> None:
+    """Write ``scratch.evicted`` and `new_offsets`: whose blocks go; five launches.
+
+    Parameters
+    ----------
+    tables, plan, scores : as in `select_entries`.
+    wanted : [R] int64, blocks that go, as many from each of `groups` groups.
+    caps : [R * L * H] int32, the most that each head may lose; None: all but its floor.
+    new_offsets : [R, L * H + 1] int32, block offsets of what stays.
+    """
+    heads, num_requests = tables.heads_per_page, plan.slots.shape[0]
+    rows = num_requests * heads
+    axes = {"LH": heads, "S": PAGE_SIZE, "GROUPS": groups, "num_warps": 4}
+    priced = torch.zeros(
+        ROUNDS, num_requests * groups, DIGITS, dtype=torch.int32, device=scores.device
+    )
+    for step in range(ROUNDS):
+        count_kernel[(rows,)](
             tables.block_offsets,
             plan.slots,
+            plan.tail_blocks,
             plan.fold_blocks,
+            plan.protected,
+            plan.entry_base,
             wanted,
-            below,
-            histogram,
+            scores,
+            scratch,
             priced,
-            evicted,
-            selected.block_offsets,
-            most,
-            floor_blocks,
-            GROUPS=groups,
-            CAPPED=caps is not None,
-            BLOCK=min(32, triton.next_power_of_2(arena_heads // groups)),
-            num_warps=4,
+            caps,
+            8 * (ROUNDS - 1 - step),
+            rule.sinks,
+            rule.floor_blocks,
+            FIRST=step == 0,
+            BLOCK=scan_block(plan.num_entries, rows),
             **axes,
         )
-
-    caps = None
-    if bound_groups:
-        deal(plan.evict_most, bound_groups, None)
-        caps = evicted.clone()
-    deal(plan.evict_blocks, groups, caps)
-    survivors_kernel[(rows,)](
-        scores,
-        tables.req_to_token,
+    deal_kernel[(num_requests * groups,)](
         tables.block_offsets,
-        tables.packed_pages,
         plan.slots,
-        plan.fold_old,
-        plan.tail_blocks,
+        plan.fold_blocks,
+        wanted,
+        scratch,
+        priced,
+        caps,
+        new_offsets,
+        rule.floor_blocks,
+        BLOCK=min(32, triton.next_power_of_2(heads // groups)),
+        **axes,
+    )
+
+
+def select_entries_triton(
+    tables: BlockTables, plan: PassPlan, scores: torch.Tensor, *, rule: SelectionRule
+) -> SelectedEntries:
+    """Triton form of `select_entries`; 7 launches, 14 with a bound, for any sizes."""
+    heads = tables.heads_per_page
+    rows = plan.slots.shape[0] * heads
+    scratch, selected = make_scratch(rows, scores.device), make_selected(tables, plan)
+    where, offsets, caps = (tables, plan, scores, scratch), selected.block_offsets, None
+    if rule.bound_groups:
+        most, groups = plan.evict_most, rule.bound_groups
+        deal(*where, most, None, offsets, groups=groups, rule=rule)
+        caps = scratch.evicted.clone()
+    deal(*where, plan.evict_blocks, caps, offsets, groups=rule.groups, rule=rule)
+    survivors_kernel[(rows,)](
+        head_walk(tables, plan),
         plan.fold_blocks,
         plan.protected,
-        plan.entry_base,
         plan.keep_base,
-        evicted,
-        selected.block_offsets,
-        selected.source_rows,
-        selected.scores,
+        scores,
+        scratch.evicted,
+        selected,
         *tables.row_strides,
-        sinks,
-        BLOCK=block,
+        rule.sinks,
+        LH=heads,
+        S=PAGE_SIZE,
+        BLOCK=scan_block(plan.num_entries, rows),
         num_warps=4,
-        **axes,
     )
     return selected
 
 
 def select_entries(
-    scores: torch.Tensor,
-    arena_heads: int,
-    tables: BlockTables,
-    plan: PassPlan,
-    sinks: int,
-    groups: int = 1,
-    floor_blocks: int = 0,
-    bound_groups: int = 0,
+    tables: BlockTables, plan: PassPlan, scores: torch.Tensor, *, rule: SelectionRule
 ) -> SelectedEntries:
     """Choose the survivors of every request of the plan.
 
     Parameters
     ----------
+    tables, plan : as they were when the scores were made; only read.
     scores : [plan.num_entries] fp32 >= 0, pooled; only read.
-    arena_heads : L * H.
-    tables : the tables as they were when the scores were made; only read.
-    plan : only read.
-    sinks : first entries of every head that must stay.
-    groups : 1, L or L * H: heads compete inside as many equal groups. With more than
-        one, every group must hold enough blocks to lose its share.
-    floor_blocks : blocks that a head keeps at least; what remains must suffice.
-    bound_groups : no group of so many equal ones loses more than its part of
-        ``plan.evict_most``; 0: no bound. Each must hold enough to lose that.
+    rule : who competes, and what stays.
 
     Returns
     -------
@@ -278,6 +289,4 @@ def select_entries(
         allow, forced ones go too, in the same order, so that sizes always hold.
     """
     op = select_entries_triton if use_triton(scores) else select_entries_ref
-    return op(
-        scores, arena_heads, tables, plan, sinks, groups, floor_blocks, bound_groups
-    )
+    return op(tables, plan, scores, rule=rule)

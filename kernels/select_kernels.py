@@ -5,7 +5,7 @@ found from its highest 8 bits down: count the entries that agree with the digits
 so far by their next digit, choose the digit in which the threshold lies, repeat; four
 rounds fix all bits. The price of a head's k-th block is its (S * k + S - 1)-th score,
 so a head with c scores up to u has c // S blocks priced up to u, at most `cap`: what it
-holds beyond its floor, or what another selection lets it lose (CAPPED).
+holds beyond its floor, or what another selection lets it lose.
 
 Heads compete inside their *group*: LH // GROUPS consecutive heads of a request. One
 program handles x = r * LH + lh, a head of a request, or y = r * GROUPS + g, a group.
@@ -60,19 +60,29 @@ def _blocks_priced(entries, cap, S: tl.constexpr):
     return tl.minimum(entries // S, cap)
 
 
+@triton.jit
+def blocks_to_lose(caps, head, blocks, floor_blocks, mask):
+    """Most that heads `head` of [R * LH], which hold so many `blocks`, may lose: what
+    `caps` say, or without them what lies above the floor. 0 in lanes not in `mask`.
+    """
+    if caps is not None:
+        cap = tl.load(caps + head, mask=mask, other=0)
+    else:
+        cap = tl.where(mask, tl.maximum(blocks - floor_blocks, 0), 0)
+    return cap
+
+
 @triton.jit(do_not_specialize=["shift", "sinks", "floor_blocks"])
 def count_kernel(
-    scores,
     block_offsets,
     slots,
     tail_blocks,
     fold_blocks,
-    evict_blocks,
     protected,
     entry_base,
-    prefix,
-    below,
-    histogram,
+    evict_blocks,
+    scores,
+    scratch,
     priced,
     caps,
     shift,
@@ -82,19 +92,16 @@ def count_kernel(
     GROUPS: tl.constexpr,
     S: tl.constexpr,
     FIRST: tl.constexpr,
-    CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (R * LH): program x counts its head's digits at `shift` and adds the blocks
     that they price to its group's sum.
 
-    Pointers: scores [num_entries] fp32; block_offsets [slots, LH + 1] int32; plan
-    vectors [R] int64; prefix and below [R * LH] int32, the digits chosen so far and the
-    head's entries below them; histogram [R * LH, DIGITS] int32; priced [ROUNDS,
-    R * GROUPS, DIGITS] int32, 0 before the first round; caps [R * LH] int32, read if
-    CAPPED. Each round first takes in the one before (FIRST: there is none): every
-    program of a group finds the same digit. Sums of integers do not depend on the order
-    in which programs add.
+    Pointers: block_offsets [slots, LH + 1] int32; plan vectors [R] int64; scores
+    [num_entries] fp32; scratch a `SelectScratch`; priced [ROUNDS, R * GROUPS, DIGITS]
+    int32, 0 before the first round; caps [R * LH] int32 or None. Each round first takes
+    in the one before (FIRST: there is none): every program of a group finds the same
+    digit. Sums of integers do not depend on the order in which programs add.
     """
     x = tl.program_id(0)
     r = x // LH
@@ -107,7 +114,7 @@ def count_kernel(
     held = tl.load(head + 1) - first_block
     blocks = held + tl.load(fold_blocks + r).to(tl.int32)
     base = tl.load(entry_base + r) + (first_block + lh * tl.load(tail_blocks + r)) * S
-    own = histogram + x.to(tl.int64) * DIGITS + digit
+    own = scratch.histogram + x.to(tl.int64) * DIGITS + digit
     sums = priced + ((ROUNDS - 1 - shift // 8) * num_groups + group) * DIGITS + digit
 
     chosen = 0
@@ -115,9 +122,9 @@ def count_kernel(
     if not FIRST:
         wanted = (tl.load(evict_blocks + r) // GROUPS).to(tl.int32)
         choice = _choose(tl.load(sums - num_groups * DIGITS), wanted)
-        lower = tl.load(below + x)
+        lower = tl.load(scratch.below + x)
         lower += tl.sum(tl.where(digit < choice, tl.load(own), 0), 0)
-        chosen = tl.load(prefix + x) | (choice << (shift + 8))
+        chosen = tl.load(scratch.prefix + x) | (choice << (shift + 8))
     counts = count_digits(
         scores + base,
         blocks * S,
@@ -130,9 +137,9 @@ def count_kernel(
     # The counts of the round before were read above, by all threads.
     tl.debug_barrier()
     tl.store(own, counts)
-    tl.store(prefix + x, chosen)
-    tl.store(below + x, lower)
-    cap = tl.load(caps + x) if CAPPED else tl.maximum(blocks - floor_blocks, 0)
+    tl.store(scratch.prefix + x, chosen)
+    tl.store(scratch.below + x, lower)
+    cap = blocks_to_lose(caps, x, blocks, floor_blocks, True)
     blocks_priced = _blocks_priced(lower + tl.cumsum(counts, 0), cap, S)
     tl.atomic_add(sums, blocks_priced, sem="relaxed")
 
@@ -143,25 +150,22 @@ def deal_kernel(
     slots,
     fold_blocks,
     evict_blocks,
-    below,
-    histogram,
+    scratch,
     priced,
-    evicted,
-    new_offsets,
     caps,
+    new_offsets,
     floor_blocks,
     LH: tl.constexpr,
     GROUPS: tl.constexpr,
     S: tl.constexpr,
-    CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (R * GROUPS): program y turns the counts of the last round into evicted
     blocks a head and block offsets.
 
     Every block priced below the threshold goes; blocks at the threshold go in head
-    order until the group has lost its share. Pointers: as in `count_kernel`; evicted
-    [R * LH] and new_offsets [R, LH + 1] int32, written in full.
+    order until the group has lost its share. Pointers: as in `count_kernel`;
+    new_offsets [R, LH + 1] int32, which like scratch.evicted is written in full.
     """
     HEADS: tl.constexpr = LH // GROUPS
     y = tl.program_id(0)
@@ -180,18 +184,16 @@ def deal_kernel(
         j = i + tl.arange(0, BLOCK)
         mask = j < HEADS
         counts = tl.load(
-            histogram + (first + j)[:, None] * DIGITS + digit[None, :],
+            scratch.histogram + (first + j)[:, None] * DIGITS + digit[None, :],
             mask=mask[:, None] & (digit < choice)[None, :],
             other=0,
         )
-        lower = tl.load(below + first + j, mask=mask, other=0) + tl.sum(counts, 1)
-        tl.store(below + first + j, lower, mask=mask)
+        lower = tl.load(scratch.below + first + j, mask=mask, other=0)
+        lower += tl.sum(counts, 1)
+        tl.store(scratch.below + first + j, lower, mask=mask)
         held = tl.load(offsets + first_lh + j + 1, mask=mask, other=0)
         held -= tl.load(offsets + first_lh + j, mask=mask, other=0)
-        if CAPPED:
-            cap = tl.load(caps + first + j, mask=mask, other=0)
-        else:
-            cap = tl.where(mask, tl.maximum(held + fold - floor_blocks, 0), 0)
+        cap = blocks_to_lose(caps, first + j, held + fold, floor_blocks, mask)
         missing -= tl.sum(_blocks_priced(lower, cap, S), 0)
     tl.debug_barrier()
 
@@ -203,19 +205,17 @@ def deal_kernel(
     for i in range(0, HEADS, BLOCK):
         j = i + tl.arange(0, BLOCK)
         mask = j < HEADS
-        lower = tl.load(below + first + j, mask=mask, other=0)
-        same = tl.load(histogram + (first + j) * DIGITS + choice, mask=mask, other=0)
+        lower = tl.load(scratch.below + first + j, mask=mask, other=0)
+        same = scratch.histogram + (first + j) * DIGITS + choice
+        same = tl.load(same, mask=mask, other=0)
         held = tl.load(offsets + first_lh + j + 1, mask=mask, other=0)
         held -= tl.load(offsets + first_lh + j, mask=mask, other=0)
-        if CAPPED:
-            cap = tl.load(caps + first + j, mask=mask, other=0)
-        else:
-            cap = tl.where(mask, tl.maximum(held + fold - floor_blocks, 0), 0)
+        cap = blocks_to_lose(caps, first + j, held + fold, floor_blocks, mask)
         cheaper = _blocks_priced(lower, cap, S)
         tied = _blocks_priced(lower + same, cap, S) - cheaper
         share = missing - (tl.cumsum(tied, 0) - tied)
         gone = cheaper + tl.minimum(tl.maximum(share, 0), tied)
-        tl.store(evicted + first + j, gone, mask=mask)
+        tl.store(scratch.evicted + first + j, gone, mask=mask)
         kept = tl.where(mask, held + fold - gone, 0)
         total = kept_before + tl.cumsum(kept, 0)
         tl.store(out + first_lh + j + 1, total, mask=mask)

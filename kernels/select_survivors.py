@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.addressing import entry_rows
+from sglang_kvc.kernels.plan_heads import plan_head
 from sglang_kvc.kernels.select_kernels import (
     DIGITS,
     ROUNDS,
@@ -18,21 +19,13 @@ from sglang_kvc.kernels.select_kernels import (
 
 @triton.jit(do_not_specialize=["sinks"])
 def survivors_kernel(
-    scores,
-    req_to_token,
-    block_offsets,
-    packed_pages,
-    slots,
-    folds,
-    tail_blocks,
+    walk,
     fold_blocks,
     protected,
-    entry_base,
     keep_base,
+    scores,
     evicted,
-    new_offsets,
-    source_rows,
-    kept_scores,
+    selected,
     token_table_stride,
     page_table_stride,
     sinks,
@@ -43,21 +36,17 @@ def survivors_kernel(
     """Grid (R * LH): program x finds its head's S * evicted[x] lowest entries and
     writes the others, in order, to the head's part of the kept list.
 
-    Pointers: tables as in ``layout``; plan vectors [R] int64; source_rows int32 and
-    kept_scores fp32 [num_kept]. Parts of heads are disjoint and filled exactly.
+    Pointers: walk a `HeadWalk`; plan vectors [R] int64; scores [num_entries] fp32;
+    evicted [R * LH] int32; selected a `SelectedEntries`, of which the block offsets are
+    read. Parts of heads are disjoint and filled exactly.
     """
     x = tl.program_id(0)
     r = x // LH
     lh = x % LH
-    slot = tl.load(slots + r)
-    fold_len = tl.load(folds + r).to(tl.int32)
-    first_block = tl.load(block_offsets + slot * (LH + 1) + lh)
-    held = tl.load(block_offsets + slot * (LH + 1) + lh + 1) - first_block
-    n = (held + tl.load(fold_blocks + r).to(tl.int32)) * S
+    slot, fold_len, first_block, packed_len, _, _, base = plan_head(walk, r, lh, LH, S)
+    n = packed_len + tl.load(fold_blocks + r).to(tl.int32) * S
     keep_last = tl.load(protected + r).to(tl.int32)
-    scores += (
-        tl.load(entry_base + r) + (first_block + lh * tl.load(tail_blocks + r)) * S
-    )
+    scores += base
 
     # The `wanted`-th lowest key and how many keys are below it.
     wanted = tl.load(evicted + x) * S
@@ -73,10 +62,10 @@ def survivors_kernel(
             below += tl.sum(tl.where(digit < choice, counts, 0), 0)
             threshold = threshold | (choice << shift)
 
-    new_block = tl.load(new_offsets + r.to(tl.int64) * (LH + 1) + lh)
+    new_block = tl.load(selected.block_offsets + r.to(tl.int64) * (LH + 1) + lh)
     out = tl.load(keep_base + r) + new_block * S
-    tokens = req_to_token + slot * token_table_stride
-    pages = packed_pages + slot * page_table_stride
+    tokens = walk.req_to_token + slot * token_table_stride
+    pages = walk.packed_pages + slot * page_table_stride
     ties_before = 0
     kept_before = 0
     for i in range(0, n, BLOCK):
@@ -94,7 +83,7 @@ def survivors_kernel(
             entry,
             keep,
             lh,
-            held * S,
+            packed_len,
             fold_len,
             first_block,
             tokens,
@@ -102,7 +91,7 @@ def survivors_kernel(
             LH,
             S,
         )
-        tl.store(source_rows + out + rank, row, mask=keep)
-        tl.store(kept_scores + out + rank, score, mask=keep)
+        tl.store(selected.source_rows + out + rank, row, mask=keep)
+        tl.store(selected.scores + out + rank, score, mask=keep)
         ties_before += tl.sum(tie, 0)
         kept_before += tl.sum(kept, 0)

@@ -135,17 +135,21 @@ def make_case(
         score = (score * score_levels).floor() / score_levels
     score.masked_fill_(free, -1.0)
     ring_shape = (num_slots, L, window, H * G, D)
-    tables = (req_to_token, fold_lens, block_offsets, page_table)
     return Case(
-        Arena(k, v, score),
-        BlockTables(*(table.to(device) for table in tables)),
-        torch.randn(ring_shape, dtype=dtype, **random_like),
-        torch.full(ring_shape[:-1], torch.nan, device=device),
-        slots,
-        list(seq_lens),
-        folds,
-        list(packed_pages),
-        pages,
+        arena=Arena(k, v, score),
+        tables=BlockTables(
+            req_to_token=req_to_token.to(device),
+            fold_lens=fold_lens.to(device),
+            block_offsets=block_offsets.to(device),
+            packed_pages=page_table.to(device),
+        ),
+        query_ring=torch.randn(ring_shape, dtype=dtype, **random_like),
+        query_lse=torch.full(ring_shape[:-1], torch.nan, device=device),
+        slots=slots,
+        seq_lens=list(seq_lens),
+        folds=folds,
+        packed_pages=list(packed_pages),
+        free_pages=pages,
     )
 
 
@@ -170,7 +174,6 @@ def make_plan(
     repeated : [R]; False by default: new and stored scores are added.
     spare : part of what is kept that a group with a bound could lose as well.
     """
-    heads = case.arena.heads_per_page
     requests: list[PassRequest] = []
     for r, slot in enumerate(case.slots):
         full = case.seq_lens[r] // PAGE_SIZE * PAGE_SIZE
@@ -178,20 +181,20 @@ def make_plan(
         held = case.packed_pages[r] + (new - case.folds[r]) // PAGE_SIZE
         keep = (held + 1) // 2 if keep_pages is None else keep_pages[r]
         requests.append(
-            {
-                "slot": slot,
-                "seq_len": case.seq_lens[r],
-                "fold_old": case.folds[r],
-                "fold_new": new,
-                "query_start": query_start[r] if query_start else 0,
-                "packed_pages": case.packed_pages[r],
-                "evict_blocks": (held - keep) * heads,
-                "evict_most": (held - keep + int(keep * spare)) * heads,
-                "protected": protected,
-                "is_first": case.folds[r] == 0,
-                "repeated": bool(repeated[r]) if repeated else False,
-                "pool_tail": case.folds[r] == 0 or r % 2 == 0,
-                "recorded": bool(recorded[r]) if recorded else False,
-            }
+            PassRequest(
+                slot=slot,
+                seq_len=case.seq_lens[r],
+                fold_old=case.folds[r],
+                fold_new=new,
+                query_start=query_start[r] if query_start else 0,
+                packed_pages=case.packed_pages[r],
+                evict_pages=held - keep,
+                evict_most_pages=held - keep + int(keep * spare),
+                protected=protected,
+                is_first=case.folds[r] == 0,
+                repeated=bool(repeated[r]) if repeated else False,
+                pool_tail=case.folds[r] == 0 or r % 2 == 0,
+                recorded=bool(recorded[r]) if recorded else False,
+            )
         )
-    return build_plan(requests, heads, case.arena.k.device)
+    return build_plan(requests, case.arena.heads_per_page, case.arena.k.device)

@@ -75,7 +75,7 @@ def _bench_tokens(
 
     def all_layers() -> None:
         for layer in range(shape.layers):
-            append_kv(k, v, q, arena, layer, tokens, ring, index)
+            append_kv(arena, k, v, q, tokens, ring, index, layer=layer)
 
     us, how = clock.gpu(all_layers)
     timing = Timing(us / shape.layers, how)

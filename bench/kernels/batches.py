@@ -164,7 +164,6 @@ def fold_by_head(batch: Batch, shape: Shape) -> tuple[torch.Tensor, torch.Tensor
         batch.tables,
         batch.slots,
         batch.seq_lens,
-        shape.layers,
-        shape.kv_heads,
-        -(-int(batch.resident.max()) // PAGE_SIZE),
+        num_kv_heads=shape.kv_heads,
+        width=-(-int(batch.resident.max()) // PAGE_SIZE),
     )

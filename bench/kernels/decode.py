@@ -70,9 +70,8 @@ def _bench_ours(
             batch.tables,
             batch.slots,
             batch.seq_lens,
-            shape.layers,
-            shape.kv_heads,
             workspace,
+            num_kv_heads=shape.kv_heads,
         )
 
     def run(layer: int) -> torch.Tensor:

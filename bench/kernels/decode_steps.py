@@ -28,7 +28,7 @@ def bench_steps(
     shape, batch = case.shape, case.batch
     new, query_lse = _new_tokens(case)
     tables, slots, lens = batch.tables, batch.slots, batch.seq_lens
-    decode.plan_decode(tables, slots, lens, shape.layers, shape.kv_heads, workspace)
+    decode.plan_decode(tables, slots, lens, workspace, num_kv_heads=shape.kv_heads)
 
     def ours(layer: int) -> torch.Tensor:
         return decode.decode_attention(
@@ -52,7 +52,7 @@ def bench_steps(
 
     def theirs(layer: int) -> torch.Tensor:
         loc, ring = new.out_cache_loc, new.query_ring
-        append_kv(new.k, new.v, case.q, case.arena, layer, loc, ring, nothing)
+        append_kv(case.arena, new.k, new.v, case.q, loc, ring, nothing, layer=layer)
         return folded(layer)
 
     yield "fa3_folded_step", case.time(clock, theirs)

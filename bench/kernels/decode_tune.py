@@ -106,7 +106,7 @@ def _time_row(config: Any, case: Decode, clock: Clock) -> Timing:
     workspace = make_workspace(shape, case.q.device, config=config)
     lengths = (batch.tables, batch.slots, batch.seq_lens)
     decode.plan_decode_triton(
-        *lengths, shape.layers, shape.kv_heads, workspace, config=config
+        *lengths, workspace, num_kv_heads=shape.kv_heads, config=config
     )
 
     def run(layer: int) -> torch.Tensor:

@@ -26,13 +26,18 @@ from bench.kernels.checks import (
 )
 from bench.kernels.pass_cases import PassCase, pass_batch
 from bench.kernels.timing import CheckError, Clock, Report
-from sglang_kvc.eviction.runner import reward_distinct, run_pass, sharing_of
+from sglang_kvc.eviction.runner import (
+    PassSettings,
+    reward_distinct,
+    rule_of,
+    run_pass,
+)
 from sglang_kvc.eviction.scorers import ScoreContext, get_scorer
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, PassPlan
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import build_plan
 from sglang_kvc.kernels.pool import pool_scores
-from sglang_kvc.kernels.select import select_entries
+from sglang_kvc.kernels.select import SelectionRule, select_entries
 from sglang_kvc.memory.metadata import ModelShape
 
 SECTION = "pass"
@@ -59,14 +64,16 @@ class Stages:
     def __init__(
         self, arena: Arena, ring: torch.Tensor, batch: Batch, plan: PassPlan
     ) -> None:
-        self.arena, self.heads = arena, arena.heads_per_page
+        self.arena = arena
         shape = ModelShape(
             *arena.k.shape[1:3], ring.shape[-2], arena.head_dim, arena.k.element_size()
         )
-        self.sharing = sharing_of(DEFAULTS, shape, prompt=plan.any_pooled)._asdict()
+        self.rule = rule_of(DEFAULTS, shape, prompt=plan.any_pooled)
         self.tables, self.plan = batch.tables, plan
         self.saved = [table.clone() for table in self.tables[1:]]
-        self.pages = batch.free_pages[: plan.num_kept // (PAGE_SIZE * self.heads)]
+        self.pages = batch.free_pages[
+            : plan.num_kept // (PAGE_SIZE * arena.heads_per_page)
+        ]
         self.context = ScoreContext(
             query_ring=ring,
             query_lse=torch.zeros(ring.shape[:-1], device=ring.device),
@@ -74,13 +81,14 @@ class Stages:
             tables=batch.tables,
             plan=plan,
             sm_scale=arena.head_dim**-0.5,
-            window=WINDOW,
         )
         self.observe_unrecorded()
         self.raw = self.observe()
         self.units = torch.zeros(len(batch.tables.fold_lens), device=ring.device)
         self.scores = self.pool()
-        reward_distinct(self.scores, self.context, self.units, DEFAULTS.distinct)
+        reward_distinct(
+            self.context, self.scores, self.units, weight=DEFAULTS.distinct_weight
+        )
         self.selected = self.select()
 
     def restore(self) -> None:
@@ -104,43 +112,37 @@ class Stages:
 
     def pool(self) -> torch.Tensor:
         """Scores, smoothed in a first pass."""
-        return pool_scores(self.raw, self.plan, self.tables, POOL, self.heads)
+        return pool_scores(self.tables, self.plan, self.raw, pooling=POOL)
 
     def distinct(self) -> None:
         """What keys say, added to raw scores, which nothing after this reads."""
-        reward_distinct(self.raw, self.context, self.units, DEFAULTS.distinct)
+        reward_distinct(
+            self.context, self.raw, self.units, weight=DEFAULTS.distinct_weight
+        )
 
     def select_joint(self) -> Any:
         """The survivors, if layers had no share of their own."""
-        return select_entries(self.scores, self.heads, self.tables, self.plan, SINKS)
+        rule = SelectionRule(SINKS)
+        return select_entries(self.tables, self.plan, self.scores, rule=rule)
 
     def select(self) -> Any:
         """The survivors."""
-        where = (self.heads, self.tables, self.plan, SINKS)
-        return select_entries(self.scores, *where, **self.sharing)
+        return select_entries(self.tables, self.plan, self.scores, rule=self.rule)
 
     def pack(self) -> None:
         """Move them."""
-        pack_entries(self.arena, self.selected, self.pages, self.plan)
+        pack_entries(self.arena, self.plan, self.selected, self.pages)
 
     def commit(self) -> None:
         """Publish them."""
-        arguments = (self.plan, self.pages, self.scores)
-        commit_tables(self.tables, self.arena, self.selected, *arguments)
+        rest = (self.plan, self.selected, self.pages, self.scores)
+        commit_tables(self.arena, self.tables, *rest)
 
     def whole(self, plan: PassPlan) -> None:
         """One pass, as `PassRunner` composes it."""
         context = replace(self.context, plan=plan)
-        run_pass(
-            SCORER,
-            context,
-            self.pages,
-            pool=POOL,
-            sinks=SINKS,
-            distinct=DEFAULTS.distinct,
-            units=self.units,
-            **self.sharing,
-        )
+        settings = PassSettings.of(DEFAULTS, self.rule)
+        run_pass(SCORER, context, self.pages, self.units, settings)
 
 
 def bench_pass(

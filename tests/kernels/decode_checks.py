@@ -35,9 +35,9 @@ def make_workspace(
         arena.num_kv_heads * case.group,
         arena.head_dim,
         arena.k.device,
-        arena.num_kv_heads,
-        arena.num_layers,
-        config,
+        num_kv_heads=arena.num_kv_heads,
+        num_layers=arena.num_layers,
+        config=config,
     )
 
 
@@ -79,23 +79,24 @@ def check(
     q, slots, seq_lens = make_batch(case, padding)
     scale = arena.head_dim**-0.5
     workspace = make_workspace(case, len(slots) + 1, config)
-    shape = (arena.num_layers, arena.num_kv_heads)
-    plan_decode_triton(case.tables, slots, seq_lens, *shape, workspace, config)
-    args = (q, arena, layer, case.tables, slots, seq_lens, scale)
-    out = decode_attention_triton(*args, workspace=workspace, config=config)
+    batch, heads = (case.tables, slots, seq_lens), arena.num_kv_heads
+    plan_decode_triton(*batch, workspace, num_kv_heads=heads, config=config)
+    args = (arena, case.tables, q, slots, seq_lens)
+    how = {"layer": layer, "sm_scale": scale}
+    run = {**how, "workspace": workspace, "config": config}
+    out = decode_attention_triton(*args, **run)
     assert out.dtype == q.dtype
     assert out.isfinite().all()
-    working = decode_attention_ref(*args, upcast=False)
+    working = decode_attention_ref(*args, **how, upcast=False)
     truth = oracles.decode(case, q[:live], layer, scale)
     oracles.assert_arith(out[:live], working[:live], truth)
     lse = torch.full_like(case.query_lse, torch.nan)
-    recording = {"workspace": workspace, "query_lse": lse}
-    again = decode_attention_triton(*args, **recording, config=config)
+    again = decode_attention_triton(*args, **run, query_lse=lse)
     assert torch.equal(out, again)
     assert not workspace.arrivals.any()
     check_lse(case, q, layer, scale, lse)
     lse.fill_(torch.nan)
-    decode_attention_ref(*args, query_lse=lse)
+    decode_attention_ref(*args, **how, query_lse=lse)
     check_lse(case, q, layer, scale, lse)
 
 
@@ -125,14 +126,15 @@ def check_new_tokens(
         query_lse=case.query_lse.clone(),
     )
     ring_index = slots * window + (seq_lens.long() - 1) % window
-    append_kv_ref(*new[:2], q, case.arena, layer, *new[2:], ring_index)
+    append_kv_ref(case.arena, *new[:2], q, *new[2:], ring_index, layer=layer)
 
     scale = case.arena.head_dim**-0.5
-    args = (layer, case.tables, slots, seq_lens, scale)
-    run = {"query_lse": mine.query_lse, "config": config}
+    args = (case.tables, q, slots, seq_lens)
+    how = {"layer": layer, "sm_scale": scale}
+    run = {**how, "query_lse": mine.query_lse, "config": config}
     new = new._replace(query_ring=mine.query_ring)
-    out = decode_attention_triton(q, mine.arena, *args, **run, new_tokens=new)
-    working = decode_attention_ref(q, case.arena, *args, upcast=False)
+    out = decode_attention_triton(mine.arena, *args, **run, new_tokens=new)
+    working = decode_attention_ref(case.arena, *args, **how, upcast=False)
     truth = oracles.decode(case, q[:live], layer, scale)
     oracles.assert_arith(out[:live], working[:live], truth)
     check_lse(case, q, layer, scale, mine.query_lse)
@@ -140,5 +142,5 @@ def check_new_tokens(
     for ours, theirs in zip(mine.arena, case.arena, strict=True):
         torch.testing.assert_close(ours[1:], theirs[1:], atol=0, rtol=0, equal_nan=True)
     assert torch.equal(mine.query_ring[1:], case.query_ring[1:])
-    separate = decode_attention_triton(q, case.arena, *args, config=config)
+    separate = decode_attention_triton(case.arena, *args, **how, config=config)
     assert torch.equal(out[:live], separate[:live])

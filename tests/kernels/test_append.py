@@ -73,8 +73,8 @@ def test_equals_reference(
     k, v, q, cells, rows = make_inputs(case, tokens, fused, padding=0)
     arena, ring = copy(case)
     expected, expected_ring = copy(case)
-    append_kv_triton(k, v, q, arena, 1, cells, ring, rows)
-    append_kv_ref(k, v, q, expected, 1, cells, expected_ring, rows)
+    append_kv_triton(arena, k, v, q, cells, ring, rows, layer=1)
+    append_kv_ref(expected, k, v, q, cells, expected_ring, rows, layer=1)
     for name in Arena._fields:
         assert torch.equal(bits(getattr(arena, name)), bits(getattr(expected, name)))
     assert torch.equal(bits(ring), bits(expected_ring))
@@ -86,8 +86,8 @@ def test_padding_rows_touch_only_the_padding_page(device: str) -> None:
     k, v, q, cells, rows = make_inputs(case, 9, True, padding=5)
     arena, ring = copy(case)
     expected, expected_ring = copy(case)
-    append_kv_triton(k, v, q, arena, 0, cells, ring, rows)
-    append_kv_ref(k, v, q, expected, 0, cells, expected_ring, rows)
+    append_kv_triton(arena, k, v, q, cells, ring, rows, layer=0)
+    append_kv_ref(expected, k, v, q, cells, expected_ring, rows, layer=0)
     for name in Arena._fields:
         ours, theirs = getattr(arena, name)[1:], getattr(expected, name)[1:]
         assert torch.equal(bits(ours), bits(theirs))
@@ -98,7 +98,7 @@ def test_reference_against_a_loop() -> None:
     case = make_case(2, 2, 2, 3, 64, [40, 30], dtype=torch.bfloat16, window=24)
     k, v, q, cells, rows = make_inputs(case, 20, True, padding=0)
     arena, ring = copy(case)
-    append_kv(k, v, q, arena, 1, cells, ring, rows)
+    append_kv(arena, k, v, q, cells, ring, rows, layer=1)
     expected, expected_ring = copy(case)
     for n, (token, row) in enumerate(zip(cells.tolist(), rows.tolist(), strict=True)):
         page, offset = divmod(token, 16)
@@ -124,13 +124,13 @@ def test_long_prefill_beyond_int32(device: str) -> None:
     last = torch.tensor([case.arena.k.shape[0] * 16 - 1], device=device)
     one = slice(0, 1)
     append_kv_triton(
-        k[one], v[one], q[one], case.arena, 3, last, case.query_ring, rows[one]
+        case.arena, k[one], v[one], q[one], last, case.query_ring, rows[one], layer=3
     )
     assert torch.equal(case.arena.k[-1, 3, :, 15], k[0])
     assert torch.equal(case.arena.v[-1, 3, :, 15], v[0])
     expected, expected_ring = copy(case)
-    append_kv_triton(k, v, q, case.arena, 2, cells, case.query_ring, rows)
-    append_kv_ref(k, v, q, expected, 2, cells, expected_ring, rows)
+    append_kv_triton(case.arena, k, v, q, cells, case.query_ring, rows, layer=2)
+    append_kv_ref(expected, k, v, q, cells, expected_ring, rows, layer=2)
     assert torch.equal(bits(case.arena.k), bits(expected.k))
     assert torch.equal(bits(case.arena.v), bits(expected.v))
     assert torch.equal(case.query_ring, expected_ring)

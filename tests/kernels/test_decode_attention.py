@@ -42,6 +42,8 @@ LENGTHS = [
         (2, 3, 64, torch.float32),
         (1, 7, 96, torch.float16),
         (2, 4, 128, torch.float16),
+        (2, 5, 80, torch.float16),
+        (1, 3, 256, torch.float16),
     ],
 )
 def test_close_to_truth(
@@ -63,7 +65,7 @@ def test_close_to_truth(
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("one_sm")
-@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("group", range(1, 17))
 def test_groups(group: int, device: str) -> None:
     case = make_case(
         2, 1, 1, group, 64, [100, 16], [64, 0], dtype=torch.float16, device=device
@@ -119,10 +121,12 @@ def test_strided_query_and_given_output(device: str) -> None:
     fused = torch.randn(2, 10, 64, device=device)
     fused[:, 2:8] = q
     out = torch.full((2, 9, 64), torch.nan, device=device)
-    args = (case.arena, 1, case.tables, slots.int(), seq_lens.long(), 0.125)
-    got = decode_attention_triton(fused[:, 2:8], *args, out=out[:, 1:7])
+    lengths, how = (slots.int(), seq_lens.long()), {"layer": 1, "sm_scale": 0.125}
+    into = {**how, "out": out[:, 1:7]}
+    where = (case.arena, case.tables)
+    got = decode_attention_triton(*where, fused[:, 2:8], *lengths, **into)
     assert got.data_ptr() == out[:, 1:7].data_ptr()
-    expected = decode_attention_triton(q, *args)
+    expected = decode_attention_triton(*where, q, *lengths, **how)
     assert torch.equal(out[:, 1:7], expected)
     assert out[:, 0].isnan().all()
     assert out[:, 7:].isnan().all()
@@ -131,7 +135,8 @@ def test_strided_query_and_given_output(device: str) -> None:
 def test_reference_against_plain_python() -> None:
     case = make_case(2, 2, 2, 2, 16, [52, 19], [32, 0])
     q, slots, seq_lens = make_batch(case)
-    out = decode_attention(q, case.arena, 1, case.tables, slots, seq_lens, 0.25)
+    args = (case.arena, case.tables, q, slots, seq_lens)
+    out = decode_attention(*args, layer=1, sm_scale=0.25)
     keys, values = (c.view(-1, 16) for c in (case.arena.k, case.arena.v))
     for r in range(2):
         for j in range(4):
@@ -156,6 +161,12 @@ def test_reference_against_plain_python() -> None:
         (128, 4, torch.bfloat16, {"row_slack": None, "max_parts": None}),
         (128, 7, torch.bfloat16, {}),
         (128, 8, torch.float16, {}),
+        (128, 12, torch.bfloat16, {}),
+        (128, 16, torch.bfloat16, {}),
+        (64, 16, torch.bfloat16, {}),
+        (80, 5, torch.bfloat16, {}),
+        (256, 1, torch.bfloat16, {}),
+        (256, 8, torch.bfloat16, {}),
     ],
 )
 @pytest.mark.parametrize(
@@ -215,11 +226,12 @@ def test_graph_replay_follows_new_lengths(device: str) -> None:
     lengths = short.clone()
     workspace = make_workspace(case, 4)
     out = torch.empty_like(q)
-    args = (q, case.arena, 1, case.tables, slots, lengths, 128**-0.5, out, workspace)
+    args = (case.arena, case.tables, q, slots, lengths)
+    how = {"layer": 1, "sm_scale": 128**-0.5, "out": out, "workspace": workspace}
 
     def step() -> None:
-        plan_decode(case.tables, slots, lengths, 2, 2, workspace)
-        decode_attention(*args)
+        plan_decode(case.tables, slots, lengths, workspace, num_kv_heads=2)
+        decode_attention(*args, **how)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -260,9 +272,11 @@ def test_gpu_skewed_lengths_have_no_race(tile: int, device: str) -> None:
     check(case, config=config)
     q, slots, lengths = make_batch(case)
     workspace = make_workspace(case, 64, config)
-    plan_decode_triton(case.tables, slots, lengths, 1, 8, workspace, config)
-    args = (q, case.arena, 0, case.tables, slots, lengths, 0.1, None, workspace)
-    first = decode_attention_triton(*args, config=config)
+    batch = (case.tables, slots, lengths)
+    plan_decode_triton(*batch, workspace, num_kv_heads=8, config=config)
+    args = (case.arena, case.tables, q, slots, lengths)
+    how = {"layer": 0, "sm_scale": 0.1, "workspace": workspace, "config": config}
+    first = decode_attention_triton(*args, **how)
     for _ in range(100):
-        assert torch.equal(decode_attention_triton(*args, config=config), first)
+        assert torch.equal(decode_attention_triton(*args, **how), first)
     assert not workspace.arrivals.any()

@@ -72,15 +72,16 @@ def test_reference_stores_new_tokens() -> None:
     case = make_case(2, 2, 2, 2, 16, [52, 19], [32, 0], dtype=torch.bfloat16)
     q, slots, seq_lens = make_batch(case, padding=1)
     new = make_new_tokens(case, slots)
-    args = (q, case.arena, 1, case.tables, slots, seq_lens, 0.25)
-    out = decode_attention(*args, new_tokens=new)
+    args = (case.arena, case.tables, q, slots, seq_lens)
+    how = {"layer": 1, "sm_scale": 0.25}
+    out = decode_attention(*args, **how, new_tokens=new)
     for b, (slot, last) in enumerate(zip(case.slots, (51, 18), strict=True)):
         page, offset = divmod(int(new.out_cache_loc[b]), 16)
         assert torch.equal(case.arena.k[page, 1, :, offset], new.k[b])
         assert torch.equal(case.arena.v[page, 1, :, offset], new.v[b])
         assert not case.arena.score[page, 1, :, offset].any()
         assert torch.equal(case.query_ring[slot, 1, last % 8], q[b])
-    assert torch.equal(out, decode_attention(*args))
+    assert torch.equal(out, decode_attention(*args, **how))
 
 
 @pytest.mark.interpreter
@@ -88,11 +89,10 @@ def test_rings_of_other_lengths_are_refused(device: str) -> None:
     case = make_case(1, 1, 1, 1, 16, [20], device=device)
     q, slots, seq_lens = make_batch(case)
     new = make_new_tokens(case, slots)
-    args = (q, case.arena, 0, case.tables, slots, seq_lens, 0.25)
+    args = (case.arena, case.tables, q, slots, seq_lens)
+    how = {"layer": 0, "sm_scale": 0.25, "new_tokens": new}
     with pytest.raises(ValueError, match="\\[3, 8\\] rows"):
-        decode_attention_triton(
-            *args, query_lse=case.query_lse[:, :, :3], new_tokens=new
-        )
+        decode_attention_triton(*args, **how, query_lse=case.query_lse[:, :, :3])
 
 
 @pytest.mark.gpu
@@ -114,15 +114,26 @@ def test_gpu_graph_of_layers_with_new_tokens(tokens: int, device: str) -> None:
     lses = [case.query_lse.clone() for _ in range(2)]
 
     def step(fused: bool) -> None:
-        plan_decode_triton(case.tables, slots, seq_lens, layers, 8, workspace)
+        plan_decode_triton(case.tables, slots, seq_lens, workspace, num_kv_heads=8)
         for layer, out in enumerate(outs):
             k, v = (part[layer] for part in kvs)
             new = NewTokens(k, v, cells, case.query_ring) if fused else None
             if not fused:
-                arena = (case.arena, layer, cells, case.query_ring, ring_index)
-                append_kv(k, v, q, *arena)
-            args = (q, case.arena, layer, case.tables, slots, seq_lens, 0.1, out)
-            decode_attention_triton(*args, workspace, lses[fused], new)
+                into = (cells, case.query_ring, ring_index)
+                append_kv(case.arena, k, v, q, *into, layer=layer)
+            decode_attention_triton(
+                case.arena,
+                case.tables,
+                q,
+                slots,
+                seq_lens,
+                layer=layer,
+                sm_scale=0.1,
+                out=out,
+                workspace=workspace,
+                query_lse=lses[fused],
+                new_tokens=new,
+            )
 
     step(True)
     graph = torch.cuda.CUDAGraph()

@@ -100,8 +100,9 @@ def test_plan(
         max_parts=max_parts,
     )
     workspace = make_workspace(case, len(slots) + 3, config)
-    plan_decode_triton(case.tables, slots, lengths, 2, 2, workspace, config)
-    plan = plan_decode_ref(case.tables, slots, lengths, 2, 2, programs, config)
+    args, how = (case.tables, slots, lengths), {"num_kv_heads": 2, "config": config}
+    plan_decode_triton(*args, workspace, **how)
+    plan = plan_decode_ref(*args, **how, programs=programs)
     rows = 2 * len(slots)
     assert torch.equal(workspace.shares, plan.shares)
     records = workspace.records
@@ -132,8 +133,9 @@ def test_idle_multiprocessors_limit_max_parts(
     for max_parts, share in ((None, 2), (20, 2), (13, 4), (2, 4)):
         config = DecodeConfig(16, max_parts=max_parts, row_slack=None)
         workspace = make_workspace(case, 2, config)
-        plan_decode_triton(case.tables, slots, lengths, 1, 1, workspace, config)
-        plan = plan_decode_ref(case.tables, slots, lengths, 1, 1, 36, config)
+        args, how = (case.tables, slots, lengths), {"num_kv_heads": 1, "config": config}
+        plan_decode_triton(*args, workspace, **how)
+        plan = plan_decode_ref(*args, **how, programs=36)
         assert workspace.shares.tolist() == plan.shares.tolist() == [share]
 
 
@@ -145,12 +147,15 @@ def test_one_plan_serves_all_layers(programs: int, device: str) -> None:
     config = DecodeConfig(16, programs_per_sm=programs)
     q, slots, seq_lens = make_batch(case)
     workspace = make_workspace(case, 3, config)
-    plan_decode_triton(case.tables, slots, seq_lens, 3, 2, workspace, config)
+    batch = (case.tables, slots, seq_lens)
+    plan_decode_triton(*batch, workspace, num_kv_heads=2, config=config)
+    args = (case.arena, case.tables, q, slots, seq_lens)
     for layer in (2, 0, 1):
-        args = (q, case.arena, layer, case.tables, slots, seq_lens, 0.125)
-        out = decode_attention_triton(*args, workspace=workspace, config=config)
-        assert torch.equal(out, decode_attention_triton(*args, config=config))
-        torch.testing.assert_close(out, decode_attention_ref(*args))
+        how = {"layer": layer, "sm_scale": 0.125}
+        run = {**how, "config": config}
+        out = decode_attention_triton(*args, **run, workspace=workspace)
+        assert torch.equal(out, decode_attention_triton(*args, **run))
+        torch.testing.assert_close(out, decode_attention_ref(*args, **how))
 
 
 def test_plan_of_the_reference_path_does_nothing() -> None:
@@ -158,7 +163,7 @@ def test_plan_of_the_reference_path_does_nothing() -> None:
     _, slots, seq_lens = make_batch(case)
     workspace = make_workspace(case, 1)
     before = workspace.cu_tiles.clone()
-    plan_decode(case.tables, slots, seq_lens, 1, 1, workspace)
+    plan_decode(case.tables, slots, seq_lens, workspace, num_kv_heads=1)
     assert torch.equal(workspace.cu_tiles, before)
 
 
@@ -185,10 +190,10 @@ def test_unfit_workspace_is_refused(changed: dict, message: str, device: str) ->
         "num_layers": 3,
     }
     workspace = make_decode_workspace(**{**shape, **changed}, device=device)
+    args = (case.arena, case.tables, q, slots, seq_lens)
+    how = {"layer": 0, "sm_scale": 0.125, "workspace": workspace}
     with pytest.raises(ValueError, match=message):
-        decode_attention_triton(
-            q, case.arena, 0, case.tables, slots, seq_lens, 0.125, workspace=workspace
-        )
+        decode_attention_triton(*args, **how)
 
 
 def test_workspace_bytes_can_be_counted() -> None:

@@ -35,9 +35,9 @@ def make(
 def test_kernel_equals_reference(device: str) -> None:
     case, scores, unlike, units = make(device)
     plan, found, noted = make_plan(case), scores.clone(), units.clone()
-    rest = (plan, case.tables, WEIGHT, HEADS)
-    add_distinct_triton(found, unlike, noted, *rest)
-    add_distinct_ref(scores, unlike, units, *rest)
+    where = (case.tables, plan)
+    add_distinct_triton(*where, found, unlike, noted, weight=WEIGHT)
+    add_distinct_ref(*where, scores, unlike, units, weight=WEIGHT)
     torch.testing.assert_close(found, scores, rtol=1e-6, atol=0)
     torch.testing.assert_close(noted, units, rtol=1e-6, atol=0)
 
@@ -48,9 +48,9 @@ def test_decoded_alone_needs_no_keys(device: str) -> None:
     plan = make_plan(case)
     plan = plan._replace(pool_tail=torch.zeros_like(plan.pool_tail), any_pooled=False)
     found, noted = scores.clone(), units.clone()
-    rest = (plan, case.tables, WEIGHT, HEADS)
-    add_distinct_triton(found, None, noted, *rest)
-    add_distinct_ref(scores, None, units, *rest)
+    where = (case.tables, plan)
+    add_distinct_triton(*where, found, None, noted, weight=WEIGHT)
+    add_distinct_ref(*where, scores, None, units, weight=WEIGHT)
     assert torch.equal(found, scores)
     assert torch.equal(noted, torch.arange(9.0, device=device))
 
@@ -78,7 +78,7 @@ def test_reference_against_a_loop() -> None:
             expected[new] += unit
         units[slot] = unit
     noted = torch.arange(9.0)
-    add_distinct(scores, unlike, noted, plan, case.tables, WEIGHT, HEADS)
+    add_distinct(case.tables, plan, scores, unlike, noted, weight=WEIGHT)
     torch.testing.assert_close(scores, expected.float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(noted, units, rtol=1e-5, atol=0)
 
@@ -86,13 +86,13 @@ def test_reference_against_a_loop() -> None:
 def test_a_prompt_needs_its_keys() -> None:
     case, scores, _, units = make()
     with pytest.raises(ValueError, match="pools a prompt"):
-        add_distinct(scores, None, units, make_plan(case), case.tables, 1.0, HEADS)
+        add_distinct(case.tables, make_plan(case), scores, None, units, weight=1.0)
 
 
 def test_keys_that_are_all_alike_add_nothing() -> None:
     case, scores, unlike, units = make()
     before = scores.clone()
     plan = make_plan(case)
-    add_distinct(scores, 0 * unlike, units, plan, case.tables, 1.0, HEADS)
+    add_distinct(case.tables, plan, scores, 0 * unlike, units, weight=1.0)
     first = int(plan.entry_base[1])
     assert torch.equal(scores[:first], before[:first])

@@ -20,25 +20,29 @@ def awkward_case(device: str) -> Case:
     )
 
 
-def arguments(case: Case, device: str) -> tuple[object, ...]:
-    slots = torch.tensor(case.slots, device=device)
-    seq_lens = torch.tensor(case.seq_lens, device=device)
-    return case.tables, slots, seq_lens, 3, 2
+def arguments(case: Case, device: str) -> dict[str, object]:
+    return {
+        "tables": case.tables,
+        "slots": torch.tensor(case.slots, device=device),
+        "seq_lens": torch.tensor(case.seq_lens, device=device),
+        "num_kv_heads": 2,
+    }
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("width", [26, 128, 131])
 def test_equals_reference(width: int, device: str) -> None:
     case = awkward_case(device)
-    blocks, lens = head_tables_triton(*arguments(case, device), width)
-    expected_blocks, expected_lens = head_tables_ref(*arguments(case, device), width)
+    args = arguments(case, device)
+    blocks, lens = head_tables_triton(**args, width=width)
+    expected_blocks, expected_lens = head_tables_ref(**args, width=width)
     assert torch.equal(blocks, expected_blocks)
     assert torch.equal(lens, expected_lens)
 
 
 def test_reference_lists_every_entry_in_order() -> None:
     case = awkward_case("cpu")
-    blocks, lens = head_tables(*arguments(case, "cpu"), 26)
+    blocks, lens = head_tables(**arguments(case, "cpu"), width=26)
     assert blocks.shape == (3, 4, 2, 26)
     for r in range(4):
         for lh in range(6):

@@ -12,6 +12,8 @@ from sglang_kvc.kernels.observe import (
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
 from tests.kernels import oracles
 
+HOW = {"sm_scale": 0.125, "power": 2}
+
 
 def check(
     case: Case,
@@ -24,22 +26,22 @@ def check(
 
     Requests whose log-sum-exps were recorded must not need to work them out.
     """
-    arena, window = case.arena, case.query_ring.shape[2]
+    arena = case.arena
     starts = [query_start] * len(case.slots)
     plan = make_plan(case, query_start=starts, recorded=recorded)
     scale = arena.head_dim**-0.5
-    args = (case.query_ring, case.query_lse, arena, case.tables, plan)
-    args += (scale, power, window, value_norms)
+    args = (arena, case.tables, plan, case.query_ring, case.query_lse)
+    how = {"sm_scale": scale, "power": power, "value_norms": value_norms}
     found = oracles.query_lse(case, scale, query_start).float()
     for slot, known in zip(case.slots, recorded or [], strict=False):
         if known:
             case.query_lse[slot] = found[slot]
-    out = observe_scores_triton(*args)
+    out = observe_scores_triton(*args, **how)
     seen = ~found.isnan()
     torch.testing.assert_close(case.query_lse[seen], found[seen], atol=1e-3, rtol=0)
     truth = oracles.observe(case, scale, power, query_start, value_norms=value_norms)
     if arena.k.dtype == torch.float32:
-        working = observe_scores_ref(*args)
+        working = observe_scores_ref(*args, **how)
     else:
         working = oracles.observe(
             case, scale, power, query_start, arena.k.dtype, value_norms
@@ -58,6 +60,10 @@ def check(
         ([100], [48], 1, 2, 7, 128, 8, torch.float16),
         ([200, 70], [96, 0], 1, 1, 8, 64, 32, torch.float32),
         ([500], [256], 1, 1, 3, 128, 16, torch.float16),
+        # More queries than a program holds, and wide ones.
+        ([150, 40], [64, 0], 1, 1, 16, 128, 32, torch.float16),
+        ([150], [64], 1, 1, 5, 256, 32, torch.float16),
+        ([90], [48], 1, 1, 3, 80, 16, torch.float16),
         # Four splits; in the short request, early rows see nothing of a late split.
         ([2100, 60], [0, 0], 1, 1, 1, 64, 40, torch.float32),
     ],
@@ -114,9 +120,9 @@ def test_a_recorded_log_sum_exp_is_believed(device: str) -> None:
     scores = []
     for lse in (3.0, 4.0):
         case.query_lse.fill_(lse)
-        args = (case.query_ring, case.query_lse, case.arena, case.tables, plan)
+        args = (case.arena, case.tables, plan, case.query_ring, case.query_lse)
         for op in (observe_scores_triton, observe_scores_ref):
-            scores.append(op(*args, 0.125, 2, 8))
+            scores.append(op(*args, **HOW))
     # A GPU's exp2 is an approximation, of a logit that was summed in another order.
     close = {"rtol": 1e-4, "atol": 1e-12}
     torch.testing.assert_close(scores[0], scores[1], **close)
@@ -131,14 +137,14 @@ def test_repeated_queries_do_not_add_up(window: int, device: str) -> None:
     case = make_case(3, 1, 2, 3, 64, lens, folds, device=device, window=window)
     case.arena.score.uniform_(0, 5e-3 * window / 8)
     plans = [make_plan(case, repeated=flags) for flags in ([True, False, True], None)]
-    args = (case.query_ring, case.query_lse, case.arena, case.tables)
-    rest = (0.125, 2, window)
-    found, added = (observe_scores_triton(*args, plan, *rest) for plan in plans)
-    torch.testing.assert_close(
-        found, observe_scores_ref(*args, plans[0], *rest), rtol=1e-4, atol=1e-6
+    where, rings = (case.arena, case.tables), (case.query_ring, case.query_lse)
+    found, added = (
+        observe_scores_triton(*where, plan, *rings, **HOW) for plan in plans
     )
+    expected = observe_scores_ref(*where, plans[0], *rings, **HOW)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     no_past = plans[1]._replace(is_first=torch.ones_like(plans[1].is_first))
-    new = observe_scores_triton(*args, no_past, *rest)
+    new = observe_scores_triton(*where, no_past, *rings, **HOW)
     second = int(plans[0].entry_base[1])
     old = (added - new)[:second]
     assert (old > new[:second]).any() and (old < new[:second]).any()
@@ -164,40 +170,26 @@ def test_all_tile_shapes(
 @pytest.mark.interpreter
 def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     case = make_case(3, 1, 2, 2, 64, [50, 33, 80], [32, 0, 32], device=device)
-    args = (case.query_ring, case.query_lse, case.arena, case.tables, make_plan(case))
-    args += (0.125, 2, 8)
-    whole = observe_scores_triton(*args)
-    monkeypatch.setattr("sglang_kvc.kernels.query_lse._MAX_PARTIAL", 1)
-    assert torch.equal(observe_scores_triton(*args), whole)
+    args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
+    whole = observe_scores_triton(*args, **HOW)
+    monkeypatch.setattr("sglang_kvc.kernels.plan_heads.MAX_PARTIAL", 1)
+    assert torch.equal(observe_scores_triton(*args, **HOW), whole)
 
 
 def test_reference_against_loops() -> None:
     case = make_case(2, 2, 2, 2, 16, [52, 21], [32, 0], window=8)
+    args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
     for power in (1, 2):
-        args = (case.query_ring, case.query_lse, case.arena, case.tables)
-        out = observe_scores(*args, make_plan(case), 0.25, power, 8)
+        out = observe_scores(*args, sm_scale=0.25, power=power)
         truth = oracles.observe(case, 0.25, power)
         torch.testing.assert_close(out, truth.float())
 
 
-@pytest.mark.parametrize(
-    ("power", "window", "message"),
-    [(3, 8, "power must be 1 or 2, got 3"), (2, 4, "window must be 8, got 4")],
-)
-def test_bad_arguments_are_named(power: int, window: int, message: str) -> None:
+def test_bad_powers_are_named() -> None:
     case = make_case(1, 1, 1, 1, 16, [20])
-    plan = make_plan(case)
-    with pytest.raises(ValueError, match=message):
-        observe_scores(
-            case.query_ring,
-            case.query_lse,
-            case.arena,
-            case.tables,
-            plan,
-            0.25,
-            power,
-            window,
-        )
+    args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
+    with pytest.raises(ValueError, match="power must be 1 or 2, got 3"):
+        observe_scores(*args, sm_scale=0.25, power=3)
 
 
 @pytest.mark.gpu

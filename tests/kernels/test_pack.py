@@ -13,7 +13,11 @@ from sglang_kvc.kernels.pack import (
     pack_entries_ref,
     pack_entries_triton,
 )
-from sglang_kvc.kernels.select import SelectedEntries, select_entries_ref
+from sglang_kvc.kernels.select import (
+    SelectedEntries,
+    SelectionRule,
+    select_entries_ref,
+)
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
 from tests.kernels import oracles
 from tests.kernels.test_append import bits
@@ -26,7 +30,7 @@ def plan_pass(case: Case, fold_new: list[int] | None = None) -> Pass:
     plan = make_plan(case, fold_new=fold_new)
     device, heads = case.arena.k.device, case.arena.heads_per_page
     scores = torch.rand(plan.num_entries, device=device)
-    selected = select_entries_ref(scores, heads, case.tables, plan, 2)
+    selected = select_entries_ref(case.tables, plan, scores, rule=SelectionRule(2))
     fresh = case.free_pages[: plan.num_kept // (16 * heads)]
     return plan, scores, selected, torch.tensor(fresh, dtype=torch.int64, device=device)
 
@@ -53,11 +57,11 @@ def check_twins(case: Case, fold_new: list[int] | None = None) -> None:
     """Run the pass with the kernels and with the references."""
     plan, scores, selected, fresh = plan_pass(case, fold_new)
     ours, theirs = copy(case), copy(case)
-    pack_entries_triton(ours.arena, selected, fresh, plan)
-    pack_entries_ref(theirs.arena, selected, fresh, plan)
+    pack_entries_triton(ours.arena, plan, selected, fresh)
+    pack_entries_ref(theirs.arena, plan, selected, fresh)
     assert_same_state(ours, theirs)
-    commit_tables_triton(ours.tables, ours.arena, selected, plan, fresh, scores)
-    commit_tables_ref(theirs.tables, theirs.arena, selected, plan, fresh, scores)
+    commit_tables_triton(ours.arena, ours.tables, plan, selected, fresh, scores)
+    commit_tables_ref(theirs.arena, theirs.tables, plan, selected, fresh, scores)
     assert_same_state(ours, theirs)
 
 
@@ -92,8 +96,8 @@ def test_reference_against_entries(fold_new: list[int] | None) -> None:
     before = make_case(3, 2, 2, 1, 16, [100, 30, 33], [64, 0, 32])
     plan, scores, selected, fresh = plan_pass(before, fold_new)
     after = copy(before)
-    pack_entries(after.arena, selected, fresh, plan)
-    commit_tables(after.tables, after.arena, selected, plan, fresh, scores)
+    pack_entries(after.arena, plan, selected, fresh)
+    commit_tables(after.arena, after.tables, plan, selected, fresh, scores)
     folds = plan.fold_new.tolist()
     assert [int(after.tables.fold_lens[slot]) for slot in after.slots] == folds
     after = after._replace(folds=folds)
@@ -134,16 +138,18 @@ def test_keeping_everything_changes_no_attention() -> None:
     held = [before.packed_pages[0] + 2, 2]
     plan = make_plan(before, keep_pages=held)
     scores = torch.rand(plan.num_entries)
-    selected = select_entries_ref(scores, 4, before.tables, plan, 0)
+    selected = select_entries_ref(before.tables, plan, scores, rule=SelectionRule(0))
     fresh = torch.tensor(before.free_pages[: sum(held)])
     after = copy(before)
-    pack_entries(after.arena, selected, fresh, plan)
-    commit_tables(after.tables, after.arena, selected, plan, fresh, scores)
+    pack_entries(after.arena, plan, selected, fresh)
+    commit_tables(after.arena, after.tables, plan, selected, fresh, scores)
     q = torch.randn(2, 4, 32)
     slots, seq_lens = torch.tensor(before.slots), torch.tensor(before.seq_lens)
     for layer in range(2):
         outs = [
-            decode_attention_ref(q, c.arena, layer, c.tables, slots, seq_lens, 0.2)
+            decode_attention_ref(
+                c.arena, c.tables, q, slots, seq_lens, layer=layer, sm_scale=0.2
+            )
             for c in (before, after)
         ]
         torch.testing.assert_close(*outs)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sglang_kvc.kernels.layout import PassPlan, PlannedRequest
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 from sglang_kvc.kernels.testing import make_case, make_plan
 from tests.kernels import oracles
@@ -16,8 +17,8 @@ def request(**changes: int) -> PassRequest:
         "fold_new": 176,
         "query_start": 149,
         "packed_pages": 4,
-        "evict_blocks": 3 * 6,
-        "evict_most": 5 * 6,
+        "evict_pages": 3,
+        "evict_most_pages": 5,
         "protected": 27,
         "is_first": False,
         "repeated": True,
@@ -34,14 +35,16 @@ def test_layout_of_two_requests() -> None:
         fold_old=0,
         fold_new=32,
         packed_pages=0,
-        evict_blocks=6,
-        evict_most=6,
+        evict_pages=1,
+        evict_most_pages=1,
         is_first=True,
         pool_tail=True,
     )
     plan = build_plan([first, request(recorded=True)], 6, "cpu")
     assert plan.tail_blocks.tolist() == [3, 4]
     assert plan.fold_blocks.tolist() == [2, 3]
+    assert plan.evict_blocks.tolist() == [6, 18]
+    assert plan.evict_most.tolist() == [6, 30]
     assert plan.is_first.tolist() == [1, 0]
     assert plan.pool_tail.tolist() == [1, 0]
     assert plan.recorded.tolist() == [0, 1]
@@ -52,6 +55,15 @@ def test_layout_of_two_requests() -> None:
     assert plan.num_kept == 16 * 6 * (1 + 4)
     # A head cannot hold more packed blocks than were folded: 8, though 24 exist.
     assert plan.max_blocks == 8 + 4
+
+
+def test_a_planned_request_is_a_column_of_the_plan() -> None:
+    plan = build_plan([request(slot=1), request(recorded=True)], 6, "cpu")
+    names = [name.removesuffix("s") for name in PassPlan._fields]
+    fields = [name.removesuffix("s") for name in PlannedRequest._fields]
+    assert names[: len(fields)] == fields
+    for r, planned in enumerate(plan.requests()):
+        assert list(planned) == [int(vector[r]) for vector in plan[: len(fields)]]
 
 
 def test_totals_match_the_entries_of_a_case() -> None:
@@ -71,16 +83,18 @@ def test_totals_match_the_entries_of_a_case() -> None:
     [
         ({"fold_new": 170}, "multiples of 16, got 128 and 170"),
         ({"fold_new": 192}, "fold_new <= seq_len, got 128, 192, 181"),
-        ({"evict_blocks": 7}, "whole pages of 6 blocks out of 7, got 7"),
-        ({"evict_blocks": 48}, "out of 7, got 48"),
-        ({"evict_most": 31}, "evict_most must be whole pages of 6 blocks"),
-        ({"evict_most": 12}, "18 blocks or more out of 7 pages, got 12"),
-        ({"evict_most": 48}, "out of 7 pages, got 48"),
+        (
+            {"evict_pages": -1},
+            "0 <= evict_pages <= evict_most_pages <= 7, .* got -1 and 5",
+        ),
+        ({"evict_pages": 6}, "got 6 and 5"),
+        ({"evict_most_pages": 2}, "got 3 and 2"),
+        ({"evict_most_pages": 8}, "got 3 and 8"),
     ],
 )
 def test_impossible_passes_are_refused(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_plan([request(**changes)], 6, "cpu")
+        request(**changes)
 
 
 def test_an_empty_plan_is_refused() -> None:

@@ -14,7 +14,7 @@ from sglang_kvc.kernels.testing import make_case, make_plan
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    "pool",
+    "pooling",
     [
         Pooling(0, 1, 1.0, 1.0),
         Pooling(3, 3, 0.5, 0.3),
@@ -24,14 +24,14 @@ from sglang_kvc.kernels.testing import make_case, make_plan
         Pooling(128, 0, 0.3, 1.0),
     ],
 )
-def test_pooling_equals_reference(pool: Pooling, device: str) -> None:
+def test_pooling_equals_reference(pooling: Pooling, device: str) -> None:
     case = make_case(3, 2, 2, 1, 16, [37, 90, 16], [0, 48, 0], device=device)
     plan = make_plan(case)
     scores = torch.rand(plan.num_entries, device=device)
-    args = (plan, case.tables, pool, 4)
-    pooled = pool_scores_triton(scores, *args)
+    args = (case.tables, plan, scores)
+    pooled = pool_scores_triton(*args, pooling=pooling)
     assert pooled.data_ptr() != scores.data_ptr()
-    assert torch.equal(pooled, pool_scores_ref(scores, *args))
+    assert torch.equal(pooled, pool_scores_ref(*args, pooling=pooling))
 
 
 @pytest.mark.parametrize(("decay", "gain"), [(1.0, 1.0), (0.75, 1.0), (0.75, 0.5)])
@@ -41,8 +41,8 @@ def test_pooling_reference_against_a_loop(decay: float, gain: float) -> None:
     plan = make_plan(case)
     assert plan.pool_tail.tolist() == [1, 0, 1]
     scores = torch.rand(plan.num_entries)
-    pool = Pooling(5, 2, decay, gain)
-    pooled = pool_scores(scores, plan, case.tables, pool, 2)
+    pooling = Pooling(5, 2, decay, gain)
+    pooled = pool_scores(case.tables, plan, scores, pooling=pooling)
     expected = scores.clone()
     for r in (0, 2):
         offsets = case.tables.block_offsets[case.slots[r]].tolist()

@@ -1,4 +1,4 @@
-"""Stock prefill kernels read the arena: as pages, or as blocks when folded."""
+"""Stock prefill kernels read the arena: as pages, or as blocks when packed."""
 
 from types import SimpleNamespace
 
@@ -82,23 +82,22 @@ def test_gpu_backends_read_the_arena_view(name: str) -> None:
     from sglang_kvc.attention import prefill
 
     pool, table, batch, q, layer = make_batch("cuda", torch.bfloat16)
-    backend = getattr(prefill, name)(pool, table)
-    backend.plan(batch, [])
-    out = backend.run(q, layer)
+    kernel = getattr(prefill, name)(pool, table)
+    out = kernel.run(kernel.plan(batch, []), q, layer)
     truth = dense(pool, table, q, layer, torch.float64)
     working = dense(pool, table, q, layer, torch.bfloat16)
     oracles.assert_arith(out, working, truth)
 
 
 # Compressed chunks: (sequence length, fold, new tokens) of each request.
-FOLDED = [(97, 96, 1), (150, 64, 80), (400, 320, 64), (50, 0, 50)]
+PACKED = [(97, 96, 1), (150, 64, 80), (400, 320, 64), (50, 0, 50)]
 
 
-def make_folded(device: str, dtype: torch.dtype):
+def make_packed(device: str, dtype: torch.dtype):
     """A case with skewed heads as a pool, its batch look-alike, and queries."""
-    lens, folds, new = (list(column) for column in zip(*FOLDED, strict=True))
+    lens, folds, new = (list(column) for column in zip(*PACKED, strict=True))
     case = make_case(
-        len(FOLDED), LAYERS, HEADS, GROUP, DIM, lens, folds, dtype=dtype, device=device
+        len(PACKED), LAYERS, HEADS, GROUP, DIM, lens, folds, dtype=dtype, device=device
     )
     # Unowned cells hold NaN; FA3 loads whole pages and masks by length.
     for cells in (case.arena.k, case.arena.v):
@@ -117,12 +116,12 @@ def make_folded(device: str, dtype: torch.dtype):
     return case, pool, batch, list(zip(folds, budgets, strict=True)), q, layer
 
 
-def folded_dense(case, q, layer, dtype: torch.dtype) -> torch.Tensor:
+def packed_dense(case, q, layer, dtype: torch.dtype) -> torch.Tensor:
     """Attention over the entries of each head, one by one, in `dtype`."""
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     cells = [c.view(-1, DIM) for c in (case.arena.k, case.arena.v)]
     start = 0
-    for r, (length, _, new) in enumerate(FOLDED):
+    for r, (length, _, new) in enumerate(PACKED):
         for h in range(HEADS):
             entries = oracles.entries(case, r, layer.layer_id * HEADS + h)
             rows = torch.tensor([row for row, _ in entries], device=q.device)
@@ -138,34 +137,31 @@ def folded_dense(case, q, layer, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def test_folded_torch_prefill_attends_to_packed_blocks_and_the_causal_tail() -> None:
-    from sglang_kvc.attention.prefill_folded import TorchFoldedPrefill
+def test_torch_attends_to_packed_blocks_and_the_causal_tail() -> None:
+    from sglang_kvc.attention.prefill_torch import PackedPrompts, TorchPrefill
 
-    case, pool, batch, folds, q, layer = make_folded("cpu", torch.float32)
-    backend = TorchFoldedPrefill(pool, case.tables.req_to_token, case.tables)
-    backend.plan(batch, folds)
-    out = backend.run(q, layer)
-    torch.testing.assert_close(out, folded_dense(case, q, layer, torch.float32))
+    case, pool, batch, folds, q, layer = make_packed("cpu", torch.float32)
+    kernel = TorchPrefill(PackedPrompts(pool, case.tables))
+    out = kernel.run(kernel.plan(batch, folds), q, layer)
+    torch.testing.assert_close(out, packed_dense(case, q, layer, torch.float32))
 
 
 @pytest.mark.gpu
-def test_folded_fa3_prefill_attends_to_packed_blocks_and_the_causal_tail() -> None:
+def test_fa3_attends_to_packed_blocks_and_the_causal_tail() -> None:
     """Within twice the error of the same maths in torch at bf16."""
     pytest.importorskip("sglang", reason="needs SGLang's FlashAttention-3")
-    from sglang_kvc.attention.prefill_folded import FlashAttention3FoldedPrefill
+    from sglang_kvc.attention.prefill_packed import FlashAttention3PackedPrefill
 
-    case, pool, batch, folds, q, layer = make_folded("cuda", torch.bfloat16)
-    tables = case.tables
-    backend = FlashAttention3FoldedPrefill(pool, tables.req_to_token, tables)
-    backend.plan(batch, folds)
-    out = backend.run(q, layer)
-    truth = folded_dense(case, q, layer, torch.float64)
-    working = folded_dense(case, q, layer, torch.bfloat16)
+    case, pool, batch, folds, q, layer = make_packed("cuda", torch.bfloat16)
+    kernel = FlashAttention3PackedPrefill(pool, case.tables)
+    out = kernel.run(kernel.plan(batch, folds), q, layer)
+    truth = packed_dense(case, q, layer, torch.float64)
+    working = packed_dense(case, q, layer, torch.bfloat16)
     oracles.assert_arith(out, working, truth)
 
 
 def test_no_head_has_more_blocks_than_the_table_has_columns() -> None:
-    from sglang_kvc.attention.prefill_folded import table_width
+    from sglang_kvc.attention.prefill_packed import table_width
 
     assert table_width([50], [(0, 0)], 64) == 4
     # 1,040 folded tokens are 65 blocks; 4 pages of 64 heads are more.

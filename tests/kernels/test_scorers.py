@@ -146,7 +146,7 @@ def test_heads_are_shared_by_programs(
     programs: int, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """More tiles than programs, and programs without a tile."""
-    name = "sglang_kvc.kernels.key_similarity.programs_per_head"
+    name = "sglang_kvc.kernels.plan_heads.programs_per_head"
     monkeypatch.setattr(name, lambda rows, items: programs)
     check_all(make_case(2, 1, 2, 1, 64, [450, 20], [64, 0], device=device))
 
@@ -156,7 +156,7 @@ def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> N
     case = make_case(3, 1, 2, 1, 64, [50, 33, 80], [32, 0, 32], device=device)
     args = (case.arena, case.tables, make_plan(case))
     whole = key_similarity_scores_triton(*args)
-    monkeypatch.setattr("sglang_kvc.kernels.key_similarity._MAX_PARTIAL", 1)
+    monkeypatch.setattr("sglang_kvc.kernels.plan_heads.MAX_PARTIAL", 1)
     assert torch.equal(key_similarity_scores_triton(*args), whole)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from sglang_kvc.eviction.scorers import SCORERS, ScoreContext, Scorer
 from sglang_kvc.kernels.layout import PassPlan
+from sglang_kvc.kernels.ops import OPS
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
 from tests.kernels import oracles
 from tests.kernels.test_scorers import padding, workspace
@@ -21,10 +22,9 @@ FOLDS = [0, 32, 48]
 )
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the test with either form of the ops."""
-    for module in ("key_similarity", "observe", "positional"):
+    for module in {op.module for op in OPS}:
         monkeypatch.setattr(
-            f"sglang_kvc.kernels.{module}.use_triton",
-            lambda tensor: request.param == "triton",
+            module, "use_triton", lambda tensor: request.param == "triton"
         )
 
 
@@ -49,7 +49,6 @@ def context(case: Case, plan: PassPlan | None = None) -> ScoreContext:
         tables=case.tables,
         plan=plan or make_plan(case),
         sm_scale=80**-0.5,
-        window=WINDOW,
     )
 
 

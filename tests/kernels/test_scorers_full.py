@@ -69,20 +69,23 @@ def test_against_loops(
     dtype: torch.dtype,
 ) -> None:
     queries, keys = random_prompt(tokens, heads, group, dim, dtype)
-    rest = (0.4, power, buffer)
-    scores = full_attention_scores(queries[first:], keys, first, *rest, chunk)
+    how = {"power": power, "buffer": buffer}
+    scores = full_attention_scores(
+        queries[first:], keys, first, sm_scale=0.4, chunk=chunk, **how
+    )
     assert scores.dtype == torch.float32
-    truth = by_loops(queries[first:], keys, first, *rest)
+    truth = by_loops(queries[first:], keys, first, 0.4, **how)
     torch.testing.assert_close(scores, truth.float(), rtol=1e-5, atol=1e-7)
     assert (scores[truth == 0] == 0).all()
 
 
 def test_chunks_of_a_prompt_add_up() -> None:
     queries, keys = random_prompt(60, 2, 3, 16, torch.float32)
-    whole = full_attention_scores(queries, keys, 0, 0.25, 2)
+    how = {"sm_scale": 0.25, "power": 2}
+    whole = full_attention_scores(queries, keys, 0, **how)
     parts = torch.zeros_like(whole)
     for first, end in ((0, 25), (25, 26), (26, 60)):
-        part = full_attention_scores(queries[first:end], keys[:end], first, 0.25, 2)
+        part = full_attention_scores(queries[first:end], keys[:end], first, **how)
         parts[:, :end] += part
     torch.testing.assert_close(parts, whole)
 
@@ -91,8 +94,9 @@ def test_chunks_of_a_prompt_add_up() -> None:
 def test_a_window_of_everything_observes_the_same(power: int, device: str) -> None:
     """Without a buffer KVC-full is what `observe_scores` finds with all queries."""
     case = make_case(1, 2, 3, 2, 32, [45], window=45, device=device)
-    args = (case.query_ring, case.query_lse, case.arena, case.tables, make_plan(case))
-    observed = observe_scores(*args, 0.25, power, 45).view(2, 3, 48)[..., :45]
+    args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
+    how = {"sm_scale": 0.25, "power": power}
+    observed = observe_scores(*args, **how).view(2, 3, 48)[..., :45]
     keys = case.arena.k.view(-1, 32)
     for layer in range(2):
         rows = [
@@ -101,7 +105,7 @@ def test_a_window_of_everything_observes_the_same(power: int, device: str) -> No
         ]
         prompt_keys = keys[torch.tensor(rows)].transpose(0, 1)
         queries = case.query_ring[case.slots[0], layer]
-        full = full_attention_scores(queries, prompt_keys, 0, 0.25, power, 0, 16)
+        full = full_attention_scores(queries, prompt_keys, 0, **how, buffer=0, chunk=16)
         torch.testing.assert_close(full, observed[layer], rtol=1e-4, atol=1e-6)
 
 
@@ -116,4 +120,4 @@ def test_a_window_of_everything_observes_the_same(power: int, device: str) -> No
 def test_bad_arguments_are_named(first: int, power: int, message: str) -> None:
     queries, keys = random_prompt(8, 1, 1, 4, torch.float32)
     with pytest.raises(ValueError, match=message):
-        full_attention_scores(queries[:6], keys, first, 1.0, power)
+        full_attention_scores(queries[:6], keys, first, sm_scale=1.0, power=power)

@@ -14,7 +14,7 @@ from sglang_kvc.kernels.positional import (
     recency_scores_ref,
     recency_scores_triton,
 )
-from sglang_kvc.kernels.select import select_entries
+from sglang_kvc.kernels.select import SelectionRule, select_entries
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
 from tests.kernels import oracles
 from tests.kernels.test_scorers import AXES, LARGE, SMALL, Shape, build, workspace
@@ -75,10 +75,10 @@ def check_all(case: Case) -> None:
     assert torch.equal(found, recency_truth(case).float())
 
     case = half_drawn(case)
-    args = (case.arena, case.tables, plan, 2**31 - 1)
-    found = random_scores_triton(*args)
-    assert torch.equal(found, random_scores_ref(*args))
-    assert torch.equal(found, random_truth(case, 2**31 - 1).float())
+    args, seed = (case.arena, case.tables, plan), 2**31 - 1
+    found = random_scores_triton(*args, seed=seed)
+    assert torch.equal(found, random_scores_ref(*args, seed=seed))
+    assert torch.equal(found, random_truth(case, seed).float())
 
 
 @pytest.mark.interpreter
@@ -116,7 +116,7 @@ def test_references_against_loops(shape: Shape) -> None:
     scores = recency_scores(case.arena, case.tables, plan)
     assert torch.equal(scores, recency_truth(case).float())
     case = half_drawn(case)
-    scores = random_scores(case.arena, case.tables, plan, 5)
+    scores = random_scores(case.arena, case.tables, plan, seed=5)
     assert torch.equal(scores, random_truth(case, 5).float())
 
 
@@ -132,17 +132,17 @@ def test_heads_are_shared_by_programs(
 
 def run_pass(case: Case, keep: int, name: str, sinks: int, groups: int) -> None:
     """One pass over all whole pages of `case`, with the op `name`; then its tables."""
-    heads = case.arena.heads_per_page
     plan = make_plan(case, keep_pages=[keep], protected=0)
     if name == "recency":
         scores = recency_scores(case.arena, case.tables, plan)
     else:
-        scores = random_scores(case.arena, case.tables, plan, 3)
-    selected = select_entries(scores, heads, case.tables, plan, sinks, groups)
+        scores = random_scores(case.arena, case.tables, plan, seed=3)
+    rule = SelectionRule(sinks, groups)
+    selected = select_entries(case.tables, plan, scores, rule=rule)
     pages = [case.free_pages.pop() for _ in range(keep)]
     pages = torch.tensor(pages, device=scores.device)
-    pack_entries(case.arena, selected, pages, plan)
-    commit_tables(case.tables, case.arena, selected, plan, pages, scores)
+    pack_entries(case.arena, plan, selected, pages)
+    commit_tables(case.arena, case.tables, plan, selected, pages, scores)
 
 
 def two_passes(name: str, sinks: int, groups: int) -> tuple[Case, list[list]]:
@@ -193,15 +193,17 @@ def test_the_next_request_of_a_slot_draws_otherwise() -> None:
     draws = []
     for seq_len in (63, 64):
         plan = make_plan(case._replace(seq_lens=[seq_len]))
-        draws.append(random_scores(case.arena, case.tables, plan, 0)[:63])
+        draws.append(random_scores(case.arena, case.tables, plan, seed=0)[:63])
     assert (draws[0] != draws[1]).all()
 
 
 def test_draws_are_uniform_and_unrelated() -> None:
     case = make_case(2, 2, 4, 1, 16, [4096, 4096])
     plan = make_plan(case)
-    draws = random_scores(case.arena, case.tables, plan, 0).view(16, 4096)
-    again = random_scores(case.arena, case.tables, plan, 1).view(16, 4096)
+    draws, again = (
+        random_scores(case.arena, case.tables, plan, seed=seed).view(16, 4096)
+        for seed in (0, 1)
+    )
     assert draws.min() > 0
     assert draws.max() < 1
     # Kolmogorov's distance, 65536 draws: 1.63 / 256 is exceeded once in a hundred.
@@ -218,4 +220,4 @@ def test_bad_seeds_are_named(seed: int) -> None:
     case = make_case(1, 1, 1, 1, 16, [20])
     message = rf"seed must be in \[0, 2147483648\), got {seed}"
     with pytest.raises(ValueError, match=message):
-        random_scores(case.arena, case.tables, make_plan(case), seed)
+        random_scores(case.arena, case.tables, make_plan(case), seed=seed)

@@ -6,6 +6,7 @@ import torch
 from sglang_kvc.kernels.layout import PAGE_SIZE, PassPlan
 from sglang_kvc.kernels.select import (
     SelectedEntries,
+    SelectionRule,
     select_entries,
     select_entries_ref,
     select_entries_triton,
@@ -21,10 +22,15 @@ def make_scores(entries: int, levels: int, device: str) -> torch.Tensor:
     return (scores * levels).floor() / levels if levels else scores**8
 
 
-def assert_equal(ours: SelectedEntries, theirs: SelectedEntries) -> None:
-    """Same survivors, same scores, same offsets."""
+def check_equal(
+    case: Case, plan: PassPlan, scores: torch.Tensor, rule: SelectionRule
+) -> SelectedEntries:
+    """Kernel and reference: same survivors, same scores, same offsets."""
+    ours = select_entries_triton(case.tables, plan, scores, rule=rule)
+    theirs = select_entries_ref(case.tables, plan, scores, rule=rule)
     for name in SelectedEntries._fields:
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    return ours
 
 
 CASES = [
@@ -54,8 +60,7 @@ def test_equals_reference(
     case = make_case(len(seq_lens), 2, 2, 1, 16, seq_lens, folds, device=device)
     plan = make_plan(case, keep, protected=protected)
     scores = make_scores(plan.num_entries, levels, device)
-    args = (scores, 4, case.tables, plan, sinks)
-    assert_equal(select_entries_triton(*args), select_entries_ref(*args))
+    check_equal(case, plan, scores, SelectionRule(sinks))
 
 
 GROUP_CASES = [
@@ -91,10 +96,8 @@ def select_by_all(
     first = int(plan.entry_base[1])
     held = 16 * (packed[1] + int(plan.tail_blocks[1]))
     scores[first : first + worthless * held] = 0
-    args = (scores, 6, case.tables, plan, 2)
-    selected = select_entries_triton(*args, bound_groups=bound_groups, **options)
-    expected = select_entries_ref(*args, bound_groups=bound_groups, **options)
-    assert_equal(selected, expected)
+    rule = SelectionRule(2, bound_groups=bound_groups, **options)
+    selected = check_equal(case, plan, scores, rule)
     fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
     bounds = (bound_groups, plan.evict_most.tolist()) if bound_groups else None
     rows, kept, offsets = oracles.select(
@@ -160,9 +163,7 @@ def test_ties_are_dealt_across_scan_blocks(device: str) -> None:
     scores = torch.full((67, 32), 2.0, device=device)
     scores[:30] = 0.0
     scores[62:] = 1.0
-    args = (scores.view(-1), 67, case.tables, plan, 0)
-    selected = select_entries_triton(*args)
-    assert_equal(selected, select_entries_ref(*args))
+    selected = check_equal(case, plan, scores.view(-1), SelectionRule(0))
     left = selected.block_offsets[0].diff().tolist()
     assert left == [0] * 30 + [2] * 32 + [0, 0, 0, 1, 2]
 
@@ -181,8 +182,7 @@ def test_more_than_one_block_of_a_scan(
     # Far apart magnitudes reach every digit, 0 and the smallest subnormals included.
     scores = 10.0 ** -(torch.rand(plan.num_entries, device=device) * 44)
     scores[::7] = 0.0
-    args = (scores, layers, case.tables, plan, 1)
-    assert_equal(select_entries_triton(*args), select_entries_ref(*args))
+    check_equal(case, plan, scores, SelectionRule(1))
 
 
 @pytest.mark.parametrize(("seq_lens", "folds", "keep", "protected", "sinks"), CASES)
@@ -198,7 +198,7 @@ def test_reference_against_literal_algorithm(
     case = make_case(len(seq_lens), 3, 2, 1, 8, seq_lens, folds)
     plan = make_plan(case, keep, protected=protected)
     scores = make_scores(plan.num_entries, levels, "cpu")
-    selected = select_entries(scores, 6, case.tables, plan, sinks)
+    selected = select_entries(case.tables, plan, scores, rule=SelectionRule(sinks))
     fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
     rows, kept, offsets = oracles.select(case, scores, fold_new, keep, protected, sinks)
     assert selected.source_rows.tolist() == rows
@@ -213,7 +213,8 @@ def test_what_is_forced_stays() -> None:
     for head in range(2):
         scores[head * 160 : head * 160 + 3] = 0
         scores[head * 160 + 155 : head * 160 + 160] = 0
-    rows = select_entries(scores, 2, case.tables, plan, sinks=3).source_rows.tolist()
+    rule = SelectionRule(sinks=3)
+    rows = select_entries(case.tables, plan, scores, rule=rule).source_rows.tolist()
     for head in range(2):
         held = [row for row, _ in oracles.entries(case, 0, head)]
         assert set(held[:3] + held[-5:]) <= set(rows)
@@ -241,8 +242,7 @@ def test_gpu_long(levels: int, device: str) -> None:
     case = long_case(device)
     plan = make_plan(case, [128, 64, 100], protected=32)
     scores = make_scores(plan.num_entries, levels, device)
-    args = (scores, 64, case.tables, plan, 4)
-    assert_equal(select_entries_triton(*args), select_entries_ref(*args))
+    check_equal(case, plan, scores, SelectionRule(4))
 
 
 @pytest.mark.gpu
@@ -252,5 +252,4 @@ def test_gpu_groups(groups: int, device: str) -> None:
     case = make_case(3, 32, 2, 1, 16, lengths, device=device, spare_pages=0)
     plan = make_plan(case, [128, 64, 100], protected=32)
     scores = make_scores(plan.num_entries, 0, device)
-    args = (scores, 64, case.tables, plan, 4, groups, 3)
-    assert_equal(select_entries_triton(*args), select_entries_ref(*args))
+    check_equal(case, plan, scores, SelectionRule(4, groups, floor_blocks=3))

@@ -1,6 +1,6 @@
-"""Compile every kernel for sm_90, without a GPU.
+"""Compile every kernel for one kind of GPU, without a GPU.
 
-``python -m tests.kernels.compile_sm90``
+``python -m tests.kernels.compile_gpus 90`` (80: A100, 89: L40S, 90: H200, 100: B200)
 
 The wrappers run on CPU tensors under a driver that only names the target, and each
 launch stops after compilation. Prints one JSON object a kernel: registers, spilled
@@ -22,18 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sglang_kvc.kernels.append import append_kv_triton
 from sglang_kvc.kernels.decode_attention import NewTokens, decode_attention_triton
 from sglang_kvc.kernels.decode_schedule import default_config
-from sglang_kvc.kernels.distinct import add_distinct_triton
-from sglang_kvc.kernels.head_tables import head_tables_triton
-from sglang_kvc.kernels.key_similarity import key_similarity_scores_triton
-from sglang_kvc.kernels.observe import observe_scores_triton
-from sglang_kvc.kernels.pack import commit_tables_triton, pack_entries_triton
-from sglang_kvc.kernels.pool import Pooling, pool_scores_triton
-from sglang_kvc.kernels.positional import random_scores_triton, recency_scores_triton
-from sglang_kvc.kernels.select import select_entries_triton
-from sglang_kvc.kernels.testing import make_case, make_plan
+from sglang_kvc.kernels.ops import OPS
+from sglang_kvc.kernels.testing import make_case
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 compiled: dict[str, Any] = {}
@@ -42,8 +34,11 @@ compiled: dict[str, Any] = {}
 class Target:
     """A driver for compilation only."""
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -67,7 +62,9 @@ def launch_decode(heads: int, group: int, dim: int) -> None:
     case = make_case(2, 2, heads, group, dim, lengths, [256, 128], dtype=torch.bfloat16)
     q = torch.randn(2, heads * group, dim, dtype=torch.bfloat16)
     slots, seq_lens = torch.tensor(case.slots), torch.tensor(lengths)
-    decode_attention_triton(q, case.arena, 1, case.tables, slots, seq_lens, 0.1)
+    decode_attention_triton(
+        case.arena, case.tables, q, slots, seq_lens, layer=1, sm_scale=0.1
+    )
 
 
 def launch_step(heads: int, group: int, dim: int, **switches: Any) -> None:
@@ -77,13 +74,13 @@ def launch_step(heads: int, group: int, dim: int, **switches: Any) -> None:
     q = torch.randn(2, heads * group, dim, dtype=torch.bfloat16)
     slots, seq_lens = torch.tensor(case.slots), torch.tensor(lengths)
     decode_attention_triton(
-        q,
         case.arena,
-        1,
         case.tables,
+        q,
         slots,
         seq_lens,
-        0.1,
+        layer=1,
+        sm_scale=0.1,
         query_lse=case.query_lse,
         new_tokens=NewTokens(q[:, :heads], q[:, :heads], slots, case.query_ring),
         config=default_config(dim)._replace(**switches),
@@ -91,42 +88,13 @@ def launch_step(heads: int, group: int, dim: int, **switches: Any) -> None:
 
 
 def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> None:
-    """Call every wrapper once."""
-    case = make_case(
-        2,
-        layers,
-        heads,
-        group,
-        dim,
-        [5000, 333],
-        [256, 128],
-        dtype=torch.bfloat16,
-        window=window,
-    )
-    arena, tables = case.arena, case.tables
-    slots, seq_lens = torch.tensor(case.slots), torch.tensor(case.seq_lens)
-    q = torch.randn(2, heads * group, dim, dtype=torch.bfloat16)
-    k = q[:, :heads]
-    decode_attention_triton(q, arena, 1, tables, slots, seq_lens, 0.1)
-    append_kv_triton(k, k, q, arena, 1, slots, case.query_ring, slots)
-    plan = make_plan(case)
-    rings = case.query_ring, case.query_lse
-    scores = observe_scores_triton(*rings, arena, tables, plan, 0.1, 2, window)
-    key_similarity_scores_triton(arena, tables, plan)
-    observe_scores_triton(*rings, arena, tables, plan, 0.1, 2, window, True)
-    recency_scores_triton(arena, tables, plan)
-    random_scores_triton(arena, tables, plan, 0)
-    pool = Pooling(64, 3, 0.95, 0.03)
-    scores = pool_scores_triton(scores, plan, tables, pool, arena.heads_per_page)
-    count = arena.heads_per_page
-    units = torch.zeros(9)
-    add_distinct_triton(scores, scores, units, plan, tables, 0.5, count)
-    select_entries_triton(scores, count, tables, plan, 4, bound_groups=layers)
-    selected = select_entries_triton(scores, count, tables, plan, 4)
-    pages = torch.zeros(99, dtype=torch.int64)
-    pack_entries_triton(arena, selected, pages, plan)
-    commit_tables_triton(tables, arena, selected, plan, pages, scores)
-    head_tables_triton(tables, slots, seq_lens, layers, heads, 400)
+    """Call every op's kernels."""
+    kind = {"dtype": torch.bfloat16, "window": window}
+    for folds in ([256, 128], None):
+        case = make_case(2, layers, heads, group, dim, [5000, 333], folds, **kind)
+        for op in OPS:
+            for args, settings in op.make_calls(case):
+                op.kernel(*args, **settings)
 
 
 def usage(kernel: Any) -> dict[str, Any]:
@@ -154,7 +122,7 @@ def usage(kernel: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     original_run = JITFunction.run
     JITFunction.run = compile_only
-    driver.set_active(Target())
+    driver.set_active(Target(int(sys.argv[1])))
     launch_all(layers=2, heads=3, group=4, dim=128, window=32)
     launch_all(layers=2, heads=2, group=7, dim=96, window=8)
     launch_decode(heads=2, group=8, dim=64)
@@ -162,6 +130,10 @@ if __name__ == "__main__":
     launch_step(heads=2, group=7, dim=96)
     launch_step(heads=2, group=8, dim=64)
     launch_step(heads=3, group=4, dim=128, row_slack=None, max_parts=None)
-    for kernel in compiled.values():
-        json.dump(usage(kernel), sys.stdout)
+    usual = set(compiled)
+    for group, dim in ((16, 64), (5, 80), (12, 128), (16, 128), (8, 256)):
+        launch_all(layers=2, heads=2, group=group, dim=dim, window=32)
+        launch_step(heads=2, group=group, dim=dim)
+    for key, kernel in compiled.items():
+        json.dump({**usage(kernel), "usual": key in usual}, sys.stdout)
         sys.stdout.write("\n")

@@ -1,0 +1,255 @@
+"""Every op in one table: its two forms, and calls that they are compared on.
+
+Tests, the compile check and benches walk it; nothing that serves imports it. It leaves
+out `plan_decode`, whose forms give the plan in different shapes, and
+`full_attention_scores`, which has one form.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from sglang_kvc.kernels import (
+    append,
+    decode_attention,
+    distinct,
+    head_tables,
+    key_similarity,
+    observe,
+    pack,
+    pool,
+    positional,
+    select,
+)
+from sglang_kvc.kernels.layout import PAGE_SIZE, PassPlan
+from sglang_kvc.kernels.testing import Case, make_plan
+
+
+class Call(NamedTuple):
+    """Arguments of one call of an op; it may write to them."""
+
+    args: tuple[Any, ...]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of this folder.
+
+    Attributes
+    ----------
+    run : what others call; it picks a form.
+    kernel, reference : the forms, of equal signature.
+    make_calls : calls on a case that reach every kernel of the op.
+    tolerance : how far results of the forms may be apart, relative to the largest one;
+        0 where they move or choose: then they are bit-equal.
+    """
+
+    run: Callable[..., Any]
+    kernel: Callable[..., Any]
+    reference: Callable[..., Any]
+    make_calls: Callable[[Case], Iterator[Call]]
+    tolerance: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What the op is called."""
+        return self.run.__name__
+
+    @property
+    def module(self) -> ModuleType:
+        """Where the wrapper looks up `use_triton`."""
+        return sys.modules[self.run.__module__]
+
+
+def outcome(form: Callable[..., Any], call: Call) -> list[torch.Tensor]:
+    """What a form returns and leaves in its arguments; it gets copies of them."""
+    args, settings = _copied(call.args), _copied(call.settings)
+    result = form(*args, **settings)
+    return [*_tensors(result), *_tensors(args), *_tensors(settings)]
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: _copied(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        parts = map(_copied, value)
+        return value._make(parts) if hasattr(value, "_make") else tuple(parts)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+def _batch(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """slots and seq_lens."""
+    device = case.arena.k.device
+    slots, lens = (torch.tensor(x, device=device) for x in (case.slots, case.seq_lens))
+    return slots, lens
+
+
+def _queries(case: Case) -> torch.Tensor:
+    """Slots are different, so these are: one row of each request's ring."""
+    return case.query_ring[case.slots, -1, 0]
+
+
+def _new_tokens(case: Case) -> decode_attention.NewTokens:
+    """K and V at the newest position of every request."""
+    slots, lens = _batch(case)
+    where = case.tables.req_to_token[slots, lens - 1].long()
+    heads = case.arena.num_kv_heads
+    k, v = _queries(case)[:, :heads], _queries(case)[:, -heads:]
+    return decode_attention.NewTokens(k, v, where, case.query_ring)
+
+
+def _append(case: Case) -> Iterator[Call]:
+    slots, lens = _batch(case)
+    k, v, where, ring = _new_tokens(case)
+    window = ring.shape[2]
+    rows = slots * window + (lens - 1) % window
+    args = (case.arena, k, v, _queries(case), where, ring, rows)
+    yield Call(args, {"layer": case.arena.num_layers - 1})
+
+
+def _decode(case: Case) -> Iterator[Call]:
+    how = {"layer": case.arena.num_layers - 1, "sm_scale": case.arena.head_dim**-0.5}
+    args = (case.arena, case.tables, _queries(case), *_batch(case))
+    yield Call(args, how)
+    storing = {"query_lse": case.query_lse, "new_tokens": _new_tokens(case)}
+    yield Call(args, {**how, **storing})
+
+
+def _head_tables(case: Case) -> Iterator[Call]:
+    width = max(case.seq_lens) // PAGE_SIZE + 1
+    how = {"num_kv_heads": case.arena.num_kv_heads, "width": width}
+    yield Call((case.tables, *_batch(case)), how)
+
+
+def _observe(case: Case) -> Iterator[Call]:
+    args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
+    how = {"sm_scale": case.arena.head_dim**-0.5, "power": 2}
+    for value_norms in (False, True):
+        yield Call(args, {**how, "value_norms": value_norms})
+
+
+def _score(case: Case) -> Iterator[Call]:
+    yield Call((case.arena, case.tables, make_plan(case)), {})
+
+
+def _random(case: Case) -> Iterator[Call]:
+    yield Call((case.arena, case.tables, make_plan(case)), {"seed": 7})
+
+
+def _scored(case: Case) -> tuple[PassPlan, torch.Tensor]:
+    """A plan, and scores that differ; padding is 0."""
+    plan = make_plan(case, spare=0.5)
+    where = (case.arena, case.tables, plan)
+    return plan, positional.random_scores_ref(*where, seed=1) ** 8
+
+
+def _pool(case: Case) -> Iterator[Call]:
+    pooling = pool.Pooling(back=64, ahead=3, decay=0.95, gain=0.03)
+    yield Call((case.tables, *_scored(case)), {"pooling": pooling})
+
+
+def _distinct(case: Case) -> Iterator[Call]:
+    plan, scores = _scored(case)
+    unlike = key_similarity.key_similarity_scores_ref(case.arena, case.tables, plan)
+    units = torch.rand(len(case.tables.fold_lens), device=scores.device)
+    yield Call((case.tables, plan, scores, unlike, units), {"weight": 0.5})
+
+
+def _select(case: Case) -> Iterator[Call]:
+    plan, scores = _scored(case)
+    layers = case.arena.num_layers
+    # Layers of packed requests may hold less than what all shall lose alike.
+    shared = ((1, 0),) if any(case.folds) else ((1, 0), (layers, 0), (1, layers))
+    for groups, bound_groups in shared:
+        rule = select.SelectionRule(sinks=4, groups=groups, bound_groups=bound_groups)
+        yield Call((case.tables, plan, scores), {"rule": rule})
+
+
+def _pack(case: Case) -> Iterator[Call]:
+    plan, scores = _scored(case)
+    rule = select.SelectionRule(sinks=4)
+    selected = select.select_entries_ref(case.tables, plan, scores, rule=rule)
+    count = plan.num_kept // (PAGE_SIZE * case.arena.heads_per_page)
+    pages = torch.tensor(case.free_pages[:count], device=scores.device)
+    yield Call((case.arena, plan, selected, pages), {})
+
+
+def _commit(case: Case) -> Iterator[Call]:
+    _, scores = _scored(case)
+    for (arena, *rest), _ in _pack(case):
+        yield Call((arena, case.tables, *rest, scores), {})
+
+
+OPS = (
+    Op(append.append_kv, append.append_kv_triton, append.append_kv_ref, _append),
+    Op(
+        decode_attention.decode_attention,
+        decode_attention.decode_attention_triton,
+        decode_attention.decode_attention_ref,
+        _decode,
+        tolerance=1e-4,
+    ),
+    Op(
+        head_tables.head_tables,
+        head_tables.head_tables_triton,
+        head_tables.head_tables_ref,
+        _head_tables,
+    ),
+    Op(
+        observe.observe_scores,
+        observe.observe_scores_triton,
+        observe.observe_scores_ref,
+        _observe,
+        tolerance=1e-4,
+    ),
+    Op(
+        key_similarity.key_similarity_scores,
+        key_similarity.key_similarity_scores_triton,
+        key_similarity.key_similarity_scores_ref,
+        _score,
+        tolerance=1e-5,
+    ),
+    Op(
+        positional.recency_scores,
+        positional.recency_scores_triton,
+        positional.recency_scores_ref,
+        _score,
+    ),
+    Op(
+        positional.random_scores,
+        positional.random_scores_triton,
+        positional.random_scores_ref,
+        _random,
+    ),
+    Op(pool.pool_scores, pool.pool_scores_triton, pool.pool_scores_ref, _pool),
+    Op(
+        distinct.add_distinct,
+        distinct.add_distinct_triton,
+        distinct.add_distinct_ref,
+        _distinct,
+        tolerance=1e-6,
+    ),
+    Op(
+        select.select_entries,
+        select.select_entries_triton,
+        select.select_entries_ref,
+        _select,
+    ),
+    Op(pack.pack_entries, pack.pack_entries_triton, pack.pack_entries_ref, _pack),
+    Op(pack.commit_tables, pack.commit_tables_triton, pack.commit_tables_ref, _commit),
+)
