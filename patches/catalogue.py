@@ -19,10 +19,15 @@ PARENT = (
     # Machines without an accelerator.
     "utils_common__support_triton",
     "rotary_embedding__is_cpu",
+    "pynccl__init",
     # Requests and answers.
+    "http_server__app",
+    "api_contract__generate_contract_error",
+    "serving_base__handle_request",
     "tokenizer_manager__generate_request",
     "tokenizer_manager__validate_one_request",
-    "tokenizer_manager__req_state",
+    "tokenizer_manager__init_req_state",
+    "tokenizer_manager__accumulate_request_meta_info",
 )
 
 SCHEDULER = (
@@ -41,6 +46,7 @@ SCHEDULER = (
     "schedule_policy__add_one_req",
     "schedule_policy__add_chunked_req",
     "schedule_policy__preempt_to_schedule",
+    "scheduler__get_prefill_adder_class",
     "scheduler__get_new_batch_prefill",
     # Out of memory.
     "schedule_batch__retract_decode",

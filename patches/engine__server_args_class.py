@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.entrypoints.engine:Engine.server_args_class",
@@ -15,7 +15,7 @@ PATCH = Patch(
         "`Engine.__init__` loads the plugins itself, so a hook on it comes too late; "
         "it looks this class attribute up afterwards to build its `ServerArgs`."
     ),
-    upstream_link="entrypoints/engine.py:211",
+    upstream_link="entrypoints/engine.py:264",
     remove_when="plugins can declare keyword arguments of `Engine`.",
 )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.runtime import runtime_of
+from sglang_kvc.patches.runtimes import of_checker
 from sglang_kvc.scheduling.accounting import uncounted_tokens
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker._get_total_uncached_sizes",
@@ -17,14 +17,13 @@ PATCH = Patch(
         "launch and settling a pass owns its target pages too, and a prompt that "
         "waits between two chunks is in no batch."
     ),
-    upstream_link="managers/scheduler_components/invariant_checker.py:224",
+    upstream_link="managers/scheduler_components/invariant_checker.py:297",
     remove_when="The busy check asks the requests what they own.",
+    runtime_from=of_checker,
 )
 
 
-def hook(original: Any, checker: Any) -> tuple[int, int]:
+def hook(original: Any, runtime: Any, checker: Any) -> tuple[int, int]:
     """Stock sizes plus what is in no batch or no row."""
     full, swa = original(checker)
-    runtime = runtime_of(checker.tree_cache.token_to_kv_pool_allocator)
-    passes = runtime.pass_scheduler if runtime is not None else None
-    return full + uncounted_tokens(checker, passes), swa
+    return full + uncounted_tokens(checker, runtime.pass_scheduler), swa

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_kvc.memory import pools
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator._build_mha_kv_pool",
     hook_type=HookType.AROUND,
     expected_params=("self", "max_total_num_tokens", "mha_pool_class", "quant_method"),
     reason="One arena holds all layers, so that a page is L*H head blocks.",
-    upstream_link="mem_cache/kv_cache_configurator.py:1422",
+    upstream_link="mem_cache/kv_cache_configurator.py:2742",
     remove_when="SGLang takes the KV pool class from a registry.",
 )
 

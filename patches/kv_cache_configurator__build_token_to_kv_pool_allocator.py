@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_kvc.memory import pools
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator._build_token_to_kv_pool_allocator",
@@ -22,7 +22,7 @@ PATCH = Patch(
         "SGLang's paged allocator launches Triton kernels; the CPU needs their "
         "torch form. On a GPU the stock class is used unchanged."
     ),
-    upstream_link="mem_cache/kv_cache_configurator.py:1456",
+    upstream_link="mem_cache/kv_cache_configurator.py:2795",
     remove_when="The stock paged allocator runs on CPU.",
 )
 

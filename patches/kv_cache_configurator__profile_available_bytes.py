@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_kvc.memory import pools
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator._profile_available_bytes",
@@ -15,7 +15,7 @@ PATCH = Patch(
         "Scores, query rings, tables and workspaces must come out of the KV "
         "budget, not out of the activation slack."
     ),
-    upstream_link="mem_cache/kv_cache_configurator.py:1614",
+    upstream_link="mem_cache/kv_cache_configurator.py:2990",
     remove_when="SGLang lets a backend declare its memory.",
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_kvc.memory import pools
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target=(
@@ -18,7 +18,7 @@ PATCH = Patch(
         "Every slot has a ring of queries, so SGLang's default of 2,048 slots or more "
         "would cost more memory than the pool of a small GPU."
     ),
-    upstream_link="mem_cache/kv_cache_configurator.py:1719",
+    upstream_link="mem_cache/kv_cache_configurator.py:3119",
     remove_when="Slots are allocated when requests take them.",
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_kvc.memory import pools
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.models.utils:enable_fused_set_kv_buffer",
@@ -15,7 +15,7 @@ PATCH = Patch(
         "Some models write K and V in their rope kernel, past the attention "
         "backend and in the stock layout."
     ),
-    upstream_link="models/utils.py:284",
+    upstream_link="models/utils.py:286",
     remove_when="The fused write goes through the KV pool.",
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.layers.rotary_embedding.base:_is_cpu",
@@ -13,7 +13,7 @@ PATCH = Patch(
         "SGLANG_USE_CPU_ENGINE=1, which needs kernels that CUDA wheels lack. The flag "
         "is read in that constructor only and selects the plain torch path."
     ),
-    upstream_link="layers/rotary_embedding/base.py:103",
+    upstream_link="layers/rotary_embedding/base.py:39",
     remove_when="the constructor no longer imports vllm on a CPU.",
 )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.runtime import runtime_of
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.patches.runtimes import of_holder
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_decode",
@@ -16,14 +16,13 @@ PATCH = Patch(
         "pool defers a pass instead of breaking the promise of "
         "check_decode_mem."
     ),
-    upstream_link="managers/schedule_batch.py:2949",
+    upstream_link="managers/schedule_batch.py:3736",
     remove_when="SGLang calls backends while it schedules.",
+    runtime_from=of_holder,
 )
 
 
-def hook(result: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+def hook(result: Any, runtime: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """Attach the plan to the batch; the forward hook carries it out."""
     del result, args, kwargs
-    runtime = runtime_of(batch.token_to_kv_pool_allocator)
-    if runtime is not None:
-        runtime.pass_scheduler.plan_decode(batch)
+    runtime.pass_scheduler.plan_decode(batch)

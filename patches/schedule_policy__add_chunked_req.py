@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_kvc.patches.runtimes import of_holder
 from sglang_kvc.scheduling.admission import add_chunked
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req",
@@ -18,9 +19,15 @@ PATCH = Patch(
     ),
     upstream_link="managers/schedule_policy.py:868",
     remove_when="Admission asks the cache for the growth of a request.",
+    runtime_from=of_holder,
+    until="0.5.22",
 )
 
 
-def hook(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+def hook(
+    original: Any, runtime: Any, adder: Any, req: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Run the stock method within this request's limits."""
-    return add_chunked(adder, req, lambda: original(adder, req, *args, **kwargs))
+    return add_chunked(
+        adder, runtime, req, lambda: original(adder, req, *args, **kwargs)
+    )

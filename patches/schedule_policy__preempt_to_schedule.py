@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_kvc.patches.runtimes import of_holder
 from sglang_kvc.scheduling.admission import preempt
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.schedule_policy:PrefillAdder.preempt_to_schedule",
@@ -19,10 +20,16 @@ PATCH = Patch(
     ),
     upstream_link="managers/schedule_policy.py:1256",
     remove_when="Admission asks the cache for the growth of a request.",
+    runtime_from=of_holder,
+    until="0.5.22",
 )
 
 
-def hook(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> bool:
+def hook(
+    original: Any, runtime: Any, adder: Any, req: Any, *args: Any, **kwargs: Any
+) -> bool:
     """Run the stock method with this request's charge."""
-    done: bool = preempt(adder, req, lambda: original(adder, req, *args, **kwargs))
+    done: bool = preempt(
+        adder, runtime, req, lambda: original(adder, req, *args, **kwargs)
+    )
     return done

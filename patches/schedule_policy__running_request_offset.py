@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_kvc.patches.runtimes import of_holder
 from sglang_kvc.scheduling.headroom import running_charge
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.schedule_policy:PrefillAdder._get_running_request_total_token_offset",
@@ -17,10 +18,12 @@ PATCH = Patch(
     ),
     upstream_link="managers/schedule_policy.py:559",
     remove_when="Admission asks the cache for the growth of a request.",
+    runtime_from=of_holder,
+    until="0.5.22",
 )
 
 
-def hook(original: Any, adder: Any, req: Any) -> float:
+def hook(original: Any, runtime: Any, adder: Any, req: Any) -> float:
     """At most the stock charge; what a request can give back while one is sought."""
-    stock = original(adder, req)
-    return running_charge(adder, req, stock)
+    del runtime
+    return running_charge(adder, req, original(adder, req))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.runtime import runtime_of
+from sglang_kvc.patches.runtimes import of_holder
 from sglang_kvc.scheduling.queueing import after_admission
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.scheduler:Scheduler.get_new_batch_prefill",
@@ -16,14 +16,13 @@ PATCH = Patch(
         "Preempted requests are put back only if the request that they made room "
         "for was admitted; else SGLang forgets them."
     ),
-    upstream_link="managers/scheduler.py:3067",
+    upstream_link="managers/scheduler.py:4052",
     remove_when="SGLang puts preempted requests back in any case.",
+    runtime_from=of_holder,
 )
 
 
-def hook(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+def hook(result: Any, runtime: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Put back who was preempted for nothing."""
     del result, args, kwargs
-    runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
-    if runtime is not None:
-        after_admission(scheduler, runtime)
+    after_admission(scheduler, runtime)

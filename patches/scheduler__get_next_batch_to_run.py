@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.runtime import runtime_of
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.patches.runtimes import of_holder
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.scheduler:Scheduler.get_next_batch_to_run",
@@ -15,14 +15,13 @@ PATCH = Patch(
         "With the overlap scheduler the result of a step is processed after the next "
         "step is scheduled, which could then not use what its passes have freed."
     ),
-    upstream_link="managers/scheduler.py:2925",
+    upstream_link="managers/scheduler.py:3894",
     remove_when="SGLang lets a backend free memory when a step is launched.",
+    runtime_from=of_holder,
 )
 
 
-def hook(scheduler: Any, running_batch: Any, last_batch: Any) -> None:
+def hook(runtime: Any, scheduler: Any, running_batch: Any, last_batch: Any) -> None:
     """Free what the last step's passes replaced."""
     del running_batch, last_batch
-    runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
-    if runtime is not None:
-        runtime.pass_scheduler.settle_launched(scheduler)
+    runtime.pass_scheduler.settle_launched(scheduler)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.runtime import runtime_of
+from sglang_kvc.patches.runtimes import of_holder
 from sglang_kvc.scheduling.acceptance import limit_request
 from sglang_kvc.scheduling.lengths import NEVER
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.scheduler:Scheduler.init_req_max_new_tokens",
@@ -17,12 +17,13 @@ PATCH = Patch(
         "SGLang caps prompt plus output at the pool; a compressed request holds its "
         "budget and one interval."
     ),
-    upstream_link="managers/scheduler.py:2110",
+    upstream_link="managers/scheduler.py:2693",
     remove_when="The limit on a request's length asks the cache.",
+    runtime_from=of_holder,
 )
 
 
-def hook(original: Any, scheduler: Any, req: Any) -> None:
+def hook(original: Any, runtime: Any, scheduler: Any, req: Any) -> None:
     """Run the stock method, then set the limits of a compressed request."""
     asked = req.sampling_params.max_new_tokens
     # None is no limit; 0 is one: scoring a prompt generates nothing.
@@ -30,7 +31,5 @@ def hook(original: Any, scheduler: Any, req: Any) -> None:
         NEVER if asked is None else asked, scheduler.max_new_tokens_limit or NEVER
     )
     original(scheduler, req)
-    runtime = runtime_of(scheduler.token_to_kv_pool_allocator)
-    if runtime is not None:
-        truncate = scheduler.server_args.allow_auto_truncate
-        limit_request(req, runtime, asked, scheduler.max_req_len, truncate)
+    truncate = scheduler.server_args.allow_auto_truncate
+    limit_request(req, runtime, asked, scheduler.max_req_len, truncate)

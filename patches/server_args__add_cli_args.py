@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.server_args:ServerArgs.add_cli_args",
     hook_type=HookType.AFTER,
     expected_params=("parser",),
     reason="SGLang has no registry for the command-line flags of plugins.",
-    upstream_link="server_args.py:8214",
+    upstream_link="server_args.py:351",
     remove_when="plugins can declare flags.",
 )
 

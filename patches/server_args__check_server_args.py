@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.server_args:ServerArgs.check_server_args",
@@ -14,7 +14,7 @@ PATCH = Patch(
         "Unsupported settings, models and missing hooks must stop the server with one "
         "clear message before anything is spawned."
     ),
-    upstream_link="server_args.py:8699",
+    upstream_link="server_args.py:508",
     remove_when="attention backends can check `ServerArgs` in the parent process.",
 )
 

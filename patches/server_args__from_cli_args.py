@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.server_args:ServerArgs.from_cli_args",
@@ -16,7 +16,7 @@ PATCH = Patch(
         "`ServerArgs` drops flags that are not its own fields, and resolves all "
         "settings during construction, so ours must be in place before."
     ),
-    upstream_link="server_args.py:8463",
+    upstream_link="server_args.py:446",
     remove_when="plugins can declare flags and defaults.",
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
@@ -14,7 +14,7 @@ PATCH = Patch(
         "A prompt without a token ends the scheduler; log probabilities of many "
         "tokens keep it from everybody's next step."
     ),
-    upstream_link="managers/tokenizer_manager.py:1140",
+    upstream_link="managers/tokenizer_manager.py:1307",
     remove_when="SGLang refuses both.",
 )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.runtime import runtime_of
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.patches.runtimes import of_worker
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.tp_worker:TpModelWorker.get_worker_info",
@@ -16,20 +16,18 @@ PATCH = Patch(
         "between chunks, or while it decodes, need not fit. What cannot be served is "
         "refused by its request."
     ),
-    upstream_link="managers/tp_worker.py:508",
+    upstream_link="managers/tp_worker.py:550",
     remove_when="The limit on a request's length asks the cache.",
+    runtime_from=of_worker,
 )
 
 # Distance that SGLang keeps between its limits on a request and on its prompt.
 RESERVED = 5
 
 
-def hook(original: Any, worker: Any) -> Any:
+def hook(original: Any, runtime: Any, worker: Any) -> Any:
     """Raise max_req_len and max_req_input_len to the context length."""
+    del runtime
     info = original(worker)
-    runner = worker.model_runner
-    runtime = runtime_of(runner.token_to_kv_pool_allocator)
-    if runtime is None:
-        return info
     longest = worker.model_config.context_len - 1
     return (*info[:4], longest, longest - RESERVED, *info[6:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.utils.common:support_triton",
@@ -17,6 +17,8 @@ PATCH = Patch(
     ),
     upstream_link="utils/common.py:1304",
     remove_when="`support_triton` asks the device.",
+    # Then it asks the platform.
+    until="0.5.22",
 )
 
 

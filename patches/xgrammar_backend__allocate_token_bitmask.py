@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.constrained.xgrammar_backend:_allocate_token_bitmask",
@@ -15,7 +15,7 @@ PATCH = Patch(
         "request with a JSON schema or a regex ends the scheduler with 'Found no "
         "NVIDIA driver'. Machines with a GPU are not affected."
     ),
-    upstream_link="constrained/xgrammar_backend.py:60",
+    upstream_link="constrained/xgrammar_backend.py:66",
     remove_when="the bitmask asks the device, as the tensors of sampling do.",
 )
 

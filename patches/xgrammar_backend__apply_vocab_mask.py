@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_kvc.upstream.hooks import HookType, Patch
+from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.constrained.xgrammar_backend:XGrammarGrammar.apply_vocab_mask",
@@ -14,16 +14,15 @@ PATCH = Patch(
         "SGLang launches a kernel of the accelerator and raises 'Unsupported device: "
         "cpu' for others, which ends the scheduler; xgrammar has a routine for CPUs."
     ),
-    upstream_link="constrained/xgrammar_backend.py:125",
+    upstream_link="constrained/xgrammar_backend.py:130",
     remove_when="`apply_vocab_mask` has a branch for CPUs.",
 )
 
 
-def hook(original: Any, grammar: Any, logits: Any, vocab_mask: Any) -> None:
+def hook(original: Any, grammar: Any, logits: Any, vocab_mask: Any) -> Any:
     """Mask in place: on a CPU by xgrammar, else by SGLang."""
-    if logits.device.type == "cpu":
-        import xgrammar
+    if logits.device.type != "cpu":
+        return original(grammar, logits=logits, vocab_mask=vocab_mask)
+    import xgrammar
 
-        xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)
-        return
-    original(grammar, logits=logits, vocab_mask=vocab_mask)
+    return xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)

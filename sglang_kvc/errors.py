@@ -22,5 +22,9 @@ class UnsupportedSGLangError(KVCError):
     """The installed SGLang is not the version this package was tested with."""
 
 
+class RanksDivergedError(KVCError):
+    """Two ranks of one server have planned different steps; never a user's mistake."""
+
+
 class SeamDriftError(KVCError):
     """A symbol of SGLang that we depend on is missing, changed or not hooked."""

@@ -15,11 +15,12 @@ from sglang_kvc.eviction.runner import PassRunner
 from sglang_kvc.eviction.scorers import get_scorer
 from sglang_kvc.kernels.head_tables import head_tables
 from sglang_kvc.kernels.layout import PAGE_SIZE
-from sglang_kvc.memory.device_state import make_device_state
+from sglang_kvc.memory.device_state import DeviceState
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 from sglang_kvc.memory.metadata import metadata_bytes
 from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.passes import PassScheduler
+from sglang_kvc.upstream.ranks import checks_every_step
 
 logger = logging.getLogger(__name__)
 
@@ -35,43 +36,43 @@ class KVCompressRuntime:
 
     Parameters
     ----------
-    model_runner : SGLang's ModelRunner, with its pools built.
-    options : the server's options.
+    pool : the KV pool; it owns the runtime from here on.
+    state : what the server keeps on the device.
     sm_scale : softmax scale of the model's attention (the same in all layers).
-    folds : whether this device has attention for prompts that are packed already.
+    chunk_size : SGLang's chunk of a prompt, in tokens, or 0: the prompt is prefilled
+        whole, or the device of a rank has no attention for prompts that are packed
+        already.
     """
 
     def __init__(
         self,
-        model_runner: Any,
-        options: KVCompressOptions,
+        pool: ArenaKVPool,
+        state: DeviceState,
         sm_scale: float,
         *,
-        folds: bool,
+        chunk_size: int,
     ) -> None:
-        pool: ArenaKVPool = model_runner.token_to_kv_pool
-        self.state = make_device_state(model_runner, options)
-        self.passes = PassRunner(self.state, sm_scale)
+        options, req_to_token = state.options, state.tables.req_to_token
+        self.state = state
+        self.passes = PassRunner(state, sm_scale)
         observes = get_scorer(options.metric).observes
         self.pass_scheduler = PassScheduler(
             options,
-            self.state.tables.req_to_token.shape[0],
+            req_to_token.shape[0],
             probes=options.chunk_queries == "prompt" and observes,
         )
-        # Of the prefill step that runs: each request's fold and packed tokens.
-        self.prefill_folds: list[tuple[int, int]] = []
-        chunk = max(model_runner.server_args.chunked_prefill_size or 0, 0)
         self.chunk_rule = ChunkRule(
             mode=options.chunks,
             pool_tokens=pool.size,
-            chunk_size=chunk if folds else 0,
+            chunk_size=chunk_size,
             window=options.window,
         )
-        if options.chunks == "always" and not self.chunk_rule.chunk_size:
+        if options.chunks == "always" and not chunk_size:
             raise ConfigError(
                 "--kv-compress-chunks always needs chunked prefill and a Hopper GPU or "
                 "the CPU; leave it at auto, which then compresses whole prompts only"
             )
+        self.checks_ranks = checks_every_step()
         pool.runtime = self
 
     @property
@@ -111,6 +112,6 @@ class KVCompressRuntime:
             return
         self.passes.warm_up(chunks=chunks)
         if chunks:
-            layers, heads = state.shape.num_layers, state.shape.num_kv_heads
+            heads = state.shape.num_kv_heads
             slot, length = state.to_device([0]), state.to_device([1])
-            head_tables(state.tables, slot, length, layers, heads, width=1)
+            head_tables(state.tables, slot, length, num_kv_heads=heads, width=1)

@@ -3,27 +3,26 @@
 Per layer and step:
 
 * extend: `append_kv` writes K and V to the arena and the query to the ring, then stock
-  attention over the page view (`prefill.py`);
+  attention (`prefill_kernels.py`), with a plan that is made once a forward;
 * decode: `decode_attention` writes the same and attends over packed blocks and tail, in
   one kernel (`kernels/`).
 
 The eviction passes do not run here but behind the whole forward, because a pass
-selects jointly over all layers (`scheduling.run_step`).
+selects jointly over all layers (`step.run_step`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention import base_attn_backend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
-from sglang_kvc.attention.prefill import PrefillAttention, build_prefill
-from sglang_kvc.attention.prefill_folded import (
-    build_folded_prefill,
-    can_prefill_folded,
-)
+from sglang_kvc.attention.prefill import PrefillKernel
+from sglang_kvc.attention.prefill_kernels import prefill_kernels
+from sglang_kvc.attention.step_context import folds_of_forward
 from sglang_kvc.config.server_args import options_of
 from sglang_kvc.errors import UnsupportedModeError
 from sglang_kvc.kernels.append import append_kv
@@ -34,7 +33,10 @@ from sglang_kvc.kernels.decode_attention import (
     make_decode_workspace,
     plan_decode,
 )
+from sglang_kvc.memory.agreement import agreed_chunk
+from sglang_kvc.memory.device_state import make_device_state
 from sglang_kvc.runtime import KVCompressRuntime
+from sglang_kvc.upstream.generation import UPSTREAM
 
 if TYPE_CHECKING:
     from sglang_kvc.config.options import KVCompressOptions
@@ -55,43 +57,65 @@ def build(model_runner: Any) -> KVCompressAttentionBackend:
     return KVCompressAttentionBackend(model_runner, options)
 
 
-class KVCompressAttentionBackend(AttentionBackend):
+@dataclass(frozen=True, eq=False)
+class ExtendMetadata:
+    """What the layers of one prefill forward need besides its batch.
+
+    Attributes
+    ----------
+    kernel : the attention that this batch needs.
+    plan : its plan; it keeps alive what the launched kernels read.
+    ring_rows : where the queries go, see `_ring_rows`.
+    """
+
+    kernel: PrefillKernel[Any]
+    plan: Any
+    ring_rows: torch.Tensor
+
+
+class KVCompressAttentionBackend(base_attn_backend.AttentionBackend):
     """Attention over the arena.
 
     Parameters
     ----------
     model_runner : SGLang's ModelRunner with its pools built.
     options : the server's options.
+
+    Attributes
+    ----------
+    forward_metadata : of the last forward if that was a prefill, else None. Planned
+        before a forward and read by its layers; the name is SGLang's.
+    kernels : prefill attention of this device.
+    runtime : the parts of this server.
     """
 
     def __init__(self, model_runner: Any, options: KVCompressOptions) -> None:
         super().__init__()
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
-        self.forward_metadata: Any = None
-        self.window = options.window
+        self.forward_metadata: ExtendMetadata | None = None
         sm_scale = _check_layers(model_runner.model)
+        state = make_device_state(model_runner, options)
+        self.kernels = prefill_kernels(self.token_to_kv_pool, state.tables)
+        settings = UPSTREAM.resolved(model_runner.server_args)
+        chunk_size = max(settings.chunked_prefill_size or 0, 0)
         self.runtime = KVCompressRuntime(
-            model_runner,
-            options,
+            self.token_to_kv_pool,
+            state,
             sm_scale,
-            folds=can_prefill_folded(model_runner.token_to_kv_pool),
+            chunk_size=agreed_chunk(
+                state, chunk_size if self.kernels.packed is not None else 0
+            ),
         )
-        req_to_token = self.req_to_token_pool.req_to_token
-        self._whole = build_prefill(self.token_to_kv_pool, req_to_token)
-        self._folded = build_folded_prefill(
-            self.token_to_kv_pool, req_to_token, self.runtime.state.tables
-        )
-        self.prefill: PrefillAttention = self._whole
         self._workspace: DecodeWorkspace | None = None
-        if self.runtime.state.on_gpu:
+        if state.on_gpu:
             self._workspace = make_decode_workspace(
                 self.req_to_token_pool.size,
-                self.runtime.state.shape.num_qo_heads,
-                self.runtime.state.shape.head_dim,
+                state.shape.num_qo_heads,
+                state.shape.head_dim,
                 self.token_to_kv_pool.device,
-                num_kv_heads=self.runtime.state.shape.num_kv_heads,
-                num_layers=self.runtime.state.shape.num_layers,
+                num_kv_heads=state.shape.num_kv_heads,
+                num_layers=state.shape.num_layers,
             )
         self.runtime.log_memory()
         self.runtime.warm_up()
@@ -101,49 +125,35 @@ class KVCompressAttentionBackend(AttentionBackend):
     def init_forward_metadata_out_graph(
         self, forward_batch: Any, in_capture: bool = False
     ) -> None:
-        """Host-side preparation; decode needs none."""
+        """Plan a prefill; decode needs nothing that a graph could not record."""
         del in_capture
         mode = forward_batch.forward_mode
+        self.forward_metadata = None
         if mode.is_decode() or mode.is_idle():
             return
         if not mode.is_extend() or mode.is_mixed() or mode.is_target_verify():
             raise UnsupportedModeError(
                 f"--kv-compress does not support forward mode {mode.name}"
             )
-        folds = self.runtime.prefill_folds
-        self.prefill = self._folded if folds and self._folded else self._whole
-        self.prefill.plan(forward_batch, folds)
+        folds = folds_of_forward()
+        kernel = self.kernels.of(folds)
+        self.forward_metadata = ExtendMetadata(
+            kernel=kernel,
+            plan=kernel.plan(forward_batch, folds),
+            ring_rows=_ring_rows(forward_batch, self.runtime.state.query_ring.shape[2]),
+        )
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """How the decode kernel splits its work; in extend, where queries go.
-
-        The ring row is slot * w + p % w, or -1 if place p is too old to be kept.
-        """
-        if forward_batch.forward_mode.is_idle():
+        """How the decode kernel splits its work."""
+        if not forward_batch.forward_mode.is_decode() or self._workspace is None:
             return
-        if forward_batch.forward_mode.is_decode():
-            if self._workspace is not None:
-                plan_decode(
-                    self.runtime.state.tables,
-                    forward_batch.req_pool_indices,
-                    forward_batch.seq_lens,
-                    self.runtime.state.shape.num_layers,
-                    self.runtime.state.shape.num_kv_heads,
-                    self._workspace,
-                )
-            return
-        slots = forward_batch.req_pool_indices.long()
-        new_lens = forward_batch.extend_seq_lens
-        total = forward_batch.positions.shape[0]
-        slots = slots.repeat_interleave(new_lens, output_size=total)
-        ends = forward_batch.seq_lens.repeat_interleave(new_lens, output_size=total)
-        # Not the rotary positions, which run ahead in a probe.
-        shift = forward_batch.extend_prefix_lens - forward_batch.extend_start_loc
-        places = torch.arange(total, device=slots.device)
-        places += shift.repeat_interleave(new_lens, output_size=total)
-        index = slots * self.window + places % self.window
-        recorded = places >= ends - self.window
-        self._ring_index = torch.where(recorded, index, -1)
+        plan_decode(
+            self.runtime.state.tables,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            self._workspace,
+            num_kv_heads=self.runtime.state.shape.num_kv_heads,
+        )
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Nothing to allocate: the decode kernel reads the live tables by slot."""
@@ -151,6 +161,16 @@ class KVCompressAttentionBackend(AttentionBackend):
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Padding rows attend to one token of the padding page."""
         return 1
+
+    def shared_read_ends(self, fm: Any) -> Any:
+        """When SGLang may change the request table; asked from 0.5.18 on.
+
+        Decode reads it in every layer, so no sooner than behind the graph. Prefill, and
+        what the runner does not know, holds it for the whole step. So does a pass,
+        which comes later still: see `Generation.wait_for_step`.
+        """
+        ends = base_attn_backend.SharedReadEnds
+        return ends.POST_REPLAY if fm.is_decode() else ends.UNKNOWN
 
     # Attention ---------------------------------------------------------------------
 
@@ -166,18 +186,21 @@ class KVCompressAttentionBackend(AttentionBackend):
     ) -> torch.Tensor:
         """Write the new KVs, then stock causal attention; [num_tokens, Hq * D]."""
         _check_call(k, save_kv_cache, kwargs)
+        metadata = self.forward_metadata
+        assert metadata is not None
         query, key, value = _split_heads(q, k, v, layer)
         append_kv(
+            self.runtime.state.arena,
             key,
             value,
             query,
-            self.runtime.state.arena,
-            self._arena_layer(layer),
             forward_batch.out_cache_loc,
             self.runtime.state.query_ring,
-            self._ring_index,
+            metadata.ring_rows,
+            layer=self._arena_layer(layer),
         )
-        return self.prefill.run(query, layer).reshape(q.shape[0], -1)
+        out = metadata.kernel.run(metadata.plan, query, layer)
+        return out.reshape(q.shape[0], -1)
 
     def forward_decode(
         self,
@@ -193,13 +216,13 @@ class KVCompressAttentionBackend(AttentionBackend):
         _check_call(k, save_kv_cache, kwargs)
         query, key, value = _split_heads(q, k, v, layer)
         out = decode_attention(
-            query,
             self.runtime.state.arena,
-            self._arena_layer(layer),
             self.runtime.state.tables,
+            query,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
-            layer.scaling,
+            layer=self._arena_layer(layer),
+            sm_scale=layer.scaling,
             workspace=self._workspace,
             query_lse=self.runtime.state.query_lse,
             new_tokens=NewTokens(
@@ -211,6 +234,30 @@ class KVCompressAttentionBackend(AttentionBackend):
     def _arena_layer(self, layer: RadixAttention) -> int:
         index: int = layer.layer_id - self.token_to_kv_pool.start_layer
         return index
+
+
+def _ring_rows(batch: Any, window: int) -> torch.Tensor:
+    """Row of the query ring for every new token, int64 [num_tokens].
+
+    It is slot * w + p % w, or -1 if place p is too old to be kept.
+
+    Parameters
+    ----------
+    batch : ForwardBatch in extend mode.
+    window : w, queries that the ring holds of a request.
+    """
+    new_lens, total = batch.extend_seq_lens, batch.positions.shape[0]
+
+    def each_token(of_request: torch.Tensor) -> torch.Tensor:
+        return of_request.repeat_interleave(new_lens, output_size=total)
+
+    slots = each_token(batch.req_pool_indices.long())
+    ends = each_token(batch.seq_lens)
+    # Not the rotary positions, which run ahead in a probe.
+    places = torch.arange(total, device=slots.device)
+    places += each_token(batch.extend_prefix_lens - batch.extend_start_loc)
+    index = slots * window + places % window
+    return torch.where(places >= ends - window, index, -1)
 
 
 def _split_heads(

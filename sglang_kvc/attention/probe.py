@@ -16,64 +16,41 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.model_executor.forward_batch_info import (
-    CaptureHiddenMode,
-    ForwardBatch,
-    ForwardMode,
-)
-from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+from sglang_kvc.attention.step_context import forwards_with
+from sglang_kvc.upstream.batches import extend_batch
 
 if TYPE_CHECKING:
     from sglang_kvc.runtime import KVCompressRuntime
-    from sglang_kvc.scheduling.request_state import PassRecord
+    from sglang_kvc.scheduling.request_state import PassInFlight
 
 
 @torch.no_grad()
 def run_probe(
-    runtime: KVCompressRuntime, model_runner: Any, record: PassRecord
+    runtime: KVCompressRuntime, model_runner: Any, launched: PassInFlight
 ) -> None:
-    """Run a record's probe behind its chunk, on the forward stream.
+    """Run the probe of a pass behind its chunk, on the forward stream.
 
     The request table names the probe's pages only until the next chunk takes those
     cells; SGLang writes them after this step, see `attention.step`.
     """
-    count, length = len(record.probe), record.seq_len
-    tokens = record.target[:count]
+    decision, probe = launched.decision, launched.probe
+    assert probe is not None
+    count, length = len(probe.token_ids), decision.seq_len
+    tokens = launched.dest_tokens[:count]
     table = runtime.state.tables.req_to_token
-    table[record.slot, length : length + count] = tokens.to(table.dtype)
-    numbers = runtime.state.to_device(
-        [*record.probe, record.slot, length + count, count, length, 0]
+    table[decision.slot, length : length + count] = tokens.to(table.dtype)
+    batch = extend_batch(
+        probe.token_ids,
+        decision.slot,
+        length,
+        range(probe.start, probe.start + count),
+        cells=tokens,
+        to_device=runtime.state.to_device,
+        lora_id=launched.req.lora_id,
     )
-    slot, end, new, prefix, zero = numbers[count:].split(1)
-    positions = torch.arange(
-        record.prompt_len - count, record.prompt_len, device=numbers.device
-    )
-    batch = ForwardBatch(
-        forward_mode=ForwardMode.EXTEND,
-        batch_size=1,
-        input_ids=numbers[:count],
-        req_pool_indices=slot,
-        seq_lens=end,
-        orig_seq_lens=end.int(),
-        out_cache_loc=tokens,
-        seq_lens_sum=length + count,
-        seq_lens_cpu=torch.tensor([length + count]),
-        positions=positions,
-        extend_num_tokens=count,
-        extend_seq_lens=new.int(),
-        extend_prefix_lens=prefix.int(),
-        extend_start_loc=zero.int(),
-        extend_prefix_lens_cpu=[length],
-        extend_seq_lens_cpu=[count],
-        extend_logprob_start_lens_cpu=[0],
-        capture_hidden_mode=CaptureHiddenMode.NULL,
-        spec_algorithm=SpeculativeAlgorithm.NONE,
-        is_extend_in_batch=True,
-        lora_ids=[record.req.lora_id],
-    )
-    batch.num_token_non_padded_cpu = count
     if (lora := getattr(model_runner, "lora_manager", None)) is not None:
         # The layers know the adapters of the chunk's batch, which has other rows.
         lora.prepare_lora_batch(batch)
-    runtime.prefill_folds = [(record.fold_old, record.budget_old)]
-    model_runner.forward(batch)
+    with forwards_with(model_runner, [(decision.fold_old, decision.packed_old)]):
+        model_runner.forward(batch)

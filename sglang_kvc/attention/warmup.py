@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from array import array
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.runtime import runtime_of
+from sglang_kvc.upstream.batches import made_up_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -60,36 +57,6 @@ def stream_of_steps(scheduler: Any) -> AbstractContextManager[Any]:
 @torch.no_grad()
 def prefill_once(scheduler: Any, length: int) -> None:
     """Prefill a made-up prompt outside any queue, and give back what it took."""
-    req = Req(
-        rid="kv-compress-warm-up",
-        origin_input_text="",
-        origin_input_ids=array("q", [1]) * length,
-        sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
-    )
-    req.full_untruncated_fill_ids = req.origin_input_ids
-    req.logprob_start_len = -1
-    req.set_extend_range(0, length)
-    allocator = scheduler.token_to_kv_pool_allocator
-    batch = ScheduleBatch.init_new(
-        [req],
-        scheduler.req_to_token_pool,
-        allocator,
-        scheduler.tree_cache,
-        scheduler.model_config,
-        False,
-        scheduler.spec_algorithm,
-    )
-    batch.prepare_for_extend()
-    if batch.input_ids is None:
-        batch.input_ids = batch.prefill_input_ids_cpu.to(batch.device)
-        batch.prefill_input_ids_cpu = None
     runner = scheduler.tp_worker.model_runner
-    forward_batch = ForwardBatch.init_new(
-        batch, runner, return_hidden_states_before_norm=False
-    )
-    output = runner.forward(forward_batch).logits_output
-    runner.sample(output, forward_batch)
-    tokens = scheduler.req_to_token_pool.req_to_token[req.req_pool_idx, :length]
-    allocator.free(tokens.long())
-    scheduler.req_to_token_pool.free(req)
-    req.kv = None
+    with made_up_prompt(scheduler, length) as batch:
+        runner.sample(runner.forward(batch).logits_output, batch)

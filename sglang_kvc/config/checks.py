@@ -6,6 +6,7 @@ no integer is too large for it, and no message repeats more than a few character
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -64,6 +65,20 @@ def check_number(
         raise ConfigError(
             f"{name} must be a finite number {rule}, at most {high:.10g}, got "
             f"{shown(value)}."
+        )
+
+
+def check_choice(name: str, value: Any, valid: Sequence[str]) -> None:
+    """Raise unless `value` is one of a few words.
+
+    Raises
+    ------
+    ConfigError
+        With the name, the words and the value found.
+    """
+    if value not in valid:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(valid)}, got {shown(value)}."
         )
 
 

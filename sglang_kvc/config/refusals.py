@@ -1,58 +1,36 @@
 """Settings of SGLang that KV-Compress does not serve, refused by name at start-up.
 
-One row for each setting; `refusals_model` has those for models. A row that no longer
-matches a field of SGLang is an error of its own: a check must never pass because its
-subject was renamed.
+One row for each setting; `refusals_model` has those for models.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
-from sglang_kvc.config.options import PAGE_SIZE
-from sglang_kvc.errors import SeamDriftError, UnsupportedModeError
-from sglang_kvc.upstream.compat import no_accelerator
+from sglang_kvc.config.pages import PAGE_SIZE
+from sglang_kvc.config.rules import (
+    Facts,
+    Rule,
+    complaints,
+    off,
+    one_of,
+    refuse,
+    value_rule,
+)
 
-
-@dataclass(frozen=True)
-class Rule:
-    """A setting of ``ServerArgs`` and the values that KV-Compress serves.
-
-    Parameters
-    ----------
-    field : str
-        Field of ServerArgs; dots reach into a nested record of the resolved object.
-    supported : callable
-        Whether a value is served; must hold for SGLang's default.
-    feature : str
-        What is not served, in words.
-    instead : str
-        What the user can do.
-    """
-
-    field: str
-    supported: Callable[[Any], bool]
-    feature: str
-    instead: str = "leave it out"
-
-
-def _off(value: Any) -> bool:
-    return not value
+SETTINGS = "these settings"
+"""What is not served, in the report."""
 
 
 def _at_most_one(value: int | None) -> bool:
     return value is None or value <= 1
 
 
-def _one_of(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value in values
-
-
-def _device_matches_machine(value: str | None) -> bool:
-    return value != "cpu" or no_accelerator()
+def _device_matches_machine(facts: Facts) -> bool:
+    return facts.server_args.device != "cpu" or not facts.on_gpu
 
 
 def _no_rocm(value: str | None) -> bool:
@@ -61,10 +39,10 @@ def _no_rocm(value: str | None) -> bool:
 
 
 _NOT_ABOVE_ONE = {
-    "tp_size": "tensor parallelism (untested)",
     "pp_size": "pipeline parallelism",
     "dcp_size": "decode context parallelism",
     "attn_cp_size": "context parallelism",
+    "attn_dp_size": "data-parallel attention",
     "nnodes": "several nodes",
     "tokenizer_worker_num": "several tokenizer workers, which load no plugins",
 }
@@ -76,12 +54,16 @@ _SWITCHED_OFF = {
     "enable_dsa_prefill_context_parallel": "prefill context parallelism",
     "enable_dp_attention": "data-parallel attention",
     "enable_two_batch_overlap": "two-batch overlap",
+    "enable_cp_tp_group_sharing": "context parallelism",
+    "enable_kv_cache_sharding": "a KV cache in shards",
     "enable_pdmux": "prefill/decode multiplexing",
+    "enable_pd_role_switch": "prefill/decode disaggregation",
     "use_ray": "Ray, which copies ServerArgs without our options",
     "encoder_only": "encoder disaggregation",
     "language_only": "encoder disaggregation",
     # Ways of decoding.
     "speculative_algorithm": "speculative decoding",
+    "uno_lora_path": "speculative decoding",
     "dllm_algorithm": "diffusion language models",
     "enable_mixed_chunk": "decode rows mixed into a prefill chunk",
     "enable_mis": "multi-item scoring",
@@ -91,6 +73,10 @@ _SWITCHED_OFF = {
     "rl_on_policy_target": "on-policy inference for training",
     "enable_return_routed_experts": "capture of routed experts",
     "enable_return_indexer_topk": "capture of the sparse indexer",
+    "enable_return_aux_hidden_states": "capture of hidden states between layers",
+    "enable_nvidia_megakernel": "a megakernel, which replaces attention",
+    "enable_amd_monokernel": "a monokernel, which replaces attention",
+    "enable_watermark": "watermarks (untested)",
     "prefill_attention_backend": "a separate prefill attention backend",
     "decode_attention_backend": "a separate decode attention backend",
     # KV cache: these move, share or describe KV pages in SGLang's own layout.
@@ -102,7 +88,11 @@ _SWITCHED_OFF = {
     "hicache_storage_backend": "hierarchical cache",
     "enable_lmcache": "LMCache",
     "enable_flexkv": "FlexKV",
+    "enable_unified_cache_external_linker": "an external KV store",
+    "enable_linker_mla_dedup": "an external KV store",
     "enable_hisparse": "HiSparse",
+    "enable_encoder_swa_bounded_replay": "bounded replay of sliding windows",
+    "enable_decoder_swa_bounded_replay": "bounded replay of sliding windows",
     "kv_events_config": "KV cache events",
     # Prefix cache and sessions.
     "enable_streaming_session": "streaming sessions",
@@ -123,27 +113,60 @@ _ONE_OF: dict[str, tuple[str, tuple[Any, ...]]] = {
     "cuda_graph_config.decode.backend": ("this graph", ("disabled", "full")),
 }
 
+_SINCE = {
+    "enable_unified_cache_external_linker": "0.5.20",
+    "uno_lora_path": "0.5.20",
+    "enable_pd_role_switch": "0.5.21",
+    "enable_encoder_swa_bounded_replay": "0.5.21",
+    "enable_decoder_swa_bounded_replay": "0.5.21",
+    "enable_linker_mla_dedup": "0.5.21",
+    "attn_dp_size": "0.5.22",
+    "enable_kv_cache_sharding": "0.5.22",
+    "enable_cp_tp_group_sharing": "0.5.22",
+    "enable_watermark": "0.5.22",
+    "enable_nvidia_megakernel": "0.5.23",
+    "enable_amd_monokernel": "0.5.23",
+    "enable_return_aux_hidden_states": "0.5.23",
+}
+"""First release that has the setting, where it is not the oldest that we support."""
+
+_UNTIL = {
+    # Then `enable_prefill_cp` says it.
+    "enable_prefill_context_parallel": "0.5.20",
+    "enable_dsa_prefill_context_parallel": "0.5.20",
+}
+"""First release that no longer has the setting."""
+
 
 def _among(values: tuple[Any, ...]) -> str:
     return f"use {' or '.join(str(value) for value in values if value is not None)}"
 
 
+def _setting(name: str) -> str:
+    return f"server_args.{name}"
+
+
+def _rule(name: str, served: Callable[[Any], bool], feature: str, instead: str) -> Rule:
+    span = {"since": _SINCE.get(name, ""), "until": _UNTIL.get(name, "")}
+    return value_rule(_setting(name), served, feature, instead, **span)
+
+
 RULES = (
-    *(Rule(name, _at_most_one, it, "use 1") for name, it in _NOT_ABOVE_ONE.items()),
-    *(Rule(name, _off, it) for name, it in _SWITCHED_OFF.items()),
+    *(_rule(name, _at_most_one, it, "use 1") for name, it in _NOT_ABOVE_ONE.items()),
+    *(_rule(name, off, it, "leave it out") for name, it in _SWITCHED_OFF.items()),
     *(
-        Rule(name, _one_of(*values), it, _among(values))
+        _rule(name, one_of(*values), it, _among(values))
         for name, (it, values) in _ONE_OF.items()
     ),
-    Rule("device", _no_rocm, "AMD GPU", "use an NVIDIA GPU"),
+    value_rule(_setting("device"), _no_rocm, "AMD GPU", "use an NVIDIA GPU"),
     Rule(
-        "device",
+        _setting("device"),
         _device_matches_machine,
         "CPU mode on a machine with a GPU",
         "hide the GPU with CUDA_VISIBLE_DEVICES=''",
     ),
-    Rule(
-        "schedule_policy",
+    value_rule(
+        _setting("schedule_policy"),
         lambda value: value != "dfs-weight",
         "dfs-weight scheduling",
         "use fcfs or lpm",
@@ -152,7 +175,12 @@ RULES = (
 
 
 def refuse_unsupported(server_args: Any) -> None:
-    """Refuse resolved settings (ServerArgs) that KV-Compress does not serve.
+    """Refuse resolved settings that KV-Compress does not serve.
+
+    Parameters
+    ----------
+    server_args : Any
+        What will be in force, by attribute: `Generation.resolved`.
 
     Raises
     ------
@@ -161,39 +189,10 @@ def refuse_unsupported(server_args: Any) -> None:
     SeamDriftError
         If ServerArgs lacks a field that has to be checked.
     """
-    raise_if_any(
-        _problems((rule, read_field(server_args, rule.field)) for rule in RULES)
-    )
+    refuse(SETTINGS, complaints(RULES, Facts(server_args)))
 
 
 def unsupported_values(given: Mapping[str, Any]) -> list[str]:
     """One sentence for each raw argument that KV-Compress does not serve."""
-    return _problems((rule, given[rule.field]) for rule in RULES if rule.field in given)
-
-
-def raise_if_any(problems: list[str]) -> None:
-    """Raise UnsupportedModeError with one line for each problem, if there are any."""
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise UnsupportedModeError(f"KV-Compress does not serve these settings:{lines}")
-
-
-def _problems(values: Iterable[tuple[Rule, Any]]) -> list[str]:
-    return [
-        f"{rule.feature} ({rule.field}={value!r}): {rule.instead}"
-        for rule, value in values
-        if not rule.supported(value)
-    ]
-
-
-def read_field(record: Any, path: str) -> Any:
-    """Value at a dotted path; SeamDriftError if SGLang has no such field."""
-    for name in path.split("."):
-        if not hasattr(record, name):
-            raise SeamDriftError(
-                f"{type(record).__name__} of the installed SGLang has no {name} "
-                f"({path}), which KV-Compress must check. Install a supported SGLang, "
-                "or adapt sglang_kvc/config/refusals.py."
-            )
-        record = getattr(record, name)
-    return record
+    rules = [rule for rule in RULES if rule.name in given]
+    return complaints(rules, Facts(SimpleNamespace(**given)))

@@ -3,65 +3,53 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from sglang_kvc.config.refusals import read_field
-from sglang_kvc.errors import UnsupportedModeError
-from sglang_kvc.upstream.compat import no_accelerator
+from sglang_kvc.config.rules import (
+    Facts,
+    Rule,
+    complaints,
+    off,
+    refuse,
+    value_rule,
+)
 
-GPU_HEAD_DIMS = (64, 96, 128)
-MAX_GROUP_SIZE = 8
-
-
-@dataclass(frozen=True)
-class ModelRule:
-    """A property of a model and whether KV-Compress serves it.
-
-    Parameters
-    ----------
-    attribute : str
-        Attribute of ModelConfig, for the message and the drift check.
-    supported : callable
-        Takes the ModelConfig and whether a GPU is used.
-    feature : str
-        What is not served, in words.
-    """
-
-    attribute: str
-    supported: Callable[[Any, bool], bool]
-    feature: str
+GPU_HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_GROUP_SIZE = 16
 
 
-def _lacks(name: str) -> Callable[[Any, bool], bool]:
-    return lambda model, _on_gpu: not getattr(model, name)
-
-
-def _config_lacks(name: str) -> Callable[[Any, bool], bool]:
-    return lambda model, _on_gpu: not getattr(model.hf_text_config, name, None)
-
-
-def _no_sliding_window(model: Any, _on_gpu: bool) -> bool:
+def _no_sliding_window(facts: Facts) -> bool:
+    model = facts.model_config
     window = model.sliding_window_size or 0
     switched_off = getattr(model.hf_text_config, "use_sliding_window", None) is False
     return window <= 0 or window >= model.context_len or switched_off
 
 
-def _no_state_space(model: Any, _on_gpu: bool) -> bool:
+def _no_state_space(facts: Facts) -> bool:
     hybrid = importlib.import_module("sglang.srt.configs.hybrid_arch")
-    return hybrid.mambaish_config(model) is None
+    return hybrid.mambaish_config(facts.model_config) is None
 
 
-def _head_dim_fits(model: Any, on_gpu: bool) -> bool:
-    if on_gpu:
-        return model.head_dim in GPU_HEAD_DIMS
-    return bool(model.head_dim % 16 == 0)
+def _value_as_wide_as_key(facts: Facts) -> bool:
+    return bool(facts.model_config.v_head_dim == facts.model_config.head_dim)
 
 
-def _group_size_fits(model: Any, on_gpu: bool) -> bool:
+def _head_dim_fits(facts: Facts) -> bool:
+    head_dim = facts.model_config.head_dim
+    return head_dim in GPU_HEAD_DIMS if facts.on_gpu else head_dim % 16 == 0
+
+
+def _group_size_fits(facts: Facts) -> bool:
+    model = facts.model_config
     size, rest = divmod(model.num_attention_heads, model.num_key_value_heads)
-    return rest == 0 and (size <= MAX_GROUP_SIZE or not on_gpu)
+    return rest == 0 and (size <= MAX_GROUP_SIZE or not facts.on_gpu)
+
+
+def _no_made_up_heads(facts: Facts) -> bool:
+    model = facts.model_config
+    name = "original_total_num_kv_heads"
+    own = getattr(model.hf_text_config, name, model.num_key_value_heads)
+    return bool(own == model.num_key_value_heads)
 
 
 _MODEL_LACKS = {
@@ -76,38 +64,56 @@ _MODEL_LACKS = {
 _CONFIG_LACKS = {
     "attn_logit_softcapping": "soft-capped attention logits",
     "dual_chunk_attention_config": "dual-chunk attention",
+    "sparse_attention_config": "sparse attention",
+    "sparse_config": "sparse attention",
 }
 
+
+def _model(name: str) -> str:
+    return f"model_config.{name}"
+
+
+def _config_rule(name: str, feature: str) -> Rule:
+    """A rule for an entry that most models lack."""
+
+    def lacks(config: Any) -> bool:
+        return not getattr(config, name, None)
+
+    return value_rule(_model("hf_text_config"), lacks, feature)
+
+
 MODEL_RULES = (
-    ModelRule(
-        "attention_arch",
-        lambda model, _on_gpu: model.attention_arch.name == "MHA",
+    value_rule(
+        _model("attention_arch"),
+        lambda kind: kind.name == "MHA",
         "multi-head latent attention",
     ),
-    ModelRule(
-        "is_generation",
-        lambda model, _on_gpu: model.is_generation,
-        "embedding, reward or classification model",
+    value_rule(
+        _model("is_generation"), bool, "embedding, reward or classification model"
     ),
-    *(ModelRule(name, _lacks(name), it) for name, it in _MODEL_LACKS.items()),
-    *(
-        ModelRule("hf_text_config", _config_lacks(name), it)
-        for name, it in _CONFIG_LACKS.items()
+    *(value_rule(_model(name), off, it) for name, it in _MODEL_LACKS.items()),
+    *(_config_rule(name, it) for name, it in _CONFIG_LACKS.items()),
+    Rule(
+        _model("hf_config"), _no_state_space, "state-space or linear-attention layers"
     ),
-    ModelRule("hf_config", _no_state_space, "state-space or linear-attention layers"),
-    ModelRule("sliding_window_size", _no_sliding_window, "sliding-window attention"),
-    ModelRule(
-        "v_head_dim",
-        lambda model, _on_gpu: model.v_head_dim == model.head_dim,
+    Rule(_model("sliding_window_size"), _no_sliding_window, "sliding-window attention"),
+    Rule(
+        _model("v_head_dim"),
+        _value_as_wide_as_key,
         "values of another width than keys",
     ),
-    ModelRule(
-        "head_dim",
+    Rule(
+        _model("head_dim"),
         _head_dim_fits,
         f"head_dim other than {GPU_HEAD_DIMS} (on a CPU: multiples of 16)",
     ),
-    ModelRule(
-        "num_key_value_heads",
+    Rule(
+        _model("num_key_value_heads"),
+        _no_made_up_heads,
+        "heads that do not divide by --tp-size (a CPU gets empty ones from SGLang)",
+    ),
+    Rule(
+        _model("num_key_value_heads"),
         _group_size_fits,
         f"more than {MAX_GROUP_SIZE}, or a broken number of, query heads per KV head",
     ),
@@ -130,17 +136,11 @@ def refuse_unsupported_model(model_config: Any, on_gpu: bool | None = None) -> N
     SeamDriftError
         If ModelConfig lacks an attribute that has to be checked.
     """
-    if on_gpu is None:
-        on_gpu = not no_accelerator()
-    problems = []
-    values = [read_field(model_config, rule.attribute) for rule in MODEL_RULES]
-    for rule, value in zip(MODEL_RULES, values, strict=True):
-        if not rule.supported(model_config, on_gpu):
-            shown = isinstance(value, (bool, int, str))
-            what = f" ({rule.attribute}={value!r})" if shown else ""
-            problems.append(f"\n  {rule.feature}{what}")
-    if problems:
-        raise UnsupportedModeError(
-            f"KV-Compress does not serve {model_config.model_path}:"
-            f"{''.join(problems)}\nServe it without --kv-compress."
-        )
+    facts = Facts(model_config=model_config)
+    if on_gpu is not None:
+        facts = Facts(model_config=model_config, on_gpu=on_gpu)
+    refuse(
+        model_config.model_path,
+        complaints(MODEL_RULES, facts),
+        "Serve it without --kv-compress.",
+    )

@@ -1,8 +1,9 @@
 """From the user's arguments to a checked ``ServerArgs`` with our options attached.
 
-SGLang resolves all settings while ``ServerArgs`` is constructed. So what KV-Compress
-needs is written into the raw arguments before, and what it cannot serve is refused by
-name: in the raw arguments, for a clear message, and in the resolved ones.
+SGLang resolves all settings while ``ServerArgs`` is constructed; from 0.5.19 on, later.
+So what KV-Compress needs is written into the raw arguments before, and what it cannot
+serve is refused by name: in the raw arguments, for a clear message, and in the resolved
+ones.
 """
 
 from __future__ import annotations
@@ -13,19 +14,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sglang_kvc.config.flags import options_from_mapping
-from sglang_kvc.config.options import (
-    BACKEND,
-    PAGE_SIZE,
-    KVCompressOptions,
-)
+from sglang_kvc.config.options import BACKEND, KVCompressOptions
+from sglang_kvc.config.pages import PAGE_SIZE
 from sglang_kvc.config.refusals import (
-    raise_if_any,
+    SETTINGS,
     refuse_unsupported,
     unsupported_values,
 )
 from sglang_kvc.config.refusals_model import refuse_unsupported_model
+from sglang_kvc.config.rules import refuse
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.upstream.compat import no_accelerator
+from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.hooks import verify_hooks_installed
 
 OPTIONS_ATTRIBUTE = "_kv_compress_options"
@@ -42,6 +42,10 @@ _DEFAULTS = {
     "cuda_graph_backend_prefill": "disabled",
 }
 _POST_CAPTURE_SIZING = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
+_VARIABLES_OFF = {
+    _POST_CAPTURE_SIZING: "our pool is fixed",
+    "SGLANG_RUST_SERVER": "it takes requests past our checks",
+}
 _FALSE = ("0", "false", "no", "n")
 
 
@@ -74,11 +78,13 @@ def construct(build: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
     forced = forced_settings(values)
     given = {name: value for name, value in values.items() if value is not None}
     free = {name: value for name, value in given.items() if name not in forced}
-    raise_if_any([*contradictions(given, forced), *unsupported_values(free)])
+    refuse(SETTINGS, [*contradictions(given, forced), *unsupported_values(free)])
     os.environ[_POST_CAPTURE_SIZING] = "0"
     server_args = build(**{**values, **_DEFAULTS, **given, **forced})
     setattr(server_args, OPTIONS_ATTRIBUTE, options)
-    refuse_unsupported(server_args)
+    if UPSTREAM.resolved(server_args) is server_args:
+        # Of a later release the check_server_args hook is the first to see results.
+        refuse_unsupported(server_args)
     return server_args
 
 
@@ -132,9 +138,10 @@ def contradictions(values: Mapping[str, Any], forced: Mapping[str, Any]) -> list
         for name, value in forced.items()
         if values.get(name, value) != value
     ]
-    sizing = os.environ.get(_POST_CAPTURE_SIZING, "0")
-    if sizing.lower() not in _FALSE:
-        wrong.append(f"{_POST_CAPTURE_SIZING}={sizing}: unset it, our pool is fixed")
+    for name, why in _VARIABLES_OFF.items():
+        value = os.environ.get(name, "0")
+        if value.lower() not in _FALSE:
+            wrong.append(f"{name}={value}: unset it, {why}")
     return wrong
 
 
@@ -155,12 +162,14 @@ def check_server_args(server_args: Any, model_config: Any = None) -> None:
     KVCError
         Naming what is wrong.
     """
+    resolved = UPSTREAM.resolved(server_args)
     if options_of(server_args) is None:
-        _refuse_bare_backend(vars(server_args))
+        fields = {name: getattr(resolved, name) for name in _BACKEND_FIELDS}
+        _refuse_bare_backend(fields)
         return
     verify_hooks_installed()
-    refuse_unsupported(server_args)
-    refuse_unsupported_model(model_config or server_args.get_model_config())
+    refuse_unsupported(resolved)
+    refuse_unsupported_model(model_config or UPSTREAM.model_config(server_args))
 
 
 def _refuse_bare_backend(values: Mapping[str, Any]) -> None:

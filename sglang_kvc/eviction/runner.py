@@ -7,11 +7,13 @@ host because a pass keeps exactly budget / 16 * L * H blocks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_kvc.config.pages import ceil_tokens, pages_of
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.eviction.scorers import ScoreContext, Scorer, get_scorer
 from sglang_kvc.kernels.distinct import add_distinct
@@ -20,7 +22,11 @@ from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 from sglang_kvc.kernels.pool import Pooling, pool_scores
-from sglang_kvc.kernels.select import SelectedEntries, select_entries
+from sglang_kvc.kernels.select import (
+    SelectedEntries,
+    SelectionRule,
+    select_entries,
+)
 from sglang_kvc.memory.metadata import (
     ModelShape,
     count_bytes,
@@ -28,25 +34,42 @@ from sglang_kvc.memory.metadata import (
     pass_workspace_tokens,
     workspace_head_bytes,
 )
+from sglang_kvc.upstream.ranks import gather_heads
 
 if TYPE_CHECKING:
     from sglang_kvc.config.options import KVCompressOptions
     from sglang_kvc.memory.device_state import DeviceState
-    from sglang_kvc.scheduling.request_state import PassRecord
+    from sglang_kvc.scheduling.pass_decision import PassDecision
+    from sglang_kvc.scheduling.request_state import PassInFlight
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """What a pass does with scores, the same for all its requests.
+
+    Attributes
+    ----------
+    rule : who competes, as in `select_entries`.
+    pooling : how scores of a prompt spread, as in `pool_scores`.
+    distinct : weight of what keys say, as in `add_distinct`; 0: nothing.
+    """
+
+    rule: SelectionRule
+    pooling: Pooling
+    distinct: float = 0.0
+
+    @classmethod
+    def of(cls, options: KVCompressOptions, rule: SelectionRule) -> PassSettings:
+        """Those of a server."""
+        return cls(rule, pooling(options), options.distinct_weight)
 
 
 def run_pass(
     scorer: Scorer,
     context: ScoreContext,
     dest_pages: torch.Tensor,
-    *,
-    pool: Pooling,
-    sinks: int,
-    distinct: float = 0.0,
-    units: torch.Tensor | None = None,
-    groups: int = 1,
-    floor_blocks: int = 0,
-    bound_groups: int = 0,
+    units: torch.Tensor,
+    settings: PassSettings,
 ) -> SelectedEntries:
     """Score, pool, select, pack and commit the requests of ``context.plan``.
 
@@ -55,69 +78,72 @@ def run_pass(
     scorer : which KVs are worth keeping.
     context : what it looks at; arena and tables are written.
     dest_pages : [pages kept] int64, fresh pages for the survivors in plan order.
-    pool : as in `pool_scores`.
-    sinks, distinct : as in `KVCompressOptions`.
-    units : of `add_distinct`, with `distinct`.
-    groups, floor_blocks, bound_groups : as in `select_entries`.
+    units : [slots] fp32 of `add_distinct`; untouched if ``settings.distinct`` is 0.
+    settings : see `PassSettings`.
 
     Returns
     -------
     SelectedEntries : the survivors.
     """
     arena, tables, plan = context.arena, context.tables, context.plan
-    heads = arena.heads_per_page
     scores = scorer.score(context)
     if scorer.pooled:
-        scores = pool_scores(scores, plan, tables, pool, heads)
-    if distinct:
-        assert units is not None
-        reward_distinct(scores, context, units, distinct)
-    selected = select_entries(
-        scores, heads, tables, plan, sinks, groups, floor_blocks, bound_groups
-    )
-    pack_entries(arena, selected, dest_pages, plan)
-    commit_tables(tables, arena, selected, plan, dest_pages, scores)
+        scores = pool_scores(tables, plan, scores, pooling=settings.pooling)
+    if settings.distinct:
+        reward_distinct(context, scores, units, weight=settings.distinct)
+    selected = select_entries(tables, plan, scores, rule=settings.rule)
+    pack_entries(arena, plan, selected, dest_pages)
+    commit_tables(arena, tables, plan, selected, dest_pages, scores)
     return selected
 
 
 def reward_distinct(
-    scores: torch.Tensor, context: ScoreContext, units: torch.Tensor, weight: float
+    context: ScoreContext, scores: torch.Tensor, units: torch.Tensor, *, weight: float
 ) -> None:
     """`add_distinct` in place, with the keys' unlikeness where the plan needs it."""
     arena, tables, plan = context.arena, context.tables, context.plan
     unlike = key_similarity_scores(arena, tables, plan) if plan.any_pooled else None
-    add_distinct(scores, unlike, units, plan, tables, weight, arena.heads_per_page)
+    add_distinct(tables, plan, scores, unlike, units, weight=weight)
 
 
 def pooling(options: KVCompressOptions) -> Pooling:
     """How scores of a prompt spread, as `pool_scores` wants it."""
     return Pooling(
-        options.pool_back, options.pool_ahead, options.pool_decay, options.pool_gain
+        back=options.pool_back,
+        ahead=options.pool_ahead,
+        decay=options.pool_decay,
+        gain=options.pool_gain,
     )
 
 
-class Sharing(NamedTuple):
-    """Who competes in a pass, as `select_entries` wants it."""
-
-    groups: int
-    bound_groups: int = 0
-
-
-def sharing_of(
+def rule_of(
     options: KVCompressOptions, shape: ModelShape, *, prompt: bool
-) -> Sharing:
+) -> SelectionRule:
     """Who competes in the pass behind a complete `prompt`, or in a later one."""
-    if not options.layer_share:
-        return Sharing(shape.num_groups(options.allocation))
+    if not options.least_layer_share:
+        return _by_groups(options, shape.num_groups(options.allocation))
     layers = shape.num_groups("layer")
     # Layers hold equally much until a prompt is complete, not afterwards.
-    return Sharing(1, layers) if prompt else Sharing(layers)
+    if prompt:
+        return _by_groups(options, 1, bound_groups=layers)
+    return _by_groups(options, layers)
+
+
+def _by_groups(
+    options: KVCompressOptions, groups: int, *, bound_groups: int = 0
+) -> SelectionRule:
+    return SelectionRule(
+        sinks=options.sinks,
+        groups=groups,
+        floor_blocks=pages_of(options.head_floor),
+        bound_groups=bound_groups,
+    )
 
 
 def least_pages(options: KVCompressOptions, kept_pages: int) -> int:
     """Pages that a layer keeps at least where an equal share is `kept_pages`."""
     # A layer must be able to keep what its heads must.
-    return max(int(options.layer_share * kept_pages), options.floor // PAGE_SIZE)
+    return max(int(options.least_layer_share * kept_pages), options.floor // PAGE_SIZE)
 
 
 WARM_UP_TOKENS = (20 * PAGE_SIZE, 512 * PAGE_SIZE)
@@ -134,9 +160,11 @@ class PassRunner:
         self.sm_scale = sm_scale
         self.scorer = get_scorer(state.options.metric)
         options, shape = state.options, state.shape
-        self.prompt_sharing = sharing_of(options, shape, prompt=True)
-        self.later_sharing = sharing_of(options, shape, prompt=False)
-        self.chunk_sharing = Sharing(shape.num_groups(options.chunk_allocation))
+        self.prompt_rule = rule_of(options, shape, prompt=True)
+        self.later_rule = rule_of(options, shape, prompt=False)
+        self.chunk_rule = _by_groups(
+            options, shape.num_groups(options.chunk_allocation)
+        )
         if state.arena.score.numel() >= 1 << 31:
             raise ConfigError(
                 "the arena holds 2**31 KVs or more per layer and head in total, which "
@@ -150,34 +178,34 @@ class PassRunner:
         )
         self.counts = count_bytes(state.shape, state.options)
 
-    def run(self, records: list[PassRecord]) -> None:
+    def run(self, launched: list[PassInFlight]) -> None:
         """Run every pass of a step; alike ones that fit together share a launch."""
-        group: list[PassRecord] = []
+        group: list[PassInFlight] = []
         held = 0
-        for record in sorted(records, key=self._sharing):
-            need = self._head_bytes(record)
+        for one in sorted(launched, key=lambda it: self._rule(it.decision)):
+            need = self._head_bytes(one.decision)
             if group and (
                 held + need > self.max_bytes
-                or self._sharing(record) != self._sharing(group[0])
+                or self._rule(one.decision) != self._rule(group[0].decision)
             ):
                 self._run_group(group)
                 group, held = [], 0
-            group.append(record)
+            group.append(one)
             held += need
         if group:
             self._run_group(group)
 
-    def _sharing(self, record: PassRecord) -> Sharing:
-        if record.between_chunks:
-            return self.chunk_sharing
-        return self.prompt_sharing if record.pool_tail else self.later_sharing
+    def _rule(self, decision: PassDecision) -> SelectionRule:
+        if decision.between_chunks:
+            return self.chunk_rule
+        return self.prompt_rule if decision.pool_tail else self.later_rule
 
-    def _head_bytes(self, record: PassRecord) -> int:
+    def _head_bytes(self, decision: PassDecision) -> int:
         """Workspace of a pass, bytes per head on average."""
-        tail = record.seq_len - record.fold_old
-        entries = record.budget_old + -(-tail // PAGE_SIZE) * PAGE_SIZE
+        tail = decision.seq_len - decision.fold_old
+        entries = decision.packed_old + ceil_tokens(tail)
         return pass_head_bytes(
-            entries, record.budget, self.counts, pooled=record.pool_tail
+            entries, decision.packed_new, self.counts, pooled=decision.pool_tail
         )
 
     def warm_up(self, *, chunks: bool) -> None:
@@ -185,15 +213,14 @@ class PassRunner:
 
         Whatever the pass leaves there is reset; nobody reads the padding page.
         """
-        heads = self.state.arena.heads_per_page
         pages = torch.zeros(1, dtype=torch.int64, device=self.state.device)
         # Passes between chunks take kernels of their own.
-        kinds = {self.prompt_sharing, self.later_sharing}
+        kinds = {self.prompt_rule, self.later_rule}
         if chunks:
-            kinds.add(self.chunk_sharing)
-        for tokens, sharing in product(WARM_UP_TOKENS, sorted(kinds)):
+            kinds.add(self.chunk_rule)
+        for tokens, rule in product(WARM_UP_TOKENS, sorted(kinds)):
             length = min(tokens, self.max_tokens // (2 * PAGE_SIZE) * PAGE_SIZE)
-            evict = (length // PAGE_SIZE - 1) * heads
+            evict = length // PAGE_SIZE - 1
             request = PassRequest(
                 slot=0,
                 seq_len=length,
@@ -201,8 +228,8 @@ class PassRunner:
                 fold_new=length,
                 query_start=max(length - self.state.options.window, 0),
                 packed_pages=0,
-                evict_blocks=evict,
-                evict_most=evict,
+                evict_pages=evict,
+                evict_most_pages=evict,
                 protected=0,
                 is_first=True,
                 repeated=False,
@@ -210,41 +237,38 @@ class PassRunner:
                 recorded=False,
             )
             # One page is less than sinks and a floor may take.
-            self._launch([request], pages, sharing, sinks=0, floor_blocks=0)
+            self._launch([request], pages, replace(rule, sinks=0, floor_blocks=0))
             # The pass has packed the padding slot: it must be empty again, also for
             # the next round, whose workspace is sized for an unpacked request.
             self.state.reset_slots([0])
 
-    def _run_group(self, records: list[PassRecord]) -> None:
-        heads = self.state.arena.heads_per_page
-        options = self.state.options
-        requests = [_plan_request(r, heads, options) for r in records]
-        pages = torch.cat([r.target[::PAGE_SIZE] // PAGE_SIZE for r in records])
-        selected = self._launch(
-            requests,
-            pages,
-            self._sharing(records[0]),
-            sinks=options.sinks,
-            floor_blocks=-(-options.head_floor // PAGE_SIZE),
+    def _run_group(self, group: list[PassInFlight]) -> None:
+        requests = [_plan_request(it.decision, self.state.options) for it in group]
+        pages = torch.cat([it.dest_tokens[::PAGE_SIZE] // PAGE_SIZE for it in group])
+        selected = self._launch(requests, pages, self._rule(group[0].decision))
+        for launched, offsets in zip(group, selected.block_offsets, strict=True):
+            if launched.state.policy.request.report_heads:
+                launched.head_blocks = self._blocks_per_head(offsets)
+
+    def _blocks_per_head(self, offsets: torch.Tensor) -> torch.Tensor:
+        """Blocks that each head of each rank keeps, on the host when the step is done.
+
+        All ranks come here for the same passes in the same order.
+        """
+        blocks = gather_heads(offsets.diff().view(self.state.shape.num_layers, -1))
+        host = torch.empty(
+            blocks.shape, dtype=blocks.dtype, pin_memory=self.state.on_gpu
         )
-        for record, blocks in zip(records, selected.block_offsets, strict=True):
-            if record.state.policy.request.report_heads:
-                # The step's result, which is waited for, comes behind this copy.
-                record.head_blocks = torch.empty(
-                    blocks.shape, dtype=blocks.dtype, pin_memory=self.state.on_gpu
-                )
-                record.head_blocks.copy_(blocks, non_blocking=True)
+        # The step's result, which is waited for, comes behind this copy.
+        return host.copy_(blocks, non_blocking=True)
 
     def _launch(
         self,
         requests: list[PassRequest],
         dest_pages: torch.Tensor,
-        sharing: Sharing,
-        *,
-        sinks: int,
-        floor_blocks: int,
+        rule: SelectionRule,
     ) -> SelectedEntries:
-        state, options = self.state, self.state.options
+        state = self.state
         context = ScoreContext(
             query_ring=state.query_ring,
             query_lse=state.query_lse,
@@ -252,41 +276,31 @@ class PassRunner:
             tables=state.tables,
             plan=build_plan(requests, state.arena.heads_per_page, state.device),
             sm_scale=self.sm_scale,
-            window=options.window,
         )
+        settings = PassSettings.of(state.options, rule)
         return run_pass(
-            self.scorer,
-            context,
-            dest_pages,
-            pool=pooling(options),
-            sinks=sinks,
-            distinct=options.distinct,
-            units=state.distinct_units,
-            floor_blocks=floor_blocks,
-            **sharing._asdict(),
+            self.scorer, context, dest_pages, state.distinct_units, settings
         )
 
 
-def _plan_request(
-    record: PassRecord, heads: int, options: KVCompressOptions
-) -> PassRequest:
-    """Host numbers of one pass, in the terms of `layout.PassPlan`."""
-    fold_blocks = (record.fold_new - record.fold_old) // PAGE_SIZE
-    freed_pages = (record.budget_old - record.budget) // PAGE_SIZE + fold_blocks
-    kept_pages = record.budget // PAGE_SIZE
+def _plan_request(decision: PassDecision, options: KVCompressOptions) -> PassRequest:
+    """Host numbers of one pass, in the terms of the kernels."""
+    fold_blocks = (decision.fold_new - decision.fold_old) // PAGE_SIZE
+    freed_pages = (decision.packed_old - decision.packed_new) // PAGE_SIZE + fold_blocks
+    kept_pages = decision.packed_new // PAGE_SIZE
     least = least_pages(options, kept_pages)
     return PassRequest(
-        slot=record.slot,
-        seq_len=record.seq_len,
-        fold_old=record.fold_old,
-        fold_new=record.fold_new,
-        query_start=record.query_start,
-        packed_pages=record.budget_old // PAGE_SIZE,
-        evict_blocks=freed_pages * heads,
-        evict_most=(freed_pages + kept_pages - least) * heads,
-        protected=max(record.fold_new - (record.seq_len - options.protected), 0),
-        is_first=record.is_first,
-        repeated=record.repeated,
-        pool_tail=record.pool_tail,
-        recorded=record.recorded,
+        slot=decision.slot,
+        seq_len=decision.seq_len,
+        fold_old=decision.fold_old,
+        fold_new=decision.fold_new,
+        query_start=decision.query_start,
+        packed_pages=decision.packed_old // PAGE_SIZE,
+        evict_pages=freed_pages,
+        evict_most_pages=freed_pages + kept_pages - least,
+        protected=max(decision.fold_new - (decision.seq_len - options.protected), 0),
+        is_first=decision.is_first,
+        repeated=decision.repeated,
+        pool_tail=decision.pool_tail,
+        recorded=decision.recorded,
     )

@@ -12,7 +12,8 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_kvc.config.options import KVCompressOptions
-from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
+from sglang_kvc.config.pages import pages_of
+from sglang_kvc.kernels.layout import Arena, BlockTables
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 from sglang_kvc.memory.metadata import ModelShape
 
@@ -94,7 +95,7 @@ def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceSt
             req_to_token=req_to_token,
             fold_lens=zeros(slots),
             block_offsets=zeros(slots, arena.heads_per_page + 1),
-            packed_pages=zeros(slots, -(-req_to_token.shape[1] // PAGE_SIZE)),
+            packed_pages=zeros(slots, pages_of(req_to_token.shape[1])),
         ),
         query_ring=torch.zeros(*ring, shape.head_dim, dtype=pool.dtype, device=device),
         query_lse=torch.zeros(ring, device=device),

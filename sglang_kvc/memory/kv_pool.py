@@ -68,6 +68,11 @@ class ArenaKVPool(KVCache):
         )
         self._finalize_allocation_log(size)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the arena lives on a GPU."""
+        return self.arena.k.is_cuda
+
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes of K and of V."""
         return self.arena.k.nbytes, self.arena.v.nbytes

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_kvc.config.options import PAGE_SIZE, KVCompressOptions
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens, pages_of
 from sglang_kvc.kernels.decode_attention import make_decode_workspace
+from sglang_kvc.kernels.plan_heads import PARTIAL_BYTES
+from sglang_kvc.kernels.select import SCRATCH_BYTES_PER_GROUP, SCRATCH_BYTES_PER_HEAD
 
 SCORE_BYTES = 4
 LSE_BYTES = 4
-COUNT_BYTES_PER_HEAD, COUNT_BYTES_PER_GROUP = 1088, 4096
-"""Counts of `select_entries`: 256 digits and a few numbers; 256 in four rounds."""
-OBSERVE_PARTIAL_BYTES = 48 << 20
-"""Partial log-sum-exps of `observe_scores`, at most."""
 MAX_SLOTS, MIN_SLOTS = 256, 16
 TOKENS_PER_SLOT = 192
 """A default slot for so many tokens of the pool: few requests hold less for long."""
@@ -112,16 +111,16 @@ def pass_workspace_tokens(context_len: int, pool_tokens: int) -> int:
     A pass of one request of any legal length must fit, and no request holds more than
     the pool; smaller ones share a launch.
     """
-    return -(-min(context_len, pool_tokens) // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
+    return ceil_tokens(min(context_len, pool_tokens)) + PAGE_SIZE
 
 
 def count_bytes(shape: ModelShape, options: KVCompressOptions) -> int:
     """Bytes per head of what `select_entries` counts, for one request at most."""
     allocations = {options.allocation, options.chunk_allocation}
     # A bound on what layers lose is a selection by layer before the joint one.
-    count = max(map(shape.num_groups, allocations)) + (options.layer_share > 0)
-    groups = COUNT_BYTES_PER_GROUP * count
-    return COUNT_BYTES_PER_HEAD + -(-groups // shape.heads_per_page)
+    count = max(map(shape.num_groups, allocations)) + (options.least_layer_share > 0)
+    groups = SCRATCH_BYTES_PER_GROUP * count
+    return SCRATCH_BYTES_PER_HEAD + -(-groups // shape.heads_per_page)
 
 
 def pass_head_bytes(entries: int, kept: int, counts: int, *, pooled: bool) -> int:
@@ -152,7 +151,8 @@ def workspace_head_bytes(
     server's own, if that is less.
     """
     entries = pass_workspace_tokens(context_len, pool_tokens)
-    kept = entries if options.rate < 2 else entries // 2
+    rate = options.keep.rate
+    kept = entries if rate is not None and rate < 2 else entries // 2
     counts = count_bytes(shape, options)
     return pass_head_bytes(entries, kept, counts, pooled=True)
 
@@ -199,10 +199,10 @@ def metadata_bytes(
         num_layers=shape.num_layers,
     )
     decode_workspace = sum(part.nbytes for part in partials)
-    table_ints = 1 + (shape.heads_per_page + 1) + -(-context_len // PAGE_SIZE)
+    table_ints = 1 + (shape.heads_per_page + 1) + pages_of(context_len)
     head_bytes = workspace_head_bytes(shape, options, context_len, pool_tokens)
-    workspace = shape.heads_per_page * head_bytes + OBSERVE_PARTIAL_BYTES
-    lists = -(-context_len // PAGE_SIZE) * shape.heads_per_page * 4
+    workspace = shape.heads_per_page * head_bytes + PARTIAL_BYTES
+    lists = pages_of(context_len) * shape.heads_per_page * 4
     copies = 2 * chunk_size * shape.num_qo_heads * shape.head_dim * shape.itemsize
     workspace = max(workspace, (lists + copies) if chunk_size else 0)
     return MetadataBytes(

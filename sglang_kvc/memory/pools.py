@@ -67,7 +67,7 @@ def build_arena(configurator: Any, max_total_num_tokens: int) -> ArenaKVPool:
 
 def needs_torch_allocator(pool: Any) -> bool:
     """Whether the pool is an arena on the CPU."""
-    return isinstance(pool, ArenaKVPool) and torch.device(pool.device).type == "cpu"
+    return isinstance(pool, ArenaKVPool) and not pool.on_gpu
 
 
 def build_torch_allocator(pool: ArenaKVPool, size: int) -> Any:

@@ -8,13 +8,14 @@ name (`UNSERVED`), or known to be harmless (`HARMLESS`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sglang_kvc.config.checks import check_int, check_number
+from sglang_kvc.config.checks import check_choice, check_int, check_number
 from sglang_kvc.config.server_args import options_of
 from sglang_kvc.config.shown import shown
 from sglang_kvc.errors import ConfigError, UnsupportedModeError
+from sglang_kvc.requests.carried_options import body_of, carry_options, check_labels
 from sglang_kvc.requests.request_names import (
     MAX_NAME,
     check_name,
@@ -24,6 +25,8 @@ from sglang_kvc.requests.request_names import (
 from sglang_kvc.requests.request_options import validate_sampling_params
 from sglang_kvc.requests.request_prompts import Limits, check_overrides, check_prompts
 from sglang_kvc.requests.sampling_fields import check_ids, check_sampling_params
+from sglang_kvc.upstream.compat import in_force
+from sglang_kvc.upstream.generation import UPSTREAM
 
 MAX_ANSWERS = 1 << 16
 """Prompts of a request times `n`: each is a record in every process."""
@@ -32,7 +35,30 @@ MAX_LOGPROB_ENTRIES = 1 << 22
 """Positions of a prompt times what is reported for each: lists of Python numbers."""
 MAX_PRIORITY = 1 << 31
 
-UNSERVED = {
+_SINCE = {
+    "cache_salt": "0.5.18",
+    "data_parallel_rank": "0.5.18",
+    "mm_content_hashes": "0.5.18",
+    "video_config": "0.5.19",
+    "kv_hints": "0.5.21",
+    "sampling_logprobs_mode": "0.5.21",
+    "token_indices_to_pool": "0.5.21",
+    "return_flat_raw_output_top_logprobs": "0.5.22",
+    "watermark": "0.5.22",
+    "mm_processor_kwargs": "0.5.23",
+}
+"""First release of SGLang that has the field, where it is a later one."""
+_UNTIL = {"mm_data_mooncake": "0.5.19"}
+"""First release that no longer has it."""
+
+
+def _existing(names: Iterable[str]) -> frozenset[str]:
+    """Those that the installed SGLang has."""
+    spans = {name: (_SINCE.get(name, ""), _UNTIL.get(name, "")) for name in names}
+    return frozenset(name for name, span in spans.items() if in_force(*span))
+
+
+_UNSERVED = {
     **dict.fromkeys(
         (
             "bootstrap_host",
@@ -54,25 +80,35 @@ UNSERVED = {
         "encoder disaggregation",
     ),
     **dict.fromkeys(
-        ("image_data", "video_data", "audio_data", "mm_hashes", "images_config"),
+        (
+            *("image_data", "video_data", "audio_data", "mm_hashes", "images_config"),
+            *("mm_content_hashes", "mm_processor_kwargs", "video_config"),
+        ),
         "image, audio or video input",
     ),
     "multi_item_delimiter_indices": "multi-item scoring",
+    "token_indices_to_pool": "scores at several tokens",
+    "kv_hints": "hints to a hierarchical cache",
+    "watermark": "watermarks",
     "return_routed_experts": "capture of routed experts",
     "return_indexer_topk": "capture of the sparse indexer",
     "http_worker_ipc": "several tokenizer workers",
     "lora_id": "adapters by their internal number (use lora_path)",
 }
+# In the order of the table: of several fields the same one is named every time.
+_SENDABLE = _existing(_UNSERVED)
+UNSERVED = {name: it for name, it in _UNSERVED.items() if name in _SENDABLE}
 
-HARMLESS = frozenset(
+HARMLESS = _existing(
     (
         # Of a type that FastAPI has checked, and read by the tokenizer process only,
         # or compared with what the server offers there.
         *("return_text_in_logprobs", "return_flat_raw_top_logprobs", "stream"),
         *("return_flat_raw_top_logprobs_b64", "log_metrics", "background", "no_logs"),
         *("require_reasoning", "max_thinking_tokens", "return_bytes", "return_entropy"),
-        *("return_prompt_token_ids", "custom_labels", "routed_dp_rank"),
-        *("external_trace_header", "return_hidden_states"),
+        *("return_prompt_token_ids", "routed_dp_rank"),
+        *("external_trace_header", "return_hidden_states", "data_parallel_rank"),
+        "return_flat_raw_output_top_logprobs",
         # Only read together with a field that is refused.
         *("use_audio_in_video", "modalities", "routed_experts_start_len"),
         *("max_dynamic_patch", "min_dynamic_patch"),
@@ -80,26 +116,31 @@ HARMLESS = frozenset(
     )
 )
 
-_NAMES = ("lora_path", "extra_key", "custom_logit_processor")
+_NAMES = _existing(("lora_path", "extra_key", "cache_salt", "custom_logit_processor"))
+_LOGPROBS_MODES = ("selected", "support")
 _ONE_NAME = ("session_id", "routing_key", "conversation_id")
-CHECKED = frozenset(
+CHECKED = _existing(
     (
         *("rid", "text", "input_ids", "input_embeds", "positional_embed_overrides"),
         *("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num"),
         *("token_ids_logprob", "return_sampling_mask", "session_params", "priority"),
-        *("received_time", *_NAMES, *_ONE_NAME),
+        *("received_time", "sampling_logprobs_mode", *_NAMES, *_ONE_NAME),
+        "custom_labels",
     )
 )
 
 
-def check_arrival(manager: Any, request: Any) -> None:
+def check_arrival(manager: Any, request: Any, http_request: Any = None) -> None:
     """Check a request of SGLang's TokenizerManager as it arrives.
 
     Parameters
     ----------
     manager : sglang.srt.managers.tokenizer_manager.TokenizerManager
     request : GenerateReqInput, or EmbeddingReqInput
-        The latter is left for SGLang to refuse.
+        The latter is left for SGLang to refuse. Options that came beside its sampling
+        parameters are put into them.
+    http_request : starlette.requests.Request, optional
+        What it came with.
 
     Raises
     ------
@@ -111,6 +152,10 @@ def check_arrival(manager: Any, request: Any) -> None:
         return
     validate_sampling_params(request.sampling_params, options)
     if hasattr(request, "top_logprobs_num"):
+        carry_options(request, body_of(http_request), options)
+        counted = getattr(manager, "enable_metrics", False)
+        known = manager.metrics_collector.labels if counted else None
+        check_labels(request.custom_labels, known)
         model, tokenizer = manager.model_config, manager.tokenizer
 
         def count(text: str) -> int:
@@ -121,7 +166,7 @@ def check_arrival(manager: Any, request: Any) -> None:
             vocab=model.vocab_size,
             context=manager.context_len,
             width=model.hidden_size,
-            on_cpu=manager.server_args.device == "cpu",
+            on_cpu=UPSTREAM.resolved(manager.server_args).device == "cpu",
             count=count if counts else None,
         )
         check_request(request, limits)
@@ -221,6 +266,10 @@ def _check_batch(request: Any, prompts: int | None, limits: Limits) -> None:
         for value in _each(request, name, prompts):
             if not isinstance(value, (bool, type(None))):
                 raise ConfigError(f"{name} must be true or false, got {shown(value)}.")
+    for name in _existing(["sampling_logprobs_mode"]):
+        for value in _each(request, name, prompts):
+            if value is not None:
+                check_choice(name, value, _LOGPROBS_MODES)
     for name, low, high in (
         ("logprob_start_len", -1, limits.context),
         ("top_logprobs_num", 0, top),

@@ -7,7 +7,8 @@ They arrive in SGLang's ``sampling_params.custom_params`` (OpenAI: ``extra_body`
     {"kv_compress": {"enabled": false}}   keep everything
     {"kv_compress": {"report_heads": true}}   tell what every head keeps
 
-A mistake costs this request an HTTP 400 and nothing else.
+A mistake costs this request an HTTP 400 and nothing else. Other ways to send them are
+in `carried_options`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_kvc.config.checks import check_rate
+from sglang_kvc.config.keep import Keep
 from sglang_kvc.config.options import SWITCH, KVCompressOptions
 from sglang_kvc.config.shown import shown, suggestion
 from sglang_kvc.errors import ConfigError
 
 _KEYS = ("enabled", "rate", "budget", "report_heads")
 _VALID = f"Valid: {', '.join(_KEYS)};"
+_WHERE = f"custom_params[{SWITCH!r}]"
 _EXAMPLE = 'for example {"kv_compress": {"rate": 8}}'
 
 
@@ -34,17 +36,14 @@ class RequestOptions:
     ----------
     enabled : bool
         False keeps the whole KV cache of this request.
-    rate : float, optional
-        Compression rate of this request; None takes the server's setting.
-    budget : int, optional
-        Tokens kept per KV head on average; None takes the server's setting.
+    keep : Keep, optional
+        How much this request keeps; None takes the server's setting.
     report_heads : bool
         Report how many tokens every KV head holds after a pass.
     """
 
     enabled: bool = True
-    rate: float | None = None
-    budget: int | None = None
+    keep: Keep | None = None
     report_heads: bool = False
 
 
@@ -72,23 +71,49 @@ def parse_request_options(
     """
     if not isinstance(custom_params, Mapping) or SWITCH not in custom_params:
         return RequestOptions()
-    asked = custom_params[SWITCH]
+    return parse_options(custom_params[SWITCH], defaults)
+
+
+def parse_options(
+    asked: Any,
+    defaults: KVCompressOptions,
+    where: str = _WHERE,
+    example: str = _EXAMPLE,
+) -> RequestOptions:
+    """Parse and validate options of a request, wherever they came from.
+
+    Parameters
+    ----------
+    asked : Any
+        What the sender gave; a mapping if it is right.
+    defaults : KVCompressOptions
+        The server's settings; they bound the budget from below.
+    where, example : str
+        Which field it is, and what it may look like, for the message.
+
+    Returns
+    -------
+    RequestOptions
+
+    Raises
+    ------
+    ConfigError
+        With a message meant for the sender of the request.
+    """
     if not isinstance(asked, Mapping):
-        raise ConfigError(
-            f"custom_params[{SWITCH!r}] must be an object, {_EXAMPLE}; got "
-            f"{shown(asked)}."
-        )
+        raise ConfigError(f"{where} must be an object, {example}; got {shown(asked)}.")
     if len(asked) > len(_KEYS):
         raise ConfigError(
-            f"custom_params[{SWITCH!r}] has {len(asked)} keys, but there are only "
-            f"{len(_KEYS)}. {_VALID} {_EXAMPLE}."
+            f"{where} has {len(asked)} keys, but there are only {len(_KEYS)}. {_VALID} "
+            f"{example}."
         )
     for key in asked:
         if key not in _KEYS:
-            raise ConfigError(_unknown_key(key))
-    options = RequestOptions(**asked)
-    _check(options, defaults)
-    return options
+            raise ConfigError(
+                f"Unknown key {shown(key)} in {where}.{suggestion(key, _KEYS)} "
+                f"{_VALID} {example}."
+            )
+    return _checked(asked, defaults)
 
 
 def resolve_budget(
@@ -113,7 +138,7 @@ def resolve_budget(
     """
     if not request.enabled:
         return None
-    return defaults.budget_tokens(logical_len, request.rate, request.budget)
+    return defaults.budget_tokens(logical_len, request.keep)
 
 
 def validate_sampling_params(sampling_params: Any, defaults: KVCompressOptions) -> None:
@@ -138,32 +163,22 @@ def validate_sampling_params(sampling_params: Any, defaults: KVCompressOptions) 
             parse_request_options(params.get("custom_params"), defaults)
 
 
-def _check(options: RequestOptions, defaults: KVCompressOptions) -> None:
+def _checked(asked: Mapping[str, Any], defaults: KVCompressOptions) -> RequestOptions:
     for name in ("enabled", "report_heads"):
-        value = getattr(options, name)
+        value = asked.get(name, False)
         if not isinstance(value, bool):
             raise ConfigError(
                 f"{SWITCH}.{name} must be true or false, got {shown(value)}."
             )
-    if options.rate is not None:
-        check_rate(f"{SWITCH}.rate", options.rate)
-    if options.budget is not None:
-        defaults.check_budget(f"{SWITCH}.budget", options.budget)
-    if options.rate is not None and options.budget is not None:
-        raise ConfigError(
-            f"{SWITCH}.rate={options.rate} and {SWITCH}.budget={options.budget} "
-            "exclude each other; give one of them."
-        )
-    asks = options.rate is not None or options.budget is not None
-    if not options.enabled and asks:
+    rate, budget = asked.get("rate"), asked.get("budget")
+    asks = rate is not None or budget is not None
+    keep = Keep(rate, budget, prefix=f"{SWITCH}.") if asks else None
+    if budget is not None:
+        defaults.check_budget(f"{SWITCH}.budget", budget)
+    enabled = asked.get("enabled", True)
+    if asks and not enabled:
         raise ConfigError(
             f"{SWITCH}.enabled=false keeps the whole cache, but a rate or budget is "
             "given too; drop one of them."
         )
-
-
-def _unknown_key(key: Any) -> str:
-    return (
-        f"Unknown key {shown(key)} in custom_params[{SWITCH!r}]."
-        f"{suggestion(key, _KEYS)} {_VALID} {_EXAMPLE}."
-    )
+    return RequestOptions(enabled, keep, asked.get("report_heads", False))

@@ -13,8 +13,9 @@ from typing import Any
 
 from sglang_kvc.config.checks import MAX_TOKENS, check_int, check_number, check_text
 from sglang_kvc.config.shown import shown, suggestion
-from sglang_kvc.errors import ConfigError
+from sglang_kvc.errors import ConfigError, UnsupportedModeError
 from sglang_kvc.requests.stop_regex import check_stop_regex
+from sglang_kvc.upstream.compat import in_force
 
 MAX_N = 1024
 """Answers to one prompt: each carries its own copy of the prompt to the scheduler."""
@@ -61,7 +62,15 @@ _SWITCHES = (
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "no_stop_trim",
+    # Set by the OpenAI API for some tool calls.
+    "ebnf_full_assistant",
 )
+_SINCE = {
+    "beam_width": "0.5.19",
+    "ebnf_full_assistant": "0.5.21",
+    "watermark": "0.5.22",
+}
+"""First release of SGLang that has the parameter, where it is a later one."""
 INTERNAL = (
     "stop_strs",
     "stop_regex_strs",
@@ -226,7 +235,24 @@ def _custom_params(name: str, value: Any, _vocab: int) -> None:
         )
 
 
-SERVED: dict[Any, Callable[[str, Any, int], None]] = {
+def _beam_width(name: str, value: Any, vocab: int) -> None:
+    check_int(name, value, 1, MAX_TOKENS)
+    if value > 1:
+        # Beams share pages by row and part later; a packed request has no such rows.
+        _unserved("beam search")(name, value, vocab)
+
+
+def _unserved(feature: str) -> Callable[[str, Any, int], None]:
+    def refuse(name: str, value: Any, _vocab: int) -> None:
+        raise UnsupportedModeError(
+            f"{name}={shown(value)}: KV-Compress does not serve {feature}. Leave it "
+            "out."
+        )
+
+    return refuse
+
+
+_CHECKS: dict[Any, Callable[[str, Any, int], None]] = {
     **{name: _integer(*bounds) for name, bounds in _INTEGERS.items()},
     **{name: _number(*bounds) for name, bounds in _NUMBERS.items()},
     **dict.fromkeys(_SWITCHES, _switch),
@@ -236,5 +262,8 @@ SERVED: dict[Any, Callable[[str, Any, int], None]] = {
     "stop_token_ids": _stop_ids,
     "logit_bias": _logit_bias,
     "custom_params": _custom_params,
+    "beam_width": _beam_width,
+    "watermark": _unserved("watermarks"),
 }
+SERVED = {name: it for name, it in _CHECKS.items() if in_force(_SINCE.get(name, ""))}
 """How every parameter that a client may set is checked."""

@@ -7,46 +7,50 @@ sender. A request without a course never enters the queue (`queueing`).
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglang.srt.managers import schedule_policy
 
+from sglang_kvc.config.pages import PAGE_SIZE, floor_tokens
 from sglang_kvc.errors import ConfigError
-from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.requests.request_options import parse_request_options
+from sglang_kvc.scheduling import attached
+from sglang_kvc.scheduling.attached import policy_of
 from sglang_kvc.scheduling.course import Course, Way, course, reach
-from sglang_kvc.scheduling.lengths import NEVER, floor_page
-from sglang_kvc.scheduling.passes import policy_of
+from sglang_kvc.scheduling.lengths import NEVER, tokens_left
 from sglang_kvc.scheduling.policy import RequestPolicy
+from sglang_kvc.upstream.types import Req
 
 if TYPE_CHECKING:
     from sglang_kvc.scheduling.server import Server
 
+OURS = {"kv_compress", "__req__"}
+"""Keys of ``custom_params`` that nobody reads once the request has its policy."""
 
-def attach_policy(req: Any, server: Server) -> None:
+
+def attach_policy(req: Req, server: Server) -> None:
     """Parse the request's options; what is wrong with them is kept as its refusal."""
     if policy_of(req) is not None:
         return
     options, rule = server.options, server.chunk_rule
+    custom = req.sampling_params.custom_params
+    if isinstance(custom, dict) and custom.keys() <= OURS:
+        # SGLang has put the request itself into the dict, for custom logit processors.
+        # That circle would keep every request until the garbage collector runs.
+        req.sampling_params.custom_params = None
     try:
-        request = parse_request_options(req.sampling_params.custom_params, options)
+        request = parse_request_options(custom, options)
     except ConfigError as error:
-        req.kv_compress_refusal = str(error)
+        attached.attach_refusal(req, str(error))
         return
     if req.input_embeds is not None or req.positional_embed_overrides is not None:
         # The end of a prompt scores its chunks by token ids, see `probe`.
         rule = dataclasses.replace(rule, mode="never")
-    req.kv_compress_policy = RequestPolicy(options, request, rule)
-
-
-def refusal_of(req: Any) -> str | None:
-    """Why the request cannot be served, in words for its sender."""
-    refusal: str | None = getattr(req, "kv_compress_refusal", None)
-    return refusal
+    attached.attach_policy(req, RequestPolicy(options, request, rule))
 
 
 def limit_request(
-    req: Any,
+    req: Req,
     server: Server,
     asked: int,
     max_req_len: int,
@@ -69,7 +73,8 @@ def limit_request(
         return
     if course(policy, len(req.origin_input_ids), 0, 0) is None:
         if not truncate:
-            req.kv_compress_refusal = _too_long(policy, len(req.origin_input_ids))
+            refusal = _too_long(policy, len(req.origin_input_ids))
+            attached.attach_refusal(req, refusal)
             return
         req.origin_input_ids = req.origin_input_ids[
             : policy.pool_tokens - 2 * PAGE_SIZE
@@ -81,11 +86,11 @@ def limit_request(
     params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
 
 
-def readmit(req: Any) -> str | None:
+def readmit(req: Req) -> str | None:
     """Judge a request on its way (back) into the queue.
 
-    A request that was retracted, preempted or paused has grown. If it no longer fits
-    in any way, its output is cut to what the pool can hold of it.
+    A request that was retracted, preempted or paused has grown. It may have to be
+    served in another way than before, and its output is cut to what that way can hold.
 
     Returns
     -------
@@ -93,14 +98,19 @@ def readmit(req: Any) -> str | None:
         Why it cannot come back, in words for its sender.
     """
     policy = policy_of(req)
-    if policy is None or course_of(req) is not None:
+    if policy is None:
         return None
-    length = len(req.origin_input_ids) + len(req.output_ids)
-    room = policy.pool_tokens - length - PAGE_SIZE - 1
+    length, found = len(req.origin_input_ids) + len(req.output_ids), course_of(req)
+    if found is None or found.way is Way.KEEP:
+        room = policy.pool_tokens - length - PAGE_SIZE - 1
+    else:
+        room = reach(policy, length) - length
+    params = req.sampling_params
     if room > 0:
-        req.sampling_params.max_new_tokens = len(req.output_ids) + room
-        if course_of(req) is not None:
-            return None
+        params.max_new_tokens = min(params.max_new_tokens, len(req.output_ids) + room)
+        found = course_of(req)
+    if found is not None:
+        return None
     return (
         f"The request was interrupted for want of memory after {len(req.output_ids)} "
         f"tokens. It has {length} tokens by now, and the KV pool of "
@@ -111,7 +121,7 @@ def readmit(req: Any) -> str | None:
 
 def _too_long(policy: RequestPolicy, length: int) -> str:
     pool, budget = policy.pool_tokens, policy.budget(length)
-    if budget == NEVER or floor_page(length) <= budget:
+    if budget == NEVER or floor_tokens(length) <= budget:
         return (
             f"The prompt has {length} tokens, more than the KV pool of {pool}, and "
             "this request is not compressed; shorten it or ask for a higher rate, for "
@@ -132,23 +142,23 @@ def _too_long(policy: RequestPolicy, length: int) -> str:
     )
 
 
-def course_of(req: Any) -> Course | None:
+def course_of(req: Req) -> Course | None:
     """The request's course at its present length; a prefill step does not change it."""
     policy = policy_of(req)
     if policy is None:
         return None
     length = len(req.origin_input_ids) + len(req.output_ids)
-    left = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+    left = tokens_left(req)
     key = (length, left, policy)
-    known = getattr(req, "kv_compress_course", None)
-    if known is None or known[0] != key:
-        horizon = schedule_policy.CLIP_MAX_NEW_TOKENS
-        known = req.kv_compress_course = (key, course(policy, length, left, horizon))
-    found: Course | None = known[1]
+    known = attached.known_course(req)
+    if known is not None and known[0] == key:
+        return known[1]
+    found = course(policy, length, left, schedule_policy.CLIP_MAX_NEW_TOKENS)
+    attached.attach_course(req, key, found)
     return found
 
 
-def max_prefix_len(req: Any, input_len: int, stock: int) -> int:
+def max_prefix_len(req: Req, input_len: int, stock: int) -> int:
     """Longest prefix hit: the last `window` tokens must be computed to be observed.
 
     The hit is lossless either way; the cap costs at most `window` tokens of prefill
@@ -159,8 +169,7 @@ def max_prefix_len(req: Any, input_len: int, stock: int) -> int:
     policy, way = policy_of(req), course_of(req)
     if policy is None or way is None or way.way is Way.KEEP:
         return stock
-    if way.way is Way.LATER:
-        left = (req.sampling_params.max_new_tokens or 0) - len(req.output_ids)
-        if policy.first_due(input_len) > input_len + left:
-            return stock
+    end = input_len + tokens_left(req)
+    if way.way is Way.LATER and policy.first_due(input_len) > end:
+        return stock
     return max(min(stock, input_len - policy.options.window, way.max_hit), 0)

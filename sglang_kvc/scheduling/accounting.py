@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from sglang_kvc.config.pages import ceil_tokens
+from sglang_kvc.scheduling.attached import state_of
+from sglang_kvc.scheduling.passes import PassScheduler
+from sglang_kvc.upstream.generation import UPSTREAM
+from sglang_kvc.upstream.types import InvariantChecker
 
-from sglang_kvc.scheduling.lengths import ceil_page
-from sglang_kvc.scheduling.passes import PassScheduler, state_of
 
-
-def uncounted_tokens(checker: Any, passes: PassScheduler | None) -> int:
+def uncounted_tokens(checker: InvariantChecker, passes: PassScheduler) -> int:
     """Tokens in target pages of passes in flight, and of a prompt that waits.
 
     A pass is in flight until it is settled. A prompt that waits for memory between two
@@ -19,12 +20,18 @@ def uncounted_tokens(checker: Any, passes: PassScheduler | None) -> int:
     }
     reqs = {id(r): r for b in batches.values() if b is not None for r in b.reqs}
     total = 0
-    waiting = passes.waiting_prompt if passes is not None else None
-    if waiting is not None and waiting.kv is not None and id(waiting) not in reqs:
+    waiting = passes.waiting_prompt
+    if (
+        waiting is not None
+        and UPSTREAM.holds_memory(waiting)
+        and id(waiting) not in reqs
+    ):
         reqs[id(waiting)] = waiting
-        total += ceil_page(waiting.kv.kv_allocated_len) - waiting.cache_protected_len
+        if not UPSTREAM.checker_counts_waiting:
+            total += ceil_tokens(UPSTREAM.allocated_len(waiting))
+            total -= UPSTREAM.protected_len(waiting)
     for req in reqs.values():
         state = state_of(req)
         if state is not None:
-            total += sum(record.budget for record in state.in_flight)
+            total += sum(it.decision.packed_new for it in state.in_flight)
     return total

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_kvc.config.options import PAGE_SIZE, ceil_to_page
+from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens, floor_tokens
 
 CHUNKS_OF_POOL = 8
 """A chunk takes at most this part of the pool, so that others keep running."""
@@ -44,7 +44,7 @@ class ChunkRule:
     @property
     def min_chunk(self) -> int:
         """Shortest chunk worth a pass, tokens."""
-        return min(ceil_to_page(4 * self.window), self.chunk_size)
+        return min(ceil_tokens(4 * self.window), self.chunk_size)
 
     def prefers(self, prompt_len: int) -> bool:
         """Whether a prompt is compressed between chunks although it fits whole."""
@@ -64,7 +64,7 @@ class ChunkRule:
         # Admission leaves a page and a token beside the peak, as SGLang does.
         room = self.pool_tokens - self.peak(budget, 0) - PAGE_SIZE - 1
         chunk = min(self.chunk_size, self.pool_tokens // CHUNKS_OF_POOL, room)
-        chunk = max(chunk, min(self.min_chunk, room)) // PAGE_SIZE * PAGE_SIZE
+        chunk = floor_tokens(max(chunk, min(self.min_chunk, room)))
         if chunk < self.min_chunk or budget + chunk >= prompt_len:
             return 0
         return chunk
@@ -80,7 +80,7 @@ class ChunkRule:
     def max_hit(self, budget: int, chunk: int) -> int:
         """Longest cached prefix that leaves room for the first chunk and its pass."""
         room = self.pool_tokens - self.peak(budget, chunk) + budget - PAGE_SIZE - 1
-        return max(room // PAGE_SIZE * PAGE_SIZE, 0)
+        return max(floor_tokens(room), 0)
 
 
 def probe_tokens(prompt: Any, length: int, room: int) -> tuple[int, ...]:

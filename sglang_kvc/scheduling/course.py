@@ -22,8 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from sglang_kvc.config.options import PAGE_SIZE
-from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER, ceil_page, floor_page
+from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens, floor_tokens
+from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER
 from sglang_kvc.scheduling.policy import RequestPolicy
 
 
@@ -122,14 +122,14 @@ def reach(policy: RequestPolicy, length: int) -> int:
     then on the request keeps everything.
     """
     pool = policy.pool_tokens
-    whole = pool - PAGE_SIZE - 1 - (ceil_page(length) - length)
+    whole = pool - PAGE_SIZE - 1 - (ceil_tokens(length) - length)
     budget = policy.budget(length)
     if budget == NEVER:
         return whole
     way = course(policy, length, 0, 0)
     if way is None or way.way is Way.KEEP:
         return whole
-    start = policy.first_due(length) if way.way is Way.LATER else floor_page(length)
+    start = policy.first_due(length) if way.way is Way.LATER else floor_tokens(length)
     if policy.last_pass == NEVER:
         return NEVER
     packed, fold = _last_fold(policy, start)
@@ -146,7 +146,7 @@ def _last_fold(policy: RequestPolicy, start: int) -> tuple[int, int]:
         return policy.budget(start + PAGE_SIZE), start
     packed = policy.budget(last)
     return packed, max(
-        start, floor_page(last - policy.growth(packed) - LATE_PASS_SLACK)
+        start, floor_tokens(last - policy.growth(packed) - LATE_PASS_SLACK)
     )
 
 
@@ -158,7 +158,7 @@ def _after_first_pass(
     held = 0
     if end > last:
         # No pass after `last`: from there on it keeps everything.
-        packed, fold = _last_fold(policy, floor_page(length))
+        packed, fold = _last_fold(policy, floor_tokens(length))
         held = packed + end - fold + PAGE_SIZE
     if length > last:
         return held, 0

@@ -18,15 +18,20 @@ is settled before another step is scheduled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER, ceil_page
-from sglang_kvc.scheduling.passes import policy_of, state_of
+from sglang_kvc.config.pages import ceil_tokens
+from sglang_kvc.scheduling.attached import policy_of, state_of
+from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER, tokens_left
 from sglang_kvc.scheduling.policy import RequestPolicy
+from sglang_kvc.upstream.generation import UPSTREAM
+from sglang_kvc.upstream.types import PrefillAdder, Req
 
 
-def growth_bound(req: Any, stock: float) -> float:
+def growth_bound(req: Req, stock: float) -> float:
     """Tokens that a running request can still add to the pool.
 
     SGLang's charge, `stock`, is a guess: it takes a part of the tokens that are still
@@ -37,18 +42,17 @@ def growth_bound(req: Any, stock: float) -> float:
     policy, state = policy_of(req), state_of(req)
     if policy is None or state is None:
         return stock
-    length = req.kv_committed_len
-    left = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+    length = UPSTREAM.committed_len(req)
     due = state.next_due(length)
     if due == NEVER:
         return stock
     bound = due + LATE_PASS_SLACK - length
     if state.fold:
         bound += _budget_growth(policy, length, int(stock))
-    return min(ceil_page(left), bound)
+    return min(ceil_tokens(tokens_left(req)), bound)
 
 
-def running_charge(adder: Any, req: Any, stock: float) -> float:
+def running_charge(adder: PrefillAdder, req: Req, stock: float) -> float:
     """What SGLang's adder counts for a running request.
 
     While it looks for requests to preempt, that is what one of them would give back;
@@ -56,66 +60,76 @@ def running_charge(adder: Any, req: Any, stock: float) -> float:
     """
     growth = growth_bound(req, stock) if stock > 0 else stock
     headroom: Headroom | None = getattr(adder, "kv_compress_headroom", None)
-    if headroom is None or not headroom.preempting or req.kv is None:
+    preempting = headroom is not None and headroom.preempting
+    if not preempting or not UPSTREAM.holds_memory(req):
         return growth
     state = state_of(req)
-    held = req.kv.kv_allocated_len
+    held = UPSTREAM.allocated_len(req)
     if state is not None and state.fold:
-        held = state.resident(req.kv_committed_len)
-    return growth + ceil_page(held)
+        held = state.resident(UPSTREAM.committed_len(req))
+    return growth + ceil_tokens(held)
 
 
 def _budget_growth(policy: RequestPolicy, length: int, tokens: int) -> int:
     """With a rate the budget itself grows."""
-    return policy.budget(length + ceil_page(tokens)) - policy.budget(length)
+    return policy.budget(length + ceil_tokens(tokens)) - policy.budget(length)
 
 
 class Headroom:
     """Both sums for one round of admission.
 
-    SGLang's PrefillAdder knows one sum, ``rem_total_token_offset``. It is set to the
-    greater of both, but for the time of `charged_now`.
+    SGLang's PrefillAdder knows one sum. It is set to the greater of both, but for
+    the time of `charged_now`.
 
     Parameters
     ----------
     adder : as its constructor left it: its offset is *steady* (`growth_bound`).
     """
 
-    def __init__(self, adder: Any) -> None:
-        self.adder = adder
+    def __init__(self, adder: PrefillAdder) -> None:
+        # The adder holds this object; a circle would wait for the garbage collector.
+        self._adder = weakref.ref(adder)
         running = adder.running_batch
         self.running: list[Any] = running.reqs if running is not None else []
-        self.steady = self._known = adder.rem_total_token_offset
+        self.steady = self._known = UPSTREAM.charged(adder)
         self.now = 0.0
         self.preempting = False
 
     @classmethod
-    def of(cls, adder: Any) -> Headroom:
+    def of(cls, adder: PrefillAdder) -> Headroom:
         """The headroom of this round, with what SGLang has charged by itself since."""
         headroom: Headroom | None = getattr(adder, "kv_compress_headroom", None)
         if headroom is None:
-            headroom = adder.kv_compress_headroom = cls(adder)
+            headroom = cls(adder)
+            setattr(adder, "kv_compress_headroom", headroom)  # noqa: B010
         headroom._sync()
         return headroom
 
+    @property
+    def adder(self) -> PrefillAdder:
+        """SGLang's adder of this round."""
+        adder = self._adder()
+        assert adder is not None
+        return adder
+
     def _sync(self) -> None:
-        charged = self.adder.rem_total_token_offset - self._known
+        charged = UPSTREAM.charged(self.adder) - self._known
         self.now += charged
         self.steady += charged
         self._publish()
 
     def _publish(self) -> None:
         self._known = max(self.now, self.steady)
-        self.adder.rem_total_token_offset = self._known
+        UPSTREAM.set_charged(self.adder, self._known)
 
     @property
     def free(self) -> int:
         """Free and evictable tokens of the pool."""
-        offset: float = self.adder.rem_total_token_offset
-        return int(self.adder.rem_total_tokens + offset)
+        return int(self.adder.rem_total_tokens + UPSTREAM.charged(self.adder))
 
-    def charged_now(self, steady: int, more: int, call: Any) -> Any:
-        """Run `call`, which admits a request, on the sum *now* alone.
+    @contextmanager
+    def charged_now(self, steady: int, more: int) -> Iterator[None]:
+        """Admit a request on the sum *now* alone.
 
         Parameters
         ----------
@@ -124,12 +138,12 @@ class Headroom:
         """
         adder = self.adder
         before = len(adder.can_run_list)
-        adder.rem_total_token_offset = self.now + more
+        UPSTREAM.set_charged(adder, self.now + more)
         try:
-            return call()
+            yield
         finally:
             if len(adder.can_run_list) > before:
-                self.now = adder.rem_total_token_offset
+                self.now = UPSTREAM.charged(adder)
                 self.steady += steady
             self._publish()
 
@@ -152,7 +166,7 @@ class Headroom:
             self.running = [req for req in self.running if id(req) not in gone]
             self._publish()
 
-    def _growth(self, req: Any) -> float:
+    def _growth(self, req: Req) -> float:
         charge: float = self.adder._get_running_request_total_token_offset(req)
         return charge
 
@@ -177,8 +191,8 @@ class Headroom:
             state = state_of(req)
             if state is None or not state.fold:
                 continue
-            missing -= sum(record.gain for record in state.in_flight)
-            length = req.kv_committed_len
+            missing -= sum(it.decision.gain for it in state.in_flight)
+            length = UPSTREAM.committed_len(req)
             gain = state.gain(length)
             if state.in_flight or gain <= 0:
                 continue

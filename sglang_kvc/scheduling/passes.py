@@ -16,20 +16,25 @@ around PrefillAdder                    `admission.py`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
-from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.config.pages import PAGE_SIZE
 from sglang_kvc.requests.request_options import RequestOptions
+from sglang_kvc.scheduling import attached
+from sglang_kvc.scheduling.attached import policy_of, state_of
 from sglang_kvc.scheduling.chunking import probe_tokens
 from sglang_kvc.scheduling.lengths import NEVER
+from sglang_kvc.scheduling.pass_decision import PassDecision, Probe
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.reporting import Report
-from sglang_kvc.scheduling.request_state import PassRecord, RequestState
-from sglang_kvc.scheduling.settling import settle_record
+from sglang_kvc.scheduling.request_state import PassInFlight, RequestState
+from sglang_kvc.scheduling.settling import settle_pass
+from sglang_kvc.scheduling.step_plan import StepPlan
+from sglang_kvc.upstream.generation import UPSTREAM
+from sglang_kvc.upstream.types import Req, ScheduleBatch, Scheduler
 
 if TYPE_CHECKING:
     from sglang_kvc.config.options import KVCompressOptions
@@ -44,39 +49,18 @@ MAX_DELAY_STEPS = 8
 """Steps that a due pass may be put off to spread the passes of a batch."""
 
 
-@dataclass
-class StepPlan:
-    """What a step does besides its forward.
-
-    Attributes
-    ----------
-    reset_slots : slots whose owner changed.
-    passes : eviction passes to run behind the forward.
-    folds : in a prefill step with compressed prompts, each request's fold before the
-        step's passes and the packed tokens it stands for; empty otherwise.
-    """
-
-    reset_slots: list[int] = field(default_factory=list)
-    passes: list[PassRecord] = field(default_factory=list)
-    folds: list[tuple[int, int]] = field(default_factory=list)
-
-
-def state_of(req: Any) -> RequestState | None:
-    """Compression state of a request; it lives and dies with the request's KV."""
-    state: RequestState | None = getattr(req, "kv_compress_state", None)
-    return state if state is not None and state.kv is req.kv else None
-
-
-def _started(req: Any) -> RequestState:
+def _started(req: Req) -> RequestState:
     """State of a request that has been in a prefill step."""
     state = state_of(req)
     assert state is not None
     return state
 
 
-def policy_of(req: Any) -> RequestPolicy | None:
-    """Policy attached by `admission.attach_policy` on entering the queue."""
-    return getattr(req, "kv_compress_policy", None)
+def _extend_end(req: Req) -> int:
+    """Where the running prefill step of a request ends."""
+    end = UPSTREAM.extend_end(req)
+    assert end is not None
+    return end
 
 
 class PassScheduler:
@@ -107,9 +91,9 @@ class PassScheduler:
         self.preempted: list[Any] = []
         self.stuck: Any = None
         # Passes of the last step, see `settle_launched`.
-        self.launched: list[PassRecord] = []
+        self.launched: list[PassInFlight] = []
 
-    def plan_extend(self, batch: Any) -> None:
+    def plan_extend(self, batch: ScheduleBatch) -> None:
         """After ``prepare_for_extend``: new states, and the passes behind chunks.
 
         A prompt gets a pass behind its last chunk; one that is compressed between
@@ -123,10 +107,10 @@ class PassScheduler:
             if state is None:
                 state = self._new_state(req)
                 plan.reset_slots.append(state.slot)
-            plan.folds.append((state.fold, state.budget))
-            state.prefilled = req.extend_range.end
+            plan.folds.append((state.fold, state.packed))
+            state.prefilled = end = _extend_end(req)
             prompt_len = len(req.full_untruncated_fill_ids)
-            missing = prompt_len - req.extend_range.end
+            missing = prompt_len - end
             if not missing or state.chunk:
                 due.append((req, prompt_len))
             else:
@@ -134,17 +118,21 @@ class PassScheduler:
         if not any(fold for fold, _ in plan.folds):
             plan.folds = []
         for req, prompt_len in due:
-            self._plan_request(batch, req, req.extend_range.end, plan, prompt_len)
-        batch.kv_compress_plan = plan
+            length = _extend_end(req)
+            decision = _started(req).propose_after_chunk(length, prompt_len)
+            self._plan_request(batch, req, length, plan, decision)
+        attached.attach_plan(batch, plan)
 
-    def plan_decode(self, batch: Any) -> None:
+    def plan_decode(self, batch: ScheduleBatch) -> None:
         """After ``prepare_for_decode``: passes of the requests that are due."""
         plan = StepPlan()
         lens = batch.seq_lens_cpu.numpy()
         due_lens = self.due_lens[batch.req_pool_indices_cpu.numpy()]
         for row in self._affordable(batch.reqs, lens, np.flatnonzero(lens >= due_lens)):
-            self._plan_request(batch, batch.reqs[row], int(lens[row]), plan)
-        batch.kv_compress_plan = plan
+            req, length = batch.reqs[row], int(lens[row])
+            decision = _started(req).propose_while_decoding(length)
+            self._plan_request(batch, req, length, plan, decision)
+        attached.attach_plan(batch, plan)
 
     def _affordable(self, reqs: Any, lens: Any, rows: Any) -> list[int]:
         """Rows that get their pass in this step; the others are due again in the next.
@@ -168,52 +156,55 @@ class PassScheduler:
                 spent += cost
         return chosen
 
-    def _new_state(self, req: Any) -> RequestState:
+    def _new_state(self, req: Req) -> RequestState:
         # A request that did not come through the queue hook (SGLang's own warm-up or
         # health probes) is served uncompressed.
         policy = policy_of(req) or RequestPolicy(
             self.options, RequestOptions(enabled=False)
         )
-        _, way = getattr(req, "kv_compress_course", (None, None))
+        _, way = attached.known_course(req) or (None, None)
         state = RequestState(
             policy=policy,
             kv=req.kv,
-            slot=int(req.req_pool_idx),
+            slot=UPSTREAM.slot(req),
             chunk=way.chunk if way is not None else 0,
         )
-        req.kv_compress_state = state
+        attached.attach_state(req, state)
         req.customized_info = {"kv_compress": Report(req, state)}
         self.due_lens[state.slot] = NEVER
         return state
 
     def _plan_request(
         self,
-        batch: Any,
-        req: Any,
+        batch: ScheduleBatch,
+        req: Req,
         length: int,
         plan: StepPlan,
-        prompt_len: int | None = None,
+        decision: PassDecision | None,
     ) -> None:
+        """Launch the pass of a request that is due at `length`, if it is worth one."""
         state = _started(req)
-        record = state.propose(req, length, prompt_len)
-        if record is not None:
-            record.target = self._take_pages(batch, record.budget)
-            if record.target is None:
+        if decision is not None:
+            dest_tokens = self._take_pages(batch, decision.packed_new)
+            if dest_tokens is None:
                 # Retried at every step: memory comes back as others finish.
                 state.deferred_passes += 1
                 self.due_lens[state.slot] = length + 1
                 return
-            between = prompt_len is not None and length < prompt_len
-            if between and self.probes:
-                room = min(self.options.window, record.budget)
-                prompt = req.full_untruncated_fill_ids
-                record.probe = probe_tokens(prompt, length, room)
-            state.launch(record, decoding=batch.forward_mode.is_decode())
-            state.chunk_passes += between
-            plan.passes.append(record)
+            probe = self._probe(req, decision)
+            plan.passes.append(state.launch(decision, req, dest_tokens, probe))
         self.due_lens[state.slot] = state.next_due(length)
 
-    def _take_pages(self, batch: Any, tokens: int) -> Any:
+    def _probe(self, req: Req, decision: PassDecision) -> Probe | None:
+        """The prompt's end, if it scores this pass."""
+        if not decision.between_chunks or not self.probes:
+            return None
+        room = min(self.options.window, decision.packed_new)
+        prompt = req.full_untruncated_fill_ids
+        token_ids = probe_tokens(prompt, decision.seq_len, room)
+        return Probe(token_ids, len(prompt) - len(token_ids)) if token_ids else None
+
+    def _take_pages(self, batch: ScheduleBatch, tokens: int) -> Any:
         """Fresh pages for `tokens` tokens, or None if they cannot be spared.
 
         One page per running request stays free: the next decode step may need it, and
@@ -233,12 +224,13 @@ class PassScheduler:
     def pending_prompt_tokens(self) -> int:
         """Tokens that started prompts still need: a pass must not take their pages."""
         return sum(
-            len(req.full_untruncated_fill_ids) - req.extend_range.end + PAGE_SIZE
+            len(req.full_untruncated_fill_ids) - end + PAGE_SIZE
             for req in self.unfinished
-            if req.kv is not None and req.extend_range is not None
+            if UPSTREAM.holds_memory(req)
+            and (end := UPSTREAM.extend_end(req)) is not None
         )
 
-    def settle_launched(self, scheduler: Any) -> None:
+    def settle_launched(self, scheduler: Scheduler) -> None:
         """Before ``get_next_batch_to_run``: settle the passes of the last step.
 
         With the overlap scheduler its result comes later, but all that is needed of it
@@ -257,19 +249,19 @@ class PassScheduler:
         ):
             self.settle(scheduler, launched)
 
-    def settle(self, scheduler: Any, records: list[PassRecord]) -> None:
+    def settle(self, scheduler: Scheduler, launched: list[PassInFlight]) -> None:
         """Give back what passes have freed, before their results are processed.
 
         No wait is needed: whoever gets the pages writes them in a later step of the
         stream on which the pass was launched.
         """
-        due = [record for record in records if not record.closed]
+        due = [it for it in launched if not it.closed]
         if not due:
             return
         allocator = scheduler.token_to_kv_pool_allocator
         allocator.free_group_begin()
-        for record in due:
-            settle_record(scheduler.tree_cache, record)
+        for it in due:
+            settle_pass(scheduler.tree_cache, it)
         allocator.free_group_end()
         # SGLang looks at the queue again only when a request has ended.
         scheduler.running_batch.batch_is_full = False

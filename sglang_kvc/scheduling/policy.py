@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from sglang_kvc.config.options import PAGE_SIZE, KVCompressOptions
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens, floor_tokens
 from sglang_kvc.requests.request_options import RequestOptions, resolve_budget
 from sglang_kvc.scheduling.chunking import ChunkRule
-from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER, ceil_page, floor_page
+from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER
 
 PASS_SHARE = 64
 """A pass gives back at least this part of what it copies (1/64), and then only runs."""
@@ -52,17 +53,16 @@ class RequestPolicy:
 
         With a large budget more: a pass copies all of it.
         """
-        share = floor_page(budget // PASS_SHARE)
-        return max(ceil_page(self.options.interval), share)
+        return max(ceil_tokens(self.options.interval), self.least_gain(budget))
 
     def least_gain(self, budget: int) -> int:
-        """Tokens that a pass must give back to be worth its copy."""
-        return max(PAGE_SIZE, floor_page(budget // PASS_SHARE))
+        """Tokens, in whole pages, that a pass must give back to be worth its copy."""
+        return max(PAGE_SIZE, ceil_tokens(-(-budget // PASS_SHARE)))
 
     def compresses(self, length: int) -> bool:
         """Whether a pass at logical `length` is worth it if all tokens are there."""
         budget = self.budget(length)
-        return floor_page(length) - budget >= self.least_gain(budget)
+        return floor_tokens(length) - budget >= self.least_gain(budget)
 
     def first_due(self, length: int) -> int:
         """Logical length at which an uncompressed request should be looked at again."""
@@ -74,7 +74,7 @@ class RequestPolicy:
 
         def worth(length: int) -> bool:
             budget = self.budget(length)
-            return floor_page(length) - budget >= self.growth(budget)
+            return floor_tokens(length) - budget >= self.growth(budget)
 
         if not worth(LONGEST):
             return NEVER
@@ -95,7 +95,7 @@ class RequestPolicy:
 
     def pass_fits(self, held: int, budget: int) -> bool:
         """Whether `held` tokens and a packed copy fit in a pool that is else empty."""
-        return ceil_page(held) + budget + PAGE_SIZE <= self.pool_tokens
+        return ceil_tokens(held) + budget + PAGE_SIZE <= self.pool_tokens
 
 
 def _first(holds: Callable[[int], bool], high: int) -> int:

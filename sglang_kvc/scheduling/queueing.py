@@ -17,14 +17,18 @@ from sglang_kvc.scheduling.acceptance import (
     attach_policy,
     course_of,
     readmit,
-    refusal_of,
 )
+from sglang_kvc.scheduling.attached import refusal_of
+from sglang_kvc.upstream.generation import UPSTREAM
+from sglang_kvc.upstream.types import Req, Scheduler
 
 if TYPE_CHECKING:
     from sglang_kvc.scheduling.server import Server
 
 
-def enqueue(scheduler: Any, server: Server, req: Any, call: Callable[[], None]) -> None:
+def enqueue(
+    scheduler: Scheduler, server: Server, req: Req, call: Callable[[], None]
+) -> None:
     """Run ``Scheduler._add_request_to_queue``, unless the request cannot be served.
 
     A new request is refused with HTTP 400. One that was served already and cannot come
@@ -41,7 +45,7 @@ def enqueue(scheduler: Any, server: Server, req: Any, call: Callable[[], None]) 
     call()
 
 
-def end(scheduler: Any, req: Any, message: str, status: HTTPStatus) -> None:
+def end(scheduler: Scheduler, req: Req, message: str, status: HTTPStatus) -> None:
     """End a request that is in no queue and no batch; tell its sender why."""
     name = "BadRequestError" if status is HTTPStatus.BAD_REQUEST else status.phrase
     req.finished_reason = FINISH_ABORT(message, status, name)
@@ -51,7 +55,7 @@ def end(scheduler: Any, req: Any, message: str, status: HTTPStatus) -> None:
     )
 
 
-def after_admission(scheduler: Any, server: Server) -> None:
+def after_admission(scheduler: Scheduler, server: Server) -> None:
     """After a round of admission: nobody is lost, nobody waits for ever.
 
     SGLang forgets the requests that it has preempted if the one that they made room for
@@ -61,7 +65,11 @@ def after_admission(scheduler: Any, server: Server) -> None:
     waiting = {id(req) for req in scheduler.waiting_queue}
     preempted, passes.preempted = passes.preempted, []
     for req in preempted:
-        if req.kv is None and req.finished_reason is None and id(req) not in waiting:
+        if (
+            not UPSTREAM.holds_memory(req)
+            and req.finished_reason is None
+            and id(req) not in waiting
+        ):
             scheduler._add_request_to_queue(req)
     stuck, passes.stuck = passes.stuck, None
     if stuck is not None and id(stuck) in waiting:
@@ -69,7 +77,7 @@ def after_admission(scheduler: Any, server: Server) -> None:
         end(scheduler, stuck, *_stuck(stuck))
 
 
-def _stuck(req: Any) -> tuple[str, HTTPStatus]:
+def _stuck(req: Req) -> tuple[str, HTTPStatus]:
     message = (
         f"The request of {len(req.origin_input_ids)} tokens does not fit in an empty "
         f"KV pool ({course_of(req)}), although it was accepted. That is an error of "
@@ -78,7 +86,7 @@ def _stuck(req: Any) -> tuple[str, HTTPStatus]:
     return message, HTTPStatus.INTERNAL_SERVER_ERROR
 
 
-def retract(result: tuple[list[Any], float, list[Any]]) -> Any:
+def retract(result: tuple[list[Req], float, list[Req]]) -> Any:
     """Take the last request of a full pool back into the queue instead of ending it.
 
     Memory that is held elsewhere comes back, and what the request has grown since its
@@ -90,6 +98,6 @@ def retract(result: tuple[list[Any], float, list[Any]]) -> Any:
     return [*retracted, *aborted], ratio, []
 
 
-def retraction_order(reqs: list[Any], order: Iterable[int]) -> list[int]:
+def retraction_order(reqs: list[Req], order: Iterable[int]) -> list[int]:
     """Keep what could not come back: SGLang retracts from the end of the list."""
     return sorted(order, key=lambda index: course_of(reqs[index]) is not None)

@@ -7,29 +7,38 @@ tokenizer process. `Report` answers a slice with one summary made at that moment
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
+
+from sglang_kvc.upstream.generation import UPSTREAM
 
 if TYPE_CHECKING:
     from _collections_abc import dict_keys
 
     from sglang_kvc.scheduling.request_state import RequestState
+    from sglang_kvc.upstream.types import Req
 
 KEY = "kv_compress"
 
 
 class Report:
-    """Looks like a per-token list; a slice of it is the request's summary of now."""
+    """Looks like a per-token list; a slice of it is the request's summary of now.
 
-    def __init__(self, req: Any, state: RequestState) -> None:
-        self._req, self._state = req, state
+    It hangs on the request and must not hold it: a circle waits for the collector of
+    garbage, with all its tokens, and in a large process that runs rarely.
+    """
+
+    def __init__(self, req: Req, state: RequestState) -> None:
+        self._req, self._state = weakref.ref(req), state
 
     def __getitem__(self, index: slice) -> list[dict[str, Any]]:
         """One summary, whatever is asked for: the slice has no meaning."""
         del index
-        req = self._req
+        req = self._req()
+        assert req is not None
         length = len(req.origin_input_ids) + len(req.output_ids)
-        if req.kv is not None:
-            length = max(req.kv_committed_len, 0)
+        if UPSTREAM.holds_memory(req):
+            length = max(UPSTREAM.committed_len(req), 0)
         return [self._state.summary(max(length, self._state.fold))]
 
 

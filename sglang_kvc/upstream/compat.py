@@ -8,50 +8,90 @@ the name of the symbol instead of corrupting a cache.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 from sglang_kvc.errors import SeamDriftError, UnsupportedSGLangError
 
-SUPPORTED_SGLANG = ("0.5.17",)
+SUPPORTED_SGLANG = ("0.5.17", "0.5.22", "0.5.23")
+
+Parameters = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Seam:
     """A symbol of SGLang that we depend on.
 
+    ``python -m sglang_kvc.tools.check_upstream`` reads `SEAMS` without importing this
+    file, so they are written as plain values.
+
     Parameters
     ----------
     target : str
         ``module:qualified.name``.
-    params : tuple of str, optional
-        Parameter names in order, with ``self`` but without stars; None if the
-        symbol is not called.
+    params : tuple of str, or mapping of str to tuple of str, optional
+        Parameter names in order, with ``self`` but without stars; None if it is not
+        called, or no function. A mapping has one for each release that changed them.
     needed_by : str
         Our module that breaks when the symbol changes.
+    since : str
+        First release that we need the symbol of; empty: all.
+    until : str
+        First release that we no longer need it of; empty: none.
     """
 
     target: str
-    params: tuple[str, ...] | None
+    params: Parameters | Mapping[str, Parameters | None] | None
     needed_by: str
+    since: str = ""
+    until: str = ""
 
     @property
     def module(self) -> str:
         """Module that defines the symbol."""
         return self.target.partition(":")[0]
 
+    def check(self) -> None:
+        """Call `check_seam` with the parameters of the installed release, if needed."""
+        if not in_force(self.since, self.until):
+            return
+        params = params_in(self.target, self.params)
+        check_seam(self.target, params, self.needed_by)
+
 
 SEAMS = (
     Seam("sglang.srt.server_args:ATTENTION_BACKEND_CHOICES", None, "plugin"),
     Seam(
-        "sglang.srt.server_args:add_attention_backend_choices", ("choices",), "plugin"
+        "sglang.srt.server_args:add_attention_backend_choices",
+        # Then the method of a list.
+        {"0.5.17": ("choices",), "0.5.19": None},
+        "plugin",
     ),
-    Seam("sglang.srt.server_args:ServerArgs.get_model_config", ("self",), "refusals"),
+    Seam(
+        "sglang.srt.server_args:ServerArgs.get_model_config",
+        ("self",),
+        "generation",
+        until="0.5.19",
+    ),
+    Seam(
+        "sglang.srt.arg_groups.model_override_base:model_config_of",
+        ("server_args",),
+        "generation",
+        since="0.5.19",
+    ),
+    Seam(
+        "sglang.srt.arg_groups.model_override_base:resolving_view",
+        ("server_args",),
+        "generation",
+        since="0.5.19",
+    ),
     Seam(
         "sglang.srt.layers.attention.attention_registry:register_attention_backend",
         ("name",),
@@ -66,20 +106,88 @@ SEAMS = (
     Seam(
         "sglang.srt.plugins.hook_registry:HookRegistry.register",
         ("cls", "target", "hook", "hook_type", "source"),
-        "hooks",
+        "hook_registry",
     ),
     Seam(
         "sglang.srt.plugins.hook_registry:HookRegistry._apply_target",
         ("cls", "target", "hooks"),
-        "hooks",
+        "hook_registry",
     ),
-    Seam("sglang.srt.plugins.hook_registry:HookRegistry._patched", None, "hooks"),
-    Seam("sglang.srt.plugins.hook_registry:HookRegistry._hooks", None, "hooks"),
-    Seam("sglang.srt.plugins.hook_registry:_current_plugin_source", None, "hooks"),
+    Seam(
+        "sglang.srt.plugins.hook_registry:HookRegistry._patched", None, "hook_registry"
+    ),
+    Seam("sglang.srt.plugins.hook_registry:HookRegistry._hooks", None, "hook_registry"),
+    Seam(
+        "sglang.srt.plugins.hook_registry:_current_plugin_source", None, "hook_registry"
+    ),
+    Seam(
+        "sglang.srt.model_executor.forward_context:ForwardContext",
+        {
+            "0.5.17": ("attn_backend",),
+            "0.5.23": ("attn_backend", "moe_num_token_non_padded"),
+        },
+        "step_context",
+    ),
+    Seam(
+        "sglang.srt.model_executor.forward_context:forward_context",
+        {"0.5.17": ("ctx",), "0.5.23": ("ctx", "forward_batch")},
+        "step_context",
+    ),
     Seam(
         "sglang.srt.environ:envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
         None,
         "server_args",
+    ),
+    Seam("sglang.srt.environ:envs.SGLANG_RUST_SERVER", None, "server_args"),
+    Seam(
+        "sglang.srt.runtime_context:get_server_args",
+        (),
+        "patches/api_contract__generate_contract_error.py",
+        since="0.5.22",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.http_server:get_global_state",
+        (),
+        "patches/http_server__app.py",
+    ),
+    Seam(
+        "sglang.srt.mem_cache.registry:create_unified_radix_cache",
+        ("ctx", "cache_class"),
+        "radix_cache",
+        since="0.5.22",
+    ),
+    # The class that admits is derived from SGLang's: a method that it overrides in
+    # vain would not be noticed.
+    Seam(
+        "sglang.srt.managers.schedule_policy:PrefillAdder._get_running_request_total_token_offset",
+        ("self", "req"),
+        "prefill_adder",
+        since="0.5.22",
+    ),
+    Seam(
+        "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
+        ("self", "req", "has_chunked_req", "truncation_align_size"),
+        "prefill_adder",
+        since="0.5.22",
+    ),
+    Seam(
+        "sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req",
+        ("self", "req"),
+        "prefill_adder",
+        since="0.5.22",
+    ),
+    Seam(
+        "sglang.srt.managers.schedule_policy:PrefillAdder.preempt_to_schedule",
+        ("self", "req"),
+        "prefill_adder",
+        since="0.5.22",
+    ),
+    # The base class would let the request table change under a decode graph.
+    Seam(
+        "sglang.srt.layers.attention.base_attn_backend:AttentionBackend.shared_read_ends",
+        ("self", "fm"),
+        "backend",
+        since="0.5.22",
     ),
     Seam("sglang.srt.configs.model_config:AttentionArch.MHA", None, "refusals"),
     Seam(
@@ -88,12 +196,66 @@ SEAMS = (
 )
 
 
+@functools.cache
 def sglang_version() -> str:
     """Version of the installed SGLang, for example ``0.5.17``; "none" without one."""
     try:
         return metadata.version("sglang")
     except metadata.PackageNotFoundError:
         return "none"
+
+
+def in_force(since: str = "", until: str = "", version: str | None = None) -> bool:
+    """Whether a release is one of those that something holds for.
+
+    Parameters
+    ----------
+    since : str
+        First release that it holds for; empty: all.
+    until : str
+        First release that it no longer holds for; empty: none.
+    version : str, optional
+        The release, the installed one if not given; older than all if it is none.
+    """
+    found = _numbers(sglang_version() if version is None else version)
+    return _numbers(since) <= found and not (until and found >= _numbers(until))
+
+
+def params_in(
+    target: str,
+    params: Parameters | Mapping[str, Parameters | None] | None,
+    version: str | None = None,
+) -> Parameters | None:
+    """Parameters of a symbol in a release, the installed one if not given.
+
+    Parameters
+    ----------
+    target : str
+        The symbol, for the message.
+    params : tuple of str, or mapping of str to tuple of str, optional
+        A mapping has those of each release that changed them.
+
+    Raises
+    ------
+    SeamDriftError
+        If the release is older than all that parameters are given for.
+    """
+    if not isinstance(params, Mapping):
+        return params
+    reached = [first for first in params if in_force(first, version=version)]
+    if not reached:
+        found = sglang_version() if version is None else version
+        raise SeamDriftError(
+            f"The parameters of {target} are known from SGLang "
+            f"{min(params, key=_numbers)} on, found {found}. Add those of {found} to "
+            "`expected_params` of its patch, or to its seam."
+        )
+    return params[max(reached, key=_numbers)]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def check_sglang_version(version: str | None = None) -> None:
@@ -149,14 +311,14 @@ def resolve(target: str) -> tuple[Any, str, Any]:
         value = inspect.getattr_static(owner, name)
     except (ImportError, AttributeError) as error:
         raise SeamDriftError(
-            f"{target} does not exist in SGLang {sglang_version()} ({error}). It was "
-            f"there in {SUPPORTED_SGLANG[-1]}; upstream probably renamed it. Install "
-            "a supported SGLang, or adapt the patch and its expected parameters."
+            f"{target} does not exist in SGLang {sglang_version()} ({error}): upstream "
+            f"probably renamed it. Install SGLang {' or '.join(SUPPORTED_SGLANG)}, or "
+            "adapt the patch and its expected parameters."
         ) from error
     return owner, name, value
 
 
-def parameter_names(function: Callable[..., Any] | Any) -> tuple[str, ...]:
+def parameter_names(function: Callable[..., Any] | Any) -> Parameters:
     """Names of all parameters in order, without the stars of ``*args, **kwargs``.
 
     Parameters
@@ -169,7 +331,7 @@ def parameter_names(function: Callable[..., Any] | Any) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
-def check_seam(target: str, params: tuple[str, ...] | None, needed_by: str) -> None:
+def check_seam(target: str, params: Parameters | None, needed_by: str) -> None:
     """Raise unless `target` exists and takes exactly `params`.
 
     Raises
@@ -185,7 +347,7 @@ def check_seam(target: str, params: tuple[str, ...] | None, needed_by: str) -> N
         raise SeamDriftError(
             f"{target} takes ({', '.join(found)}) in SGLang {sglang_version()}; "
             f"{needed_by} was written for ({', '.join(params)}). Install SGLang "
-            f"{SUPPORTED_SGLANG[-1]}, or adapt {needed_by}."
+            f"{' or '.join(SUPPORTED_SGLANG)}, or adapt {needed_by}."
         )
 
 
@@ -208,7 +370,7 @@ def verify_seams(seams: Iterable[Seam] = SEAMS) -> None:
     """
     for seam in seams:
         if seam.module in sys.modules:
-            check_seam(seam.target, seam.params, seam.needed_by)
+            seam.check()
 
 
 def no_accelerator() -> bool:

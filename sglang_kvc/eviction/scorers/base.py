@@ -3,8 +3,7 @@
 A pass scores, pools, selects, packs and commits. Only the first two depend on the
 scorer: selection wants fp32 scores that are finite and >= 0, higher ones stay. The
 scores of survivors are stored in the arena. A scorer that accumulates adds to stored
-scores; one that does not may overwrite them. A new scorer is a file beside this one and
-a line in the package's ``SCORERS``; nothing outside a pass calls it.
+scores; one that does not may overwrite them. How a scorer is added is in CONTRIBUTING.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ class ScoreContext:
     query_ring, query_lse, arena, tables, plan : as in `kernels.layout`. All are only
         read, but for ``query_lse``: `attention` fills in what was not recorded.
     sm_scale : factor on the logits.
-    window : w, rows of the query ring.
     """
 
     query_ring: torch.Tensor
@@ -37,7 +35,6 @@ class ScoreContext:
     tables: BlockTables
     plan: PassPlan
     sm_scale: float
-    window: int
 
     def attention(self, power: int, *, value_norms: bool = False) -> torch.Tensor:
         """Attention mass of the observed queries, [plan.num_entries] fp32.
@@ -54,15 +51,14 @@ class ScoreContext:
         ValueError : `power` is not 1 or 2.
         """
         return observe_scores(
-            self.query_ring,
-            self.query_lse,
             self.arena,
             self.tables,
             self.plan,
-            self.sm_scale,
-            power,
-            self.window,
-            value_norms,
+            self.query_ring,
+            self.query_lse,
+            sm_scale=self.sm_scale,
+            power=power,
+            value_norms=value_norms,
         )
 
 

@@ -22,4 +22,4 @@ class RandomScorer(Scorer):
     seed: int = 0
 
     def score(self, ctx: ScoreContext) -> torch.Tensor:
-        return random_scores(ctx.arena, ctx.tables, ctx.plan, self.seed)
+        return random_scores(ctx.arena, ctx.tables, ctx.plan, seed=self.seed)

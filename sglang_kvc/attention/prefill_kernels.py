@@ -1,0 +1,76 @@
+"""Which device attends with what in prefill; nothing else asks for the device."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sglang.srt.utils import get_device_capability
+
+from sglang_kvc.attention.prefill import (
+    FlashAttention3Prefill,
+    FlashInferPrefill,
+    Folds,
+    PrefillKernel,
+)
+from sglang_kvc.attention.prefill_packed import FlashAttention3PackedPrefill
+from sglang_kvc.attention.prefill_torch import (
+    PackedPrompts,
+    TorchPrefill,
+    WholePrompts,
+)
+from sglang_kvc.kernels.layout import BlockTables
+from sglang_kvc.memory.kv_pool import ArenaKVPool
+
+HOPPER = 9
+"""Major compute capability."""
+
+
+class PrefillKernels(NamedTuple):
+    """The prefill attention of a device.
+
+    Attributes
+    ----------
+    whole : for a batch in which nothing is packed yet.
+    packed : for one in which something is; None if the device has no kernel for it, so
+        that prompts have to stay whole.
+    """
+
+    whole: PrefillKernel[Any]
+    packed: PrefillKernel[Any] | None
+
+    def of(self, folds: Folds) -> PrefillKernel[Any]:
+        """The kernel for a batch with these folds."""
+        if folds and self.packed is not None:
+            return self.packed
+        return self.whole
+
+
+def prefill_kernels(pool: ArenaKVPool, tables: BlockTables) -> PrefillKernels:
+    """The kernels for the pool's device.
+
+    =============  ================  ============================
+    device         whole             packed
+    =============  ================  ============================
+    CPU            torch SDPA        torch SDPA
+    Hopper         FlashAttention-3  FlashAttention-3, per head
+    other NVIDIA   FlashInfer        none
+    =============  ================  ============================
+
+    Parameters
+    ----------
+    pool : the KV pool.
+    tables : request table and block tables.
+    """
+    if not pool.on_gpu:
+        return PrefillKernels(
+            whole=TorchPrefill(WholePrompts(pool, tables.req_to_token)),
+            packed=TorchPrefill(PackedPrompts(pool, tables)),
+        )
+    if get_device_capability()[0] == HOPPER:
+        return PrefillKernels(
+            whole=FlashAttention3Prefill(pool, tables.req_to_token),
+            packed=FlashAttention3PackedPrefill(pool, tables),
+        )
+    return PrefillKernels(
+        whole=FlashInferPrefill(pool, tables.req_to_token), packed=None
+    )

@@ -1,0 +1,91 @@
+"""The prefix cache on SGLang 0.5.22 and later, see `radix_cache`.
+
+It is SGLang's default tree, whose core is written in Rust. SGLang inserts, frees and
+unlocks in calls of their own. The row itself is the prefix of a request between its
+chunks, so nothing has to be kept for it here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from sglang_kvc.scheduling.attached import state_of
+from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.scheduling.settling import settle_pass
+from sglang_kvc.upstream.types import Req
+
+
+class RadixCache22(UnifiedRadixCache):
+    """The default tree, freeing packed pages, too; ``disable``: it keeps nothing."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        # States of requests that own packed pages, by slot: what SGLang frees is named
+        # by the record of a request's memory, which has no room for them.
+        self._packed: dict[int, RequestState] = {}
+
+    def note_packed(self, state: RequestState) -> None:
+        """From now on the row of this state's request begins with packed pages."""
+        self._packed[state.slot] = state
+
+    def hand_over(self, req: Req, prompt: InsertParams, own_from: int) -> None:
+        """Take the folded pages of a prompt; the tree frees its second copies itself.
+
+        Parameters
+        ----------
+        req : the request, whose lock on the first `own_from` tokens still holds.
+        prompt : its key and its token pages from the start of its row.
+        own_from : tokens that are the tree's already.
+        """
+        prompt.prev_prefix_len = own_from
+        prompt.inserted_len = req.kv.cache_inserted_len
+        self.insert(prompt)
+
+    def checkpoint(self, req: Req, *, up_to: int, **settings: Any) -> None:
+        """Cache the first `up_to` tokens of a request, at a chunk's end or its own.
+
+        A compressed request has handed its prompt to the tree when its first pass was
+        settled. Between chunks its pass is settled here, before the next chunk takes
+        pages.
+        """
+        state = state_of(req)
+        goes_on = req.finished_reason is None
+        between = goes_on and up_to < len(req.full_untruncated_fill_ids)
+        if state is not None and between:
+            for launched in list(state.in_flight):
+                settle_pass(self, launched)
+        if state is None or not state.settled_fold:
+            super().checkpoint(req, up_to=up_to, **settings)
+
+    def free_kv_row(self, kv: Any, ranges: list[tuple[int, int]]) -> None:
+        """Free ranges of a row; below the fold it has packed pages instead of them."""
+        state = self._packed.get(int(kv.req_pool_idx))
+        if state is None or state.kv is not kv:
+            super().free_kv_row(kv, ranges)
+            return
+        if state.settled_packed is not None:
+            allocator = self.token_to_kv_pool_allocator
+            allocator.free_segment(state.settled_packed, start_pos=0)
+            state.settled_packed = None
+        fold = state.settled_fold
+        tail = [(max(start, fold), end) for start, end in ranges if end > fold]
+        if tail:
+            super().free_kv_row(kv, tail)
+
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        """The request has given back its row (finish, abort, retraction).
+
+        Passes in flight die: their fresh pages are freed here and their result is
+        skipped. SGLang's record of the memory lives on, so the state ends here.
+        """
+        state = state_of(req)
+        if state is not None:
+            for dead in state.abandon():
+                allocator = self.token_to_kv_pool_allocator
+                allocator.free_segment(dead.dest_tokens, start_pos=0)
+            self._packed.pop(state.slot, None)
+            state.end()
+        super().on_release(req, checkpointed=checkpointed)

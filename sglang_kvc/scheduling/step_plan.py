@@ -1,0 +1,36 @@
+"""What a step of the worker does besides its forward."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+from sglang_kvc.scheduling.request_state import PassInFlight
+
+
+@dataclass
+class StepPlan:
+    """Made while the step is scheduled, carried out by `attention.step`.
+
+    Attributes
+    ----------
+    reset_slots : slots whose owner changed.
+    passes : eviction passes to run behind the forward.
+    folds : in a prefill step with compressed prompts, each request's fold before the
+        step's passes and the packed tokens it stands for; empty otherwise.
+    """
+
+    reset_slots: list[int] = field(default_factory=list)
+    passes: list[PassInFlight] = field(default_factory=list)
+    folds: list[tuple[int, int]] = field(default_factory=list)
+
+    def digest(self) -> int:
+        """Return a number that differs, almost surely, if another rank plans otherwise.
+
+        It reads the pages of passes, which waits for a GPU: for checks only.
+        """
+        passes = [
+            (it.decision, it.probe, it.req.rid, it.dest_tokens.tolist())
+            for it in self.passes
+        ]
+        return zlib.crc32(repr((self.reset_slots, self.folds, passes)).encode())
