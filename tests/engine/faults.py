@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sglang_kvc.upstream.generation import UPSTREAM
 from tests.engine.inprocess import (
     InProcessScheduler,
     Output,
@@ -77,7 +78,7 @@ def budget_beyond_int64(server: InProcessScheduler) -> Facts:
 def slots(server: InProcessScheduler, count: int) -> Iterator[None]:
     """Let only `count` requests run at once, with priority scheduling."""
     server.set_priority(True)
-    server.sch.get_num_allocatable_reqs = lambda running: count - running
+    server.sch.get_num_allocatable_reqs = lambda running, *_, **__: count - running
     try:
         yield
     finally:
@@ -185,7 +186,7 @@ def retracted_when_longer(server: InProcessScheduler, chunk: int) -> Facts:
 
     def pause(now: int) -> None:
         reqs = server.sch.running_batch.reqs
-        if not paused and any(r.kv_committed_len > POOL + 40 for r in reqs):
+        if not paused and any(UPSTREAM.committed_len(r) > POOL + 40 for r in reqs):
             paused.append(now)
             server.sch.pause_generation(PauseGenerationReqInput(mode="retract"))
         elif paused == [now - 3]:

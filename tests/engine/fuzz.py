@@ -110,20 +110,29 @@ class Pauses:
         self.server, self.rng, self.until = server, rng, -1
 
     def __call__(self, now: int) -> None:
-        """At every poll; the last pause is over when the load is."""
+        """At every poll."""
         from sglang.srt.managers import io_struct
 
         if self.until >= 0 and now >= self.until:
-            self.until = -1
-            self.server.sch.continue_generation(
-                io_struct.ContinueGenerationReqInput(torch_empty_cache=False)
-            )
+            self.end()
         elif self.until < 0 and self.rng.random() < 0.03:
             mode = self.rng.choice(["in_place", "retract"])
             self.server.sch.pause_generation(
                 io_struct.PauseGenerationReqInput(mode=mode)
             )
             self.until = now + self.rng.randint(1, 5)
+
+    def end(self) -> None:
+        """Also behind a load: one that began when all was served outlasts it.
+
+        The next load would wait for ever, and no watch looks at a server that pauses.
+        """
+        from sglang.srt.managers import io_struct
+
+        self.until = -1
+        self.server.sch.continue_generation(
+            io_struct.ContinueGenerationReqInput(torch_empty_cache=False)
+        )
 
 
 def apply(server: InProcessScheduler, setting: Setting) -> None:
@@ -156,6 +165,8 @@ def serve(
 
     server.on_poll = on_poll
     outputs = server.serve(requests)
+    if pauses is not None and pauses.until >= 0:
+        pauses.end()
     counts = dict.fromkeys((*COUNTED, "requests", "tokens", "aborted", "refused"), 0)
     counts |= {"interrupted": 0, "retractions": 0}
     for request in requests:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from array import array
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ os.environ.setdefault("SGLANG_PYSPY_DUMP_BEFORE_CRASH", "0")
 
 import torch
 
+from sglang_kvc.upstream.generation import UPSTREAM, Generation22
 from tests.engine.liveness import LivenessWatch
 
 IDLE_POLLS = 3
@@ -41,6 +44,8 @@ class Request:
     priority: int | None = None
     embeds: list[list[float]] | None = None
     lora_id: str | None = None
+    tenant: str | None = None
+    extra_key: str | None = None
 
 
 @dataclass
@@ -79,37 +84,78 @@ def make_server_args(model: str, *, compress: bool, **overrides: Any) -> Any:
     return ServerArgs(attention_backend="torch_native", **args)
 
 
+class Feed:
+    """In the place of SGLang's request receiver: a load that arrives poll by poll.
+
+    Parameters
+    ----------
+    scheduler : SGLang's Scheduler; told to leave its event loop when all is served.
+    requests : the load.
+    on_poll : called first at every poll, with its number.
+
+    Attributes
+    ----------
+    waiting : requests that have not arrived yet.
+    clock : number of the next poll.
+    idle : polls in a row with nothing to do.
+    """
+
+    def __init__(
+        self, scheduler: Any, requests: list[Request], on_poll: Callable[[int], None]
+    ) -> None:
+        self.scheduler, self.requests, self.on_poll = scheduler, requests, on_poll
+        self.waiting = list(requests)
+        self.clock = self.idle = 0
+
+    def recv_requests(self, **_: Any) -> list[Any]:
+        """What is due now, as messages; 0.5.23 passes timed out requests, none here."""
+        now, self.clock = self.clock, self.clock + 1
+        self.on_poll(now)
+        out = self._due(now)
+        if not out and not self.waiting and self.scheduler.is_fully_idle():
+            self.idle += 1
+            if self.idle > IDLE_POLLS:
+                self.scheduler.gracefully_exit = True
+        else:
+            self.idle = 0
+        return out
+
+    def _due(self, now: int) -> list[Any]:
+        from sglang.srt.managers.io_struct import AbortReq
+
+        due = [r for r in self.waiting if r.arrive <= now]
+        self.waiting = [r for r in self.waiting if r.arrive > now]
+        aborted = [r for r in self.requests if r.abort_at == now]
+        return [*map(_tokenized, due), *(AbortReq(rid=r.rid) for r in aborted)]
+
+
 class InProcessScheduler:
     """A scheduler that serves lists of `Request`.
 
     Parameters
     ----------
     server_args : from `make_server_args`.
+    rank : of several that serve together, each in a process of its own.
+    ports : SGLang's PortArgs, which all ranks share; default, new ones.
+
+    Attributes
+    ----------
+    sch : SGLang's Scheduler; what it receives and sends is replaced on the instance.
+    on_poll : called at every poll with its number.
+    watch : makes a load without progress fail.
     """
 
-    def __init__(self, server_args: Any) -> None:
-        from sglang.srt import runtime_context
-        from sglang.srt.managers.scheduler import Scheduler
-        from sglang.srt.managers.scheduler_components.output_sender import (
-            SenderWrapper,
-        )
-        from sglang.srt.server_args import PortArgs
-
-        runtime_context.publish(server_args, role="scheduler")
+    def __init__(self, server_args: Any, rank: int = 0, ports: Any = None) -> None:
         self._sent: list[Any] = []
-        SenderWrapper.send_output = lambda _, output, recv_obj=None: (  # type: ignore[method-assign]
-            self._sent.append(output)
-        )
-        self.sch = Scheduler(
-            server_args, PortArgs.init_new(server_args), 0, 0, 0, 0, 0, 0, None
-        )
+        self.sch = _scheduler(server_args, rank, ports)
+        channels = self.sch.ipc_channels
+        for sender in (channels.send_to_tokenizer, channels.send_to_detokenizer):
+            sender.send_output = self._keep_output
         self.sch.schedule_stream = self.sch.device_module.Stream(priority=0)
         self.sch.schedule_stream.synchronize = lambda: None
         self.sch._war_barrier_enabled = False
-        self.sch.result_queue = __import__("collections").deque()
-        receiver = type(self.sch.request_receiver)
-        receiver.recv_requests = lambda _: self._poll()  # type: ignore[method-assign]
-        self.on_poll: Any = None
+        self.sch.result_queue = deque()
+        self.on_poll: Callable[[int], None] | None = None
         self.watch = LivenessWatch(self.sch, self._sent)
 
     # Configuration ---------------------------------------------------------------
@@ -154,34 +200,12 @@ class InProcessScheduler:
 
     # Serving ----------------------------------------------------------------------
 
-    def _poll(self) -> list[Any]:
-        from sglang.srt.managers.io_struct import AbortReq
-
-        now, self._clock = self._clock, self._clock + 1
-        self.watch.look()
-        if self.on_poll is not None:
-            self.on_poll(now)
-        due = [r for r in self._waiting if r.arrive <= now]
-        self._waiting = [r for r in self._waiting if r.arrive > now]
-        out: list[Any] = [_tokenized(r) for r in due]
-        for request in self._requests:
-            if request.abort_at == now:
-                out.append(AbortReq(rid=request.rid))
-        if not out and not self._waiting and self.sch.is_fully_idle():
-            self._idle += 1
-            if self._idle > IDLE_POLLS:
-                self.sch.gracefully_exit = True
-        else:
-            self._idle = 0
-        return out
-
     def serve(self, requests: list[Request]) -> dict[str, Output]:
         """Serve `requests` to the end; SGLang's idle check runs before it returns."""
-        self._requests, self._waiting = requests, list(requests)
-        self._clock = self._idle = 0
         self._sent.clear()
         self.watch.reset()
         sch = self.sch
+        sch.request_receiver = Feed(sch, requests, self._look)
         sch.gracefully_exit, sch.last_batch = False, None
         with torch.no_grad():
             if sch.enable_overlap:
@@ -189,6 +213,31 @@ class InProcessScheduler:
             else:
                 sch.event_loop_normal()
         return _collect(self._sent, requests)
+
+    def _look(self, now: int) -> None:
+        self.watch.look()
+        if self.on_poll is not None:
+            self.on_poll(now)
+
+    def _keep_output(self, output: Any, recv_obj: Any = None) -> None:
+        """In the place of `SenderWrapper.send_output`."""
+        del recv_obj
+        self._sent.append(output)
+
+
+def _scheduler(server_args: Any, rank: int, ports: Any) -> Any:
+    """SGLang's scheduler; since 0.5.21 its ranks are published beside the settings."""
+    from sglang.srt import runtime_context
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.server_args import PortArgs
+
+    ports = ports or PortArgs.init_new(server_args)
+    if isinstance(UPSTREAM, Generation22):
+        ranks = runtime_context.SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=rank)
+        runtime_context.publish(server_args, role="scheduler", ranks=ranks)
+        return Scheduler(server_args, ports)
+    runtime_context.publish(server_args, role="scheduler")
+    return Scheduler(server_args, ports, rank, rank, 0, 0, 0, 0, None)
 
 
 def _tokenized(request: Request) -> Any:
@@ -204,6 +253,11 @@ def _tokenized(request: Request) -> Any:
         custom_params={"kv_compress": request.kv} if request.kv is not None else None,
     )
     params.normalize(None)
+    keys = {"extra_key": request.extra_key}
+    # Where the OpenAI API puts a salt.
+    salted = "cache_salt" if isinstance(UPSTREAM, Generation22) else "extra_key"
+    if request.tenant is not None:
+        keys[salted] = request.tenant
     return TokenizedGenerateReqInput(
         rid=request.rid,
         input_text=None,
@@ -219,6 +273,7 @@ def _tokenized(request: Request) -> Any:
         stream=True,
         priority=request.priority,
         lora_id=request.lora_id,
+        **keys,
     )
 
 

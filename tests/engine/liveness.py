@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_kvc.scheduling.acceptance import course_of
+from sglang_kvc.scheduling.attached import state_of
 from sglang_kvc.scheduling.headroom import Headroom
-from sglang_kvc.scheduling.passes import state_of
+from sglang_kvc.upstream.generation import UPSTREAM
+from tests.doubles import adder_class
 
 POLLS = 60
 """Polls without a forward; the overlap scheduler needs one or two."""
@@ -83,21 +85,19 @@ def _describe(req: Any) -> str:
     state, way = state_of(req), course_of(req)
     text = (
         f"{req.rid}: {len(req.origin_input_ids)} + {len(req.output_ids)} of "
-        f"{req.sampling_params.max_new_tokens}, prefix {len(req.prefix_indices)}, "
+        f"{req.sampling_params.max_new_tokens}, prefix {UPSTREAM.prefix_len(req)}, "
         f"{way.way.name if way is not None else 'no way'}"
     )
     if state is not None:
         text += (
-            f", fold {state.fold}, budget {state.budget}, in flight "
+            f", fold {state.fold}, packed {state.packed}, in flight "
             f"{len(state.in_flight)}, deferred {state.deferred_passes}"
         )
     return text
 
 
 def _sums(scheduler: Any) -> tuple[float, float]:
-    from sglang.srt.managers.schedule_policy import PrefillAdder
-
-    adder = PrefillAdder(
+    adder = adder_class(scheduler)(
         scheduler.page_size,
         scheduler.tree_cache,
         scheduler.token_to_kv_pool_allocator,

@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ MIN_BUDGET = 64
 INTERVAL = 16
 FLAGS = (
     f"--kv-compress-min-budget {MIN_BUDGET} --kv-compress-interval {INTERVAL} "
-    "--chunked-prefill-size 256 --max-total-tokens 8192 --max-running-requests 8"
+    "--chunked-prefill-size 256 --max-total-tokens 8192 --max-running-requests 8 "
+    "--enable-cache-report"
 ).split()
 START_S = 300
 
@@ -51,9 +52,12 @@ class Server:
         assert info["completion_tokens"] == max_new
         return info
 
-    def stream(self, ids: list[int], max_new: int) -> Iterator[dict[str, Any]]:
+    def stream(
+        self, ids: list[int], max_new: int, answers: int = 1
+    ) -> Iterator[dict[str, Any]]:
         """Chunks of a streamed /generate as they arrive."""
         body = {**body_of(ids, max_new, None), "stream": True}
+        body["sampling_params"]["n"] = answers
         with self.post("/generate", body, stream=True) as response:
             assert response.status_code == 200, response.text
             for line in response.iter_lines():
@@ -68,18 +72,34 @@ def body_of(ids: list[int], max_new: int, kv: dict[str, Any] | None) -> dict[str
     return {"input_ids": ids, "sampling_params": {**params, **custom}}
 
 
-@contextlib.contextmanager
-def running(model_path: str, log: Path) -> Iterator[Server]:
-    """``python -m sglang.launch_server --kv-compress`` on the CPU."""
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def running(
+    model_path: str, log: Path, extra: Sequence[str] = (), may_end: bool = False
+) -> Iterator[Server]:
+    """``python -m sglang.launch_server --kv-compress`` on the CPU.
+
+    Parameters
+    ----------
+    extra : more flags.
+    may_end : whether a test may end it.
+    """
+    port = free_port()
     environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
     serve.set_defaults(environment, gpu=False, local_model=True)
     # Also on a machine with a GPU the server and its kernels are to use the CPU.
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = serve.server_command(model_path, "127.0.0.1", port, False, FLAGS)
+    command = serve.server_command(
+        model_path, "127.0.0.1", port, False, [*FLAGS, *extra]
+    )
     with log.open("wb") as out, pytest.MonkeyPatch.context() as patch:
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1")
@@ -97,7 +117,7 @@ def running(model_path: str, log: Path) -> Iterator[Server]:
             watchdog.cancel()
             assert ready, f"the server did not start:\n{tail(log)}"
             yield started
-            assert process.poll() is None, f"the server ended:\n{tail(log)}"
+            assert may_end or process.poll() is None, f"the server ended:\n{tail(log)}"
         finally:
             watchdog.cancel()
             serve.stop(process)

@@ -8,9 +8,48 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from tests.engine.inprocess import InProcessScheduler, Request, make_server_args
+from tests.engine.inprocess import (
+    InProcessScheduler,
+    Output,
+    Request,
+    make_server_args,
+)
+
+NEAR_TIE = 1e-3
+
+
+def without_options(requests: Iterable[Request]) -> list[Request]:
+    """The same requests for stock SGLang, which also tells the two best tokens."""
+    return [replace(request, kv=None, top_logprobs=2) for request in requests]
+
+
+def diverging_ids(ours: Mapping[str, Output], stock: Mapping[str, Output]) -> list[str]:
+    """Requests that are answered otherwise because two tokens were as likely.
+
+    Parameters
+    ----------
+    ours : by request.
+    stock : the same, with the two best log-probabilities at each place.
+
+    Raises
+    ------
+    AssertionError
+        If an answer differs where they were not.
+    """
+    diverging = []
+    for rid, out in stock.items():
+        if ours[rid].ids == out.ids:
+            continue
+        pairs = enumerate(zip(ours[rid].ids, out.ids, strict=True))
+        first = next(i for i, (a, b) in pairs if a != b)
+        (a, _), (b, _) = out.top_logprobs[first][:2]
+        assert abs(a - b) < NEAR_TIE, f"{rid} differs at {first}, gap {abs(a - b):.2e}"
+        diverging.append(rid)
+    return diverging
 
 
 def main(model: str, requests: str, target: str) -> None:

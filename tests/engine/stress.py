@@ -2,8 +2,8 @@
 
 ``python -m tests.engine.stress OUT.json`` runs the scenarios in one process (SGLang
 allows one scheduler a process) and writes a report that `test_stress.py` judges.
-Every page that is freed is filled with NaN, and after every scheduler poll each page
-must have exactly one owner.
+Every page that is freed is filled with NaN. After every scheduler poll each page must
+have exactly one owner, and each row of the tables must say what its owner has packed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import torch
 
 from sglang_kvc.scheduling import passes as scheduling
 from sglang_kvc.scheduling import settling
+from sglang_kvc.upstream.generation import UPSTREAM
 from tests.engine.inprocess import InProcessScheduler, Request, make_server_args
+from tests.engine.slot_reuse import run_slot_reuse
 from tests.engine.tiny_model import VOCAB, write_tiny_model
 
 # Of this process, not of one that only imports this file: other tests take pages away.
@@ -55,6 +57,7 @@ def mixed_requests(
         if longs and i % 6 == 5:
             ids += [rng.randrange(2, VOCAB) for _ in range(rng.choice([700, 1500]))]
         arrive = rng.randrange(0, 3 * count)
+        stop = list(range(VOCAB)) if rng.random() < 0.1 else []
         requests.append(
             Request(
                 # SGLang aborts by prefix: no name may begin with another.
@@ -63,7 +66,9 @@ def mixed_requests(
                 max_new=rng.choice([1, 1, 2, 3, 20, 60, 110]),
                 kv=kv,
                 arrive=arrive,
-                stop=list(range(VOCAB)) if rng.random() < 0.1 else [],
+                stop=stop,
+                # Whoever ignores EOS ignores stops.
+                ignore_eos=not stop,
                 abort_at=arrive + rng.randrange(0, 60)
                 if aborts and rng.random() < 0.3
                 else None,
@@ -99,7 +104,7 @@ class PageAudit:
         reqs = [r for b in batches if b is not None for r in b.reqs]
         if sch.chunked_req is not None:
             reqs.append(sch.chunked_req)
-        return list({id(r): r for r in reqs if r.kv is not None}.values())
+        return list({id(r): r for r in reqs if UPSTREAM.holds_memory(r)}.values())
 
     def owners(self) -> list[torch.Tensor]:
         """Page ids by owner; together they must be every page once."""
@@ -110,18 +115,18 @@ class PageAudit:
             lists.append(tree.all_values_flatten()[::PAGE] // PAGE)
         for req in self.live_requests():
             state = scheduling.state_of(req)
-            low = req.cache_protected_len
+            low = UPSTREAM.protected_len(req)
             if state is not None:
-                lists += [r.target[::PAGE] // PAGE for r in state.in_flight]
+                lists += [it.dest_tokens[::PAGE] // PAGE for it in state.in_flight]
                 if state.settled_fold:
                     low = state.settled_fold
                     lists.append(state.settled_packed[::PAGE] // PAGE)
-            row = table[req.req_pool_idx, low : req.kv.kv_allocated_len]
+            row = table[UPSTREAM.slot(req), low : UPSTREAM.allocated_len(req)]
             lists.append(row[::PAGE].long() // PAGE)
         return lists
 
     def check(self, _now: int) -> None:
-        """Raise if a page is lost, shared or owned twice."""
+        """Raise if a page is lost, shared or owned twice, or a row is not in order."""
         pages = torch.cat(self.owners()).sort().values
         expected = torch.arange(1, self.allocator.size // PAGE + 1)
         if not torch.equal(pages, expected):
@@ -130,7 +135,20 @@ class PageAudit:
                 f"lost pages {(counts[1:] == 0).nonzero().flatten().tolist()[:8]}, "
                 f"owned twice {(counts > 1).nonzero().flatten().tolist()[:8]}"
             )
+        self._check_rows()
         self.audits += 1
+
+    def _check_rows(self) -> None:
+        """On the CPU the device is where the last launched step has brought it."""
+        for req in self.scheduler.sch.waiting_queue:
+            assert scheduling.state_of(req) is None, f"{req.rid} waits with a state"
+        folds = self.pool.runtime.state.tables.fold_lens
+        for req in self.live_requests():
+            state = scheduling.state_of(req)
+            if state is not None:
+                assert state.slot == UPSTREAM.slot(req), req.rid
+                fold = int(folds[state.slot])
+                assert fold == state.fold, (req.rid, fold, state.fold)
 
 
 def run_loads(scheduler: InProcessScheduler, audit: PageAudit) -> dict[str, Any]:
@@ -252,7 +270,10 @@ def main(target: str) -> None:
             report["equal"] = run_equal_outputs(scheduler, requests, "never")
             requests = chunked_requests(random.Random(7))
             report["equal_chunks"] = run_equal_outputs(scheduler, requests, "always")
-            report["loads"] = run_loads(scheduler, PageAudit(scheduler))
+            audit = PageAudit(scheduler)
+            report["slots"] = run_slot_reuse(scheduler, audit)
+            audit.audits = 0
+            report["loads"] = run_loads(scheduler, audit)
             report["leak"] = run_leak(scheduler)
         except BaseException:
             report["traceback"] = traceback.format_exc()

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_kvc.scheduling.lengths import floor_page
+from sglang_kvc.config.pages import floor_tokens
 from tests.engine.inprocess import InProcessScheduler, Request
-from tests.engine.oracle import Oracle, Policy, explain_difference
+from tests.engine.oracle import TIE, Oracle, Policy, Step, check_few_differ
 from tests.engine.texts import prompt
 from tests.engine.tracer import PassTracer
 
-TIE = 1e-3
 CHUNK = 256
 BUDGET = 192
 
@@ -61,7 +60,7 @@ def test_every_chunk_keeps_what_the_oracle_keeps(
     length = 3 * CHUNK + rest
     ids = prompt(model_path, 500, length)
     ends = [*range(CHUNK, length, CHUNK), length]
-    last_fold = floor_page(length) + options.interval
+    last_fold = floor_tokens(length) + options.interval
     with PassTracer(runtime) as tracer:
         request = Request("x", ids, last_fold - length + 3, kv={"budget": BUDGET})
         out = chunked.serve([request])["x"]
@@ -71,31 +70,23 @@ def test_every_chunk_keeps_what_the_oracle_keeps(
     assert summary["chunk_passes"] == len(ends) - 1
     assert summary["peak_resident_tokens"] <= BUDGET + options.interval + 32
 
-    differing, tokens = 0, iter(out.ids)
-    for kept, end in zip(passes, [*ends, last_fold], strict=True):
-        if end == CHUNK:
-            oracle.start(ids[:end], policy)
-        elif end <= length:
-            oracle.extend(ids[oracle.length : end])
-        while oracle.length < end:
-            oracle.extend([next(tokens)])
-        if end < length and queries == "prompt":
-            first = max(end, length - options.window)
-            oracle.probe(ids[first:], first)
-        repeated = queries == "prompt" and CHUNK < end <= length
-        # Until the prompt is complete every layer keeps as much.
-        allocation = "layer" if end < length else "joint"
-        result = oracle.run_pass(BUDGET, end <= length, repeated, allocation)
-        problems = explain_difference(result, oracle.ranked, kept, TIE)
-        assert not problems, (end, problems[:5])
-        differing += sum(
-            len(set(a) ^ set(b)) for a, b in zip(kept, result.kept, strict=True)
+    # Until the prompt is complete every layer keeps as much.
+    steps = [
+        Step(
+            end,
+            probe=queries == "prompt" and end < length,
+            repeated=queries == "prompt" and CHUNK < end <= length,
+            allocation="layer" if end < length else "joint",
         )
-        oracle.apply(kept)
+        for end in [*ends, last_fold]
+    ]
+    served = oracle.request(ids, policy)
+    differing = served.replay(out.ids, steps, passes, BUDGET, TIE)
+    for step, kept in zip(steps, passes, strict=True):
         sizes = torch.tensor([len(own) for own in kept]).view(oracle.layers, -1)
-        assert (len(set(sizes.sum(1).tolist())) == 1) == (end < length)
+        assert (len(set(sizes.sum(1).tolist())) == 1) == (step.length < length)
     total = len(passes) * BUDGET * oracle.layers * oracle.heads
-    assert differing <= 0.002 * total, f"{differing} of {total} kept KVs differ"
+    check_few_differ(differing, total)
 
 
 def test_only_the_exact_chunk_is_shared(
@@ -142,13 +133,18 @@ def test_a_prompt_waits_between_chunks_when_the_pool_is_full(
     """Pages taken away for a while: the prompt is put off, then finished."""
     allocator = chunked.allocator
     chunked.set_radix(False)
+    passes = allocator.get_kvcache().runtime.pass_scheduler
     held: list[object] = []
+    waited: list[bool] = []
 
     def squeeze(now: int) -> None:
-        if now == 3:
-            held.append(allocator.alloc(allocator.available_size() - 96))
-        if now == 14:
-            allocator.free_segment(held.pop(), start_pos=0)
+        waited.append(passes.waiting_prompt is not None)
+        if 3 <= now < 14:
+            # Also what its last chunk is about to give back.
+            passes.settle(chunked.sch, passes.launched)
+            held.append(allocator.alloc(max(allocator.available_size() - 48, 0)))
+        for pages in held if now == 14 else ():
+            allocator.free_segment(pages, start_pos=0)
 
     chunked.on_poll = squeeze
     requests = [
@@ -159,6 +155,7 @@ def test_a_prompt_waits_between_chunks_when_the_pool_is_full(
     assert len(outputs["short"].ids) == 24
     assert len(outputs["long"].ids) == 4
     assert outputs["long"].kv[-1]["chunk_passes"] >= 3
+    assert sum(waited) > 3
 
 
 @pytest.mark.parametrize(
@@ -208,19 +205,24 @@ def test_a_probe_has_its_own_adapters(
     SGLang's LoRA needs a GPU, so its manager is played here.
     """
     runner = chunked.sch.tp_worker.model_runner
-    prepared: list[tuple[Any, ...]] = []
-    forwards: list[int] = []
+    events: list[tuple[str, int]] = []
 
     def prepare(batch: Any) -> None:
-        prepared.append((len(forwards), batch.lora_ids, batch.extend_seq_lens_cpu))
+        assert batch.lora_ids == ["adapter"] * len(batch.lora_ids)
+        events.append(("prepared", sum(batch.extend_seq_lens_cpu or [1])))
 
     forward = runner.forward
 
     def counted(batch: Any, *args: Any, **kwargs: Any) -> Any:
-        forwards.append(len(batch.input_ids))
+        events.append(("forward", len(batch.input_ids)))
         return forward(batch, *args, **kwargs)
 
-    manager = SimpleNamespace(prepare_lora_batch=prepare)
+    # SGLang 0.5.23 prepares its own batches wherever there is a manager.
+    manager = SimpleNamespace(
+        prepare_lora_batch=prepare,
+        attn_dp_enabled=False,
+        fetch_new_loras=lambda _: None,
+    )
     monkeypatch.setattr(runner, "lora_manager", manager, raising=False)
     monkeypatch.setattr(runner, "forward", counted)
     ids = prompt(model_path, 0, 2 * CHUNK + 100)
@@ -229,6 +231,5 @@ def test_a_probe_has_its_own_adapters(
     assert out.kv[-1]["chunk_passes"] == 2
     # Behind each chunk but the last: prepared right before a forward of the window.
     window = chunked.allocator.get_kvcache().runtime.options.window
-    assert [ids for _, ids, _ in prepared] == [["adapter"], ["adapter"]]
-    assert [new for *_, new in prepared] == [[window], [window]]
-    assert [forwards[before] for before, *_ in prepared] == [window, window]
+    probes = [at for at, event in enumerate(events) if event == ("forward", window)]
+    assert [events[at - 1] for at in probes] == [("prepared", window)] * 2

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_kvc.scheduling.lengths import floor_page
+from sglang_kvc.config.pages import floor_tokens
 from tests.engine.inprocess import InProcessScheduler, Request
-from tests.engine.oracle import Oracle
+from tests.engine.oracle import TIE, Oracle, Step, check_few_differ
 from tests.engine.texts import prompt
 from tests.engine.tracer import PassTracer
 
-# fp32 sums in another order: scores agree to about 1e-5 relative.
-TIE = 1e-3
 PASSES_AFTER_PREFILL = 2
 
 
@@ -38,16 +36,18 @@ def test_kept_positions_equal_the_oracle(
     ids = prompt(model_path, start, length)
     with PassTracer(runtime) as tracer:
         # Passes are due when the tail holds one interval of whole pages.
-        new = floor_page(length) + PASSES_AFTER_PREFILL * interval - length + 4
+        new = floor_tokens(length) + PASSES_AFTER_PREFILL * interval - length + 4
         out = fresh.serve([Request("x", ids, max_new=new, kv={"budget": budget})])["x"]
     (passes,), (lengths,) = tracer.kept.values(), tracer.lengths.values()
     assert out.kv[-1]["passes"] == len(passes)
-    folds = [floor_page(length) + i * interval for i in range(PASSES_AFTER_PREFILL + 1)]
+    folds = [
+        floor_tokens(length) + i * interval for i in range(PASSES_AFTER_PREFILL + 1)
+    ]
     assert lengths == [length, *folds[1:]]
 
-    oracle.start(ids)
-    differing = oracle.replay(out.ids, lengths, passes, budget, TIE)
+    steps = [Step(length) for length in lengths]
+    differing = oracle.request(ids).replay(out.ids, steps, passes, budget, TIE)
     total = len(passes) * budget * oracle.layers * oracle.heads
-    assert differing <= 0.002 * total, f"{differing} of {total} kept KVs differ"
+    check_few_differ(differing, total)
     # The budget is really dealt out unevenly, else this test shows little.
     assert len({len(positions) for positions in passes[0]}) > 3

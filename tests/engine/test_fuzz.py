@@ -13,6 +13,8 @@ import pytest
 
 from tests.engine.fuzz import REQUESTS, SETTINGS
 
+pytestmark = pytest.mark.server
+
 SEEDS = 1
 
 

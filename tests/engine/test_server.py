@@ -12,7 +12,7 @@ import openai
 import pytest
 import requests
 
-from sglang_kvc.scheduling.lengths import floor_page
+from sglang_kvc.config.pages import floor_tokens
 from sglang_kvc.tools import serve
 from tests.engine.server import INTERVAL, MIN_BUDGET, Server, body_of
 from tests.engine.texts import corpus, prompt
@@ -24,6 +24,9 @@ SLACK = 32
 
 # Regions of the corpus. Only tests of the prefix cache must not share theirs.
 LONG, SHARED, FLUSHED = 0, 20_000, 24_000
+
+# Of a report: what only grows while a request runs.
+COUNTED = ("logical_tokens", "passes")
 
 
 def check_bounded(kv: dict[str, Any]) -> None:
@@ -49,6 +52,27 @@ def test_stream_stays_within_its_budget(server: Server) -> None:
     # Rate 4 is the default: the budget follows the length.
     assert reports[-1]["budget_tokens"] in (176, 192)
     assert reports[-1]["passes"] >= 2
+
+
+def test_every_answer_has_a_report_of_its_own(server: Server) -> None:
+    """Of two to one prompt, streamed as they come or sent whole: a dict, the newest."""
+    ids, max_new = prompt(server.model, LONG, 700), 40
+    body = body_of(ids, max_new, None)
+    body["sampling_params"]["n"] = 2
+    whole = server.post("/generate", body).json()
+    last: dict[int, dict[str, Any]] = {}
+    for chunk in server.stream(ids, max_new, answers=2):
+        before = last.get(chunk["index"], dict.fromkeys(COUNTED, 0))
+        last[chunk["index"]] = after = chunk["meta_info"]["kv_compress"]
+        assert all(after[key] >= before[key] for key in COUNTED)
+    assert sorted(last) == [0, 1]
+    for kv in (
+        *last.values(),
+        *(answer["meta_info"]["kv_compress"] for answer in whole),
+    ):
+        assert kv["logical_tokens"] >= 700 + max_new - 2
+        assert kv["passes"] >= 2
+        assert set(kv) == set(last[0])
 
 
 @pytest.mark.parametrize("kv", [{"rate": 8}, {"budget": 96}])
@@ -84,7 +108,7 @@ def test_prefix_is_shared(server: Server) -> None:
     second = server.generate(prefix + prompt(server.model, SHARED + 2000, 40))
     assert first["kv_compress"]["passes"] >= 1
     assert first["cached_tokens"] == 0
-    assert second["cached_tokens"] == floor_page(600)
+    assert second["cached_tokens"] == floor_tokens(600)
 
 
 def test_flush_and_idle_check(server: Server) -> None:

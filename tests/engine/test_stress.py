@@ -51,6 +51,18 @@ def test_overlap_and_radix_cache_change_no_output(
     assert result == {"overlap off": [], "radix off": []}
 
 
+def test_a_row_that_changes_hands_in_the_next_step_changes_no_output(
+    report: dict[str, Any],
+) -> None:
+    """The old owner's last step runs while the new one is scheduled; all audited."""
+    slots = report["slots"]
+    assert slots["newest"]["reused"] > 10
+    assert slots["newest"]["dead_passes"] > 0
+    assert slots["oldest"]["reused"] == 0
+    assert slots["tokens"] > 500
+    assert slots["different"] == []
+
+
 def test_a_planted_leak_is_seen(report: dict[str, Any]) -> None:
     """SGLang's idle check fails when a pass does not give its pages back."""
     assert "leak" in report["leak"].lower()

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB = 512
+LAYERS, HEADS = 4, 2
 
 
 def write_tiny_model(folder: Path) -> str:
@@ -16,9 +17,9 @@ def write_tiny_model(folder: Path) -> str:
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=HEADS,
         head_dim=16,
         max_position_embeddings=4096,
         tie_word_embeddings=False,

@@ -11,7 +11,7 @@ from sglang_kvc.kernels.layout import PAGE_SIZE
 
 
 class PassTracer:
-    """Wraps `eviction.select_entries` and keeps the positions of every survivor.
+    """Wraps `eviction.pack_entries` and keeps the positions of every survivor.
 
     Attributes
     ----------
@@ -23,29 +23,19 @@ class PassTracer:
         self.runtime = runtime
         self.kept: dict[int, list[list[list[int]]]] = {}
         self.lengths: dict[int, list[int]] = {}
-        self._original = eviction.select_entries
         self._pack = eviction.pack_entries
         self._row_position: dict[int, dict[int, int]] = {}
 
     def __enter__(self) -> PassTracer:
-        eviction.select_entries = self._select
         eviction.pack_entries = self._record
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        eviction.select_entries = self._original
         eviction.pack_entries = self._pack
 
-    def _select(
-        self, scores: Any, heads: int, tables: Any, plan: Any, *settings: int
-    ) -> Any:
-        selected = self._original(scores, heads, tables, plan, *settings)
-        self._plan, self._heads = plan, heads
-        return selected
-
-    def _record(self, arena: Any, selected: Any, dest_pages: Any, plan: Any) -> None:
-        self._pack(arena, selected, dest_pages, plan)
-        heads, tables = self._heads, self.runtime.state.tables
+    def _record(self, arena: Any, plan: Any, selected: Any, dest_pages: Any) -> None:
+        self._pack(arena, plan, selected, dest_pages)
+        heads, tables = arena.heads_per_page, self.runtime.state.tables
         for r, slot in enumerate(plan.slots.tolist()):
             known = {} if plan.is_first[r] else self._row_position[slot]
             low, high = int(plan.fold_old[r]), int(plan.fold_new[r])

@@ -11,13 +11,9 @@ from typing import Any
 import pytest
 
 from sglang_kvc.errors import SeamDriftError
-from sglang_kvc.upstream.hooks import (
-    HookType,
-    Installer,
-    LoadedPatch,
-    Patch,
-    is_wrapped_by,
-)
+from sglang_kvc.upstream.hook_registry import is_applied
+from sglang_kvc.upstream.installer import Installer
+from sglang_kvc.upstream.patch import HookType, LoadedPatch, Patch
 
 UPSTREAM = "fake_upstream_for_hooks"
 SOURCE = """
@@ -70,7 +66,14 @@ def make_patch(
     hook_type: HookType = HookType.AFTER,
 ) -> LoadedPatch:
     """A patch of the upstream module."""
-    patch = Patch(f"{UPSTREAM}:{symbol}", hook_type, params, "test", "x.py:1", "never")
+    patch = Patch(
+        target=f"{UPSTREAM}:{symbol}",
+        hook_type=hook_type,
+        expected_params=params,
+        reason="test",
+        upstream_link="x.py:1",
+        remove_when="never",
+    )
     return LoadedPatch(symbol, patch, hook)
 
 
@@ -232,7 +235,7 @@ class TestBesideAnotherPlugin:
         installer.verify(["Owner.method"])
 
 
-def test_is_wrapped_by_looks_through_all_layers() -> None:
+def test_is_applied_looks_through_all_layers() -> None:
     from sglang.srt.plugins.hook_registry import HookType as Upstream
     from sglang.srt.plugins.hook_registry import _wrap_fn
 
@@ -241,7 +244,7 @@ def test_is_wrapped_by_looks_through_all_layers() -> None:
 
     once = _wrap_fn(plain, append_b, Upstream.AFTER)
     twice = _wrap_fn(once, lambda original: original(), Upstream.AROUND)
-    assert is_wrapped_by(once, append_b)
-    assert is_wrapped_by(twice, append_b)
-    assert not is_wrapped_by(plain, append_b)
-    assert not is_wrapped_by(int, append_b)
+    assert is_applied(once, append_b)
+    assert is_applied(twice, append_b)
+    assert not is_applied(plain, append_b)
+    assert not is_applied(int, append_b)

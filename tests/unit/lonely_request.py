@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -25,19 +25,28 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.memory.cpu_allocator import TorchPagedAllocator
+from sglang_kvc.memory.kv_pool import ArenaKVPool
 from sglang_kvc.scheduling import acceptance
 from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.passes import PassScheduler
-from sglang_kvc.scheduling.radix_cache import KVCompressRadixCache
 from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.upstream.generation import UPSTREAM, Generation22
+from tests.doubles import adder_class, tree_of
 
 PAGE = 16
 MAX_PREFILL = 16384
 # Asked by the adder of settings that only a started server has.
-NO_PARALLEL: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "is_dsa_prefill_cp_in_seq_split": lambda: False,
     "is_prefill_context_parallel_enabled": lambda: False,
 }
+if isinstance(UPSTREAM, Generation22):
+    # The second is read only where another test's scheduler has published settings.
+    EXEC = SimpleNamespace(
+        features=SimpleNamespace(enable_encoder_swa_bounded_replay=False),
+        mamba=SimpleNamespace(enable_mamba_extra_buffer=False),
+    )
+    SETTINGS = {"get_exec": lambda: EXEC}
 
 
 @dataclass(frozen=True)
@@ -90,18 +99,19 @@ class Server:
             pass_scheduler=scheduler,
             page_list_width=-(-case.context // PAGE),
         )
-        pool = SimpleNamespace(runtime=self.runtime)
+        # Without the memory of one: hooks ask the pool whether the feature is on.
+        pool = ArenaKVPool.__new__(ArenaKVPool)
+        pool.runtime = self.runtime
         self.allocator = TorchPagedAllocator(
             case.pool, PAGE, torch.float32, "cpu", pool, need_sort=False
         )
-        self.tree = KVCompressRadixCache(
-            CacheInitParams(
-                disable=not case.radix,
-                req_to_token_pool=None,
-                token_to_kv_pool_allocator=self.allocator,
-                page_size=PAGE,
-            )
+        params = CacheInitParams(
+            disable=not case.radix,
+            req_to_token_pool=None,
+            token_to_kv_pool_allocator=self.allocator,
+            page_size=PAGE,
         )
+        self.tree = tree_of(params)
 
     def request(self) -> Any:
         """The request as it enters, with SGLang's limits and ours."""
@@ -133,11 +143,12 @@ class Server:
         """One round of admission with nothing else running."""
         req.init_next_round_input(self.tree)
         chunk = self.case.chunk if self.case.chunk > 0 else None
-        with mock.patch.multiple(schedule_policy, **NO_PARALLEL):
-            adder = PrefillAdder(
+        scheduler = SimpleNamespace(token_to_kv_pool_allocator=self.allocator)
+        with mock.patch.multiple(schedule_policy, **SETTINGS):
+            adder = adder_class(scheduler)(
                 PAGE, self.tree, self.allocator, None, 0.7, MAX_PREFILL, chunk
             )
-        result = adder.add_one_req(req, False, None)
+            result = adder.add_one_req(req, False, None)
         return AddReqResult.CONTINUE if req in adder.can_run_list else result
 
 
@@ -156,7 +167,7 @@ def walk(case: Case, req: Any) -> int:
     """
     policy, chunk = req.kv_compress_policy, acceptance.course_of(req).chunk
     state = RequestState(policy=policy, kv=None, slot=1, chunk=chunk)
-    length, peak = len(req.prefix_indices), 0
+    length, peak = UPSTREAM.prefix_len(req), 0
     end = len(req.full_untruncated_fill_ids)
     step = chunk or (case.chunk if case.chunk > 0 else MAX_PREFILL * 64)
     while length < end:
@@ -185,13 +196,16 @@ def _held(state: RequestState, length: int) -> int:
 
 def _pass(case: Case, state: RequestState, length: int, end: int | None) -> int:
     """Run the pass that is due, if it is worth it; tokens held while it runs."""
-    record = state.propose(None, length, end)
-    if record is None:
+    if end is None:
+        decision = state.propose_while_decoding(length)
+    else:
+        decision = state.propose_after_chunk(length, end)
+    if decision is None:
         return 0
-    held = _held(state, length) + record.budget
+    held = _held(state, length) + decision.packed_new
     # `PassScheduler._take_pages` keeps a page for each running request.
     assert held + PAGE <= case.pool, ("deferred", length, held)
-    state.launch(record, decoding=end is None)
+    state.launch(decision, None, None)
     return held
 
 

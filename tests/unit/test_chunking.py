@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_kvc.attention.prefill_folded import table_width
-from sglang_kvc.config.options import KVCompressOptions
-from sglang_kvc.requests.request_options import RequestOptions
+from sglang_kvc.attention.prefill_packed import table_width
+from sglang_kvc.config.options import SWITCH, KVCompressOptions
+from sglang_kvc.requests.request_options import parse_request_options
 from sglang_kvc.scheduling.acceptance import attach_policy, course_of
-from sglang_kvc.scheduling.admission import _clip, _has_lists_for_one_more
+from sglang_kvc.scheduling.admission import PromptNeed, _has_lists_for_one_more
 from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.course import Way, course, reach
 from sglang_kvc.scheduling.passes import (
@@ -22,6 +22,7 @@ from sglang_kvc.scheduling.passes import (
 )
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.request_state import RequestState
+from tests.doubles import request_fields
 
 POOL = 20_480
 OPTIONS = KVCompressOptions(rate=8, min_budget=128)
@@ -32,7 +33,9 @@ def make_rule(mode: str = "auto", pool: int = POOL, chunk: int = 8192) -> ChunkR
 
 
 def make_policy(rule: ChunkRule | None = None, **request: Any) -> RequestPolicy:
-    return RequestPolicy(OPTIONS, RequestOptions(**request), rule or make_rule())
+    return RequestPolicy(
+        OPTIONS, parse_request_options({SWITCH: request}, OPTIONS), rule or make_rule()
+    )
 
 
 def way_of(policy: RequestPolicy, length: int) -> Way | None:
@@ -81,7 +84,7 @@ def request(length: int, hit: int, policy: RequestPolicy) -> Any:
         origin_input_ids=range(length),
         output_ids=(),
         full_untruncated_fill_ids=range(length),
-        prefix_indices=range(hit),
+        **request_fields(prefix=hit, held=hit),
         sampling_params=SimpleNamespace(max_new_tokens=500),
         kv_compress_policy=policy,
     )
@@ -95,7 +98,9 @@ def test_admission_is_charged_the_peak_and_not_the_prompt(hit: int) -> None:
     way = course_of(req)
     assert way is not None
     assert way.max_hit == 20_480 - 7504 - 2560 - 64 - 32
-    charged = 60_000 - hit + _clip(req, way)
+    need = PromptNeed.of(req)
+    assert need is not None
+    charged = need.missing + need.clip
     assert charged + hit == max(hit, 7504) + 7504 + 2560 + 64
 
 
@@ -127,7 +132,7 @@ def running(count: int, budget: int, scheduler: PassScheduler) -> list[Any]:
     for slot in range(1, count + 1):
         kv = object()
         state = RequestState(policy=make_policy(), kv=kv, slot=slot)
-        state.fold, state.budget = 1_000, budget
+        state.fold, state.packed = 1_000, budget
         scheduler.due_lens[slot] = 1_064
         reqs.append(SimpleNamespace(kv=kv, kv_compress_state=state))
     return reqs
@@ -140,7 +145,7 @@ def test_passes_of_a_batch_are_spread_over_steps() -> None:
     while rows:
         lens = np.full(64, 1_064 + steps)
         chosen = scheduler._affordable(reqs, lens, np.array(rows))
-        cost = sum(state.budget + 64 + steps for state in
+        cost = sum(state.packed + 64 + steps for state in
                    (reqs[row].kv_compress_state for row in chosen))  # fmt: skip
         assert chosen and cost <= PASS_TOKENS_PER_STEP
         rows = [row for row in rows if row not in chosen]
@@ -180,18 +185,15 @@ def test_page_lists_of_a_folded_step_stay_within_what_is_set_aside(
     context: int, others: int
 ) -> None:
     """[L, B, H, width] for all B requests; `metadata_bytes` counts one longest."""
-    runtime = SimpleNamespace(page_list_width=context // 16)
-    pool = SimpleNamespace(runtime=runtime)
-    allocator = SimpleNamespace(get_kvcache=lambda: pool)
+    server: Any = SimpleNamespace(page_list_width=context // 16)
     folded = request(8_192, 0, make_policy())
-    folded.kv = object()
     folded.kv_compress_state = RequestState(make_policy(), folded.kv, 1, fold=4_096)
-    adder = SimpleNamespace(can_run_list=[folded], token_to_kv_pool_allocator=allocator)
-    while _has_lists_for_one_more(adder):
+    adder = SimpleNamespace(can_run_list=[folded])
+    while _has_lists_for_one_more(adder, server):
         adder.can_run_list.append(request(100, 0, make_policy()))
     assert len(adder.can_run_list) == 1 + others
     width = table_width([8_192], [(4_096, 1_024)], 256)
     assert len(adder.can_run_list) * width <= context // 16
     # Without a folded prompt there are no lists.
     adder.can_run_list = adder.can_run_list[1:] or [request(100, 0, make_policy())]
-    assert _has_lists_for_one_more(adder)
+    assert _has_lists_for_one_more(adder, server)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from sglang_kvc.scheduling import acceptance
+from sglang_kvc.scheduling.attached import refusal_of
 from sglang_kvc.scheduling.course import Way
 from tests.unit.lonely_request import (
     PAGE,
@@ -81,7 +82,7 @@ def serve_alone(case: Case) -> None:
     server = Server(case)
     req = server.request()
     length = len(req.origin_input_ids)
-    refusal = acceptance.refusal_of(req)
+    refusal = refusal_of(req)
     if refusal is not None:
         assert not stock_serves(case), refusal
         budget = req.kv_compress_policy.budget(length)
@@ -117,10 +118,13 @@ def test_what_is_accepted_runs_alone(case: Case) -> None:
 
 @drawn
 @given(cases(), st.floats(0, 1))
+@example(
+    Case(18656, 37312, -1, "auto", False, False, 1, 1, 48, 1.1, 1, 1 << 30, 0), 0.75
+)
 def test_what_is_retracted_comes_back_or_is_told_why(case: Case, part: float) -> None:
     server = Server(case)
     req = server.request()
-    if acceptance.refusal_of(req) is not None:
+    if refusal_of(req) is not None:
         return
     asked = req.sampling_params.max_new_tokens
     done = max(int(part * asked) - 1, 0)

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from sglang.srt.managers.schedule_policy import AddReqResult
 
-from sglang_kvc.config.options import KVCompressOptions
-from sglang_kvc.requests.request_options import RequestOptions
+from sglang_kvc.config.options import SWITCH, KVCompressOptions
+from sglang_kvc.requests.request_options import RequestOptions, parse_request_options
 from sglang_kvc.scheduling.acceptance import course_of
 from sglang_kvc.scheduling.admission import add_one, preempt
 from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.headroom import Headroom, growth_bound, running_charge
 from sglang_kvc.scheduling.lengths import NEVER
+from sglang_kvc.scheduling.pass_decision import PassDecision, Phase
 from sglang_kvc.scheduling.policy import RequestPolicy
-from sglang_kvc.scheduling.request_state import PassRecord, RequestState
+from sglang_kvc.scheduling.request_state import PassInFlight, RequestState
+from sglang_kvc.upstream.generation import UPSTREAM
+from tests.doubles import ChargedAdder, request_fields
 
 OPTIONS = KVCompressOptions(rate=8, min_budget=128)
 POOL = 20_480
@@ -26,28 +29,25 @@ BUDGET = 752
 RULE = ChunkRule(mode="never", pool_tokens=POOL, chunk_size=0, window=32)
 
 
-class Adder:
+class Adder(ChargedAdder):
     """The parts of SGLang's PrefillAdder that admission touches."""
 
     def __init__(self, running: list[Any], used: int, chunk: int = 8_192) -> None:
         self.running_batch = SimpleNamespace(reqs=running)
         self.due_lens = np.full(257, NEVER, dtype=np.int64)
         self.passes = SimpleNamespace(due_lens=self.due_lens, preempted=[], stuck=None)
-        runtime = SimpleNamespace(pass_scheduler=self.passes)
-        pool = SimpleNamespace(runtime=runtime)
-        self.token_to_kv_pool_allocator = SimpleNamespace(
-            get_kvcache=lambda: pool, size=POOL
-        )
+        self.server: Any = SimpleNamespace(pass_scheduler=self.passes)
+        self.token_to_kv_pool_allocator = SimpleNamespace(size=POOL)
         self.available = POOL - used
         self.rem_chunk_tokens = chunk
         self.can_run_list: list[Any] = []
         self.preempt_list: list[Any] = []
         self.tree_cache = None
-        self.rem_total_token_offset = sum(growth_bound(req, MAX_NEW) for req in running)
+        super().__init__(sum(growth_bound(req, MAX_NEW) for req in running))
 
     @property
     def rem_total_tokens(self) -> float:
-        return self.available - self.rem_total_token_offset
+        return self.available - self.charged
 
     def add(self, req: Any) -> Any:
         """SGLang's rule: the prompt and the clipped new tokens must remain."""
@@ -60,11 +60,11 @@ class Adder:
         if total >= self.rem_total_tokens:
             return AddReqResult.NO_TOKEN
         self.can_run_list.append(req)
-        self.rem_total_token_offset += total
+        self.charged += total
         return AddReqResult.CONTINUE
 
     def try_add(self, req: Any) -> bool:
-        add_one(self, req, lambda: self.add(req))
+        add_one(self, self.server, req, lambda: self.add(req))
         return any(admitted is req for admitted in self.can_run_list)
 
 
@@ -73,32 +73,33 @@ def candidate(length: int = PROMPT, **request: Any) -> Any:
     return SimpleNamespace(
         origin_input_ids=range(length),
         full_untruncated_fill_ids=range(length),
-        prefix_indices=(),
+        **request_fields(),
         init_next_round_input=lambda tree: None,
         output_ids=(),
         sampling_params=params,
-        kv_compress_policy=RequestPolicy(OPTIONS, RequestOptions(**request), RULE),
+        kv_compress_policy=RequestPolicy(
+            OPTIONS, parse_request_options({SWITCH: request}, OPTIONS), RULE
+        ),
     )
 
 
 def running(slot: int, tail: int, fold: int = PROMPT) -> Any:
     """A compressed request with `tail` tokens since its last pass."""
-    kv = object()
+    fields = request_fields(committed=fold + tail, held=fold + tail)
     policy = RequestPolicy(OPTIONS, RequestOptions(), RULE)
-    state = RequestState(policy=policy, kv=kv, slot=slot)
-    state.fold, state.budget = fold, policy.budget(fold)
+    state = RequestState(policy=policy, kv=fields["kv"], slot=slot)
+    state.fold, state.packed = fold, policy.budget(fold)
     return SimpleNamespace(
-        kv=kv,
+        **fields,
         kv_compress_state=state,
         kv_compress_policy=policy,
-        kv_committed_len=fold + tail,
         sampling_params=SimpleNamespace(max_new_tokens=MAX_NEW),
         output_ids=range(tail),
     )
 
 
 def held(reqs: list[Any]) -> int:
-    lens = [r.kv_committed_len - r.kv_compress_state.fold for r in reqs]
+    lens = [UPSTREAM.committed_len(r) - r.kv_compress_state.fold for r in reqs]
     return sum(BUDGET + -(-tail // 16) * 16 for tail in lens)
 
 
@@ -106,7 +107,7 @@ def test_a_prompt_needs_no_room_for_the_growth_of_others() -> None:
     """17 running requests leave room for one more prompt, though not for all growth."""
     reqs = [running(slot, tail=4) for slot in range(1, 18)]
     adder = Adder(reqs, held(reqs))
-    growth = adder.rem_total_token_offset
+    growth = adder.charged
     assert PROMPT + BUDGET + growth > adder.available
     assert adder.try_add(candidate())
     # The next one counts on top of both sums.
@@ -118,14 +119,14 @@ def test_a_prompt_needs_no_room_for_the_growth_of_others() -> None:
     # The budget of the whole answer, an interval, two pages.
     assert way.later == 816 + 64 + 32
     assert headroom.now == PROMPT + BUDGET + 2 * 16
-    assert adder.rem_total_token_offset == max(headroom.now, headroom.steady)
+    assert adder.charged == max(headroom.now, headroom.steady)
 
 
 def test_what_all_can_grow_to_must_fit() -> None:
     """One page of budget each: the prompt fits now, but growth would not."""
     reqs = [running(slot, tail=0) for slot in range(1, 18)]
     adder = Adder(reqs, used=0)
-    adder.rem_total_token_offset = POOL - 2 * BUDGET
+    adder.charged = POOL - 2 * BUDGET
     assert not adder.try_add(candidate())
 
 
@@ -136,7 +137,7 @@ def test_tails_are_squeezed_when_that_lets_a_prompt_in() -> None:
     due = np.flatnonzero(adder.due_lens < NEVER)
     missing = PROMPT + BUDGET + 33 - adder.available
     gains = {
-        r.kv_compress_state.slot: r.kv_compress_state.gain(r.kv_committed_len)
+        r.kv_compress_state.slot: r.kv_compress_state.gain(UPSTREAM.committed_len(r))
         for r in reqs
     }
     # Enough, the longest tails first, and not one more than needed.
@@ -161,22 +162,19 @@ def test_passes_in_flight_count_before_any_other() -> None:
     reqs = [running(slot, tail=56) for slot in range(1, 18)]
     for req in reqs[:16]:
         state = req.kv_compress_state
-        state.in_flight.append(
-            PassRecord(
-                req=req,
-                state=state,
-                slot=state.slot,
-                seq_len=PROMPT + 56,
-                fold_old=PROMPT,
-                fold_new=PROMPT + 48,
-                budget_old=BUDGET,
-                budget=BUDGET,
-                query_start=0,
-                pool_tail=False,
-                recorded=True,
-                target=None,
-            )
+        decision = PassDecision(
+            phase=Phase.DECODE,
+            slot=state.slot,
+            seq_len=PROMPT + 56,
+            fold_old=PROMPT,
+            fold_new=PROMPT + 48,
+            packed_old=BUDGET,
+            packed_new=BUDGET,
+            query_start=0,
+            recorded=True,
+            repeated=False,
         )
+        state.in_flight.append(PassInFlight(decision, req, state, None))
     adder = Adder(reqs, held(reqs))
     assert not adder.try_add(candidate())
     assert (adder.due_lens == NEVER).all()
@@ -197,7 +195,7 @@ def test_what_sglang_charges_itself_counts_in_both_sums() -> None:
     adder = Adder(reqs, held(reqs))
     before = Headroom.of(adder)
     now, steady = before.now, before.steady
-    adder.rem_total_token_offset += 1_000
+    adder.charged += 1_000
     after = Headroom.of(adder)
     assert (after.now, after.steady) == (now + 1_000, steady + 1_000)
 
@@ -217,12 +215,11 @@ def test_a_request_without_a_limit_is_not_charged_for_the_whole_context() -> Non
 def uncompressed(slot: int, length: int, max_new: int) -> Any:
     """A running request that keeps everything."""
     policy = RequestPolicy(OPTIONS, RequestOptions(enabled=False), RULE)
-    kv = SimpleNamespace(kv_allocated_len=length)
+    fields = request_fields(committed=length, held=length)
     return SimpleNamespace(
-        kv=kv,
-        kv_compress_state=RequestState(policy=policy, kv=kv, slot=slot),
+        **fields,
+        kv_compress_state=RequestState(policy=policy, kv=fields["kv"], slot=slot),
         kv_compress_policy=policy,
-        kv_committed_len=length,
         sampling_params=SimpleNamespace(max_new_tokens=max_new),
         output_ids=(),
     )
@@ -243,12 +240,12 @@ def test_the_growth_of_preempted_requests_is_taken_from_one_sum() -> None:
         # SGLang: take the charge out of the sum, release the pages.
         charge = adder._get_running_request_total_token_offset(victim)
         assert charge == MAX_NEW + 1_008
-        adder.rem_total_token_offset -= charge
+        adder.charged -= charge
         adder.available += 1_008
         adder.preempt_list.append(victim)
         return True
 
-    assert preempt(adder, candidate(), stock)
+    assert preempt(adder, adder.server, candidate(), stock)
     assert adder.passes.preempted == [victim]
     after = Headroom.of(adder)
     assert (after.now, after.steady) == (now, steady - MAX_NEW)
@@ -259,8 +256,8 @@ def test_an_empty_pool_without_room_ends_the_request_and_not_the_server() -> Non
     """It cannot happen, see test_course; if it did, nobody may wait for it."""
     adder = Adder([], used=0)
     req = candidate()
-    add_one(adder, req, lambda: AddReqResult.NO_TOKEN)
+    add_one(adder, adder.server, req, lambda: AddReqResult.NO_TOKEN)
     assert adder.passes.stuck is req
     for adder in (Adder([], used=16), Adder([uncompressed(1, 60, 9)], used=0)):
-        add_one(adder, req, lambda: AddReqResult.NO_TOKEN)
+        add_one(adder, adder.server, req, lambda: AddReqResult.NO_TOKEN)
         assert adder.passes.stuck is None

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
+from sglang_kvc.config.described import flags_of, help_of
 from sglang_kvc.config.flags import add_cli_arguments, options_from_mapping
+from sglang_kvc.config.keep import Keep
 from sglang_kvc.config.options import (
-    DISTINCT,
-    LAYER_SHARE,
-    PAGE_SIZE,
+    DEFAULT_DISTINCT,
+    DEFAULT_LAYER_SHARE,
+    DEFAULT_RATE,
     KVCompressOptions,
-    ceil_to_page,
 )
+from sglang_kvc.config.pages import PAGE_SIZE
 from sglang_kvc.errors import ConfigError
 
 COUNTS = (
@@ -36,13 +38,6 @@ def parse(*argv: str) -> KVCompressOptions | None:
     options = options_from_mapping(values)
     assert values == {}, "our arguments must not reach SGLang"
     return options
-
-
-@pytest.mark.parametrize(
-    ("tokens", "pages"), [(0, 1), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2)]
-)
-def test_ceil_to_page(tokens: int, pages: int) -> None:
-    assert ceil_to_page(tokens) == pages * PAGE_SIZE
 
 
 @pytest.mark.parametrize(
@@ -140,13 +135,13 @@ def test_a_share_of_layers_is_for_joint_budgets(allocation: str) -> None:
 def test_what_depends_on_others_is_on_where_it_can_be() -> None:
     def resolved(**given: Any) -> tuple[float, float]:
         options = KVCompressOptions(**given)
-        return options.distinct, options.layer_share
+        return options.distinct_weight, options.least_layer_share
 
-    assert resolved() == (DISTINCT, LAYER_SHARE)
-    assert DISTINCT > 0
-    assert 0 < LAYER_SHARE < 1
-    assert resolved(metric="recency") == (0, LAYER_SHARE)
-    assert resolved(allocation="head") == (DISTINCT, 0)
+    assert resolved() == (DEFAULT_DISTINCT, DEFAULT_LAYER_SHARE)
+    assert DEFAULT_DISTINCT > 0
+    assert 0 < DEFAULT_LAYER_SHARE < 1
+    assert resolved(metric="recency") == (0, DEFAULT_LAYER_SHARE)
+    assert resolved(allocation="head") == (DEFAULT_DISTINCT, 0)
     assert resolved(distinct=0, layer_share=0) == (0, 0)
     changed = dataclasses.replace(KVCompressOptions(), rate=8)
     assert changed == KVCompressOptions(rate=8)
@@ -158,7 +153,9 @@ def test_rate_and_budget_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="exclude each other"):
         KVCompressOptions(rate=8, budget=1024)
     with pytest.raises(ConfigError, match="exclude each other"):
-        KVCompressOptions().budget_tokens(100, rate=8, budget=1024)
+        KVCompressOptions(rate=4, budget=1024)
+    assert KVCompressOptions(budget=1024).keep == Keep(budget=1024)
+    assert KVCompressOptions().keep == Keep(rate=DEFAULT_RATE)
 
 
 @pytest.mark.parametrize(
@@ -182,9 +179,9 @@ def test_budget_tokens(options: dict[str, Any], length: int, expected: int) -> N
 
 def test_request_overrides_the_server() -> None:
     by_budget = KVCompressOptions(budget=1024)
-    assert by_budget.budget_tokens(65536, rate=64) == 1024
-    assert by_budget.budget_tokens(65536, rate=16) == 4096
-    assert KVCompressOptions().budget_tokens(65536, budget=2000) == 2000
+    assert by_budget.budget_tokens(65536, Keep(rate=64)) == 1024
+    assert by_budget.budget_tokens(65536, Keep(rate=16)) == 4096
+    assert KVCompressOptions().budget_tokens(65536, Keep(budget=2000)) == 2000
 
 
 def test_options_are_frozen_and_travel_by_pickle() -> None:
@@ -241,6 +238,18 @@ def test_help_states_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"--kv-compress-{field.name.replace('_', '-')}" in text
         if field.default is not None:
             assert f"Default: {field.default}." in text
+
+
+def test_a_field_is_described_once() -> None:
+    text = " ".join((KVCompressOptions.__doc__ or "").split())
+    for field in dataclasses.fields(KVCompressOptions):
+        assert f"{field.name} : {field.type} " in text
+        assert " ".join(help_of(KVCompressOptions, field.name).split()) in text
+    flags = flags_of(KVCompressOptions)
+    assert flags["chunks"].placeholder == "{auto,always,never}"
+    assert flags["rate"].placeholder == "X"
+    users = [name for name, flag in flags.items() if not flag.expert]
+    assert users == ["rate", "budget", "min_budget", "chunks"]
 
 
 def test_keywords_are_taken_out() -> None:

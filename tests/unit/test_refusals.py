@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,18 +13,25 @@ import pytest
 
 from sglang_kvc.config.refusals import RULES, refuse_unsupported, unsupported_values
 from sglang_kvc.config.refusals_model import MODEL_RULES, refuse_unsupported_model
+from sglang_kvc.config.rules import Facts, Rule, complaints, off, value_rule
 from sglang_kvc.errors import SeamDriftError, UnsupportedModeError
+from sglang_kvc.upstream import compat
+from sglang_kvc.upstream.compat import in_force
+from tests.doubles import LLAMA
 
-REFUSED: list[tuple[str, Any]] = [
+INSTALLED = [rule for rule in RULES if in_force(rule.since, rule.until)]
+
+CASES: list[tuple[str, Any]] = [
     ("device", "xpu"),
-    ("tp_size", 2),
     ("pp_size", 2),
     ("dcp_size", 2),
     ("attn_cp_size", 2),
+    ("attn_dp_size", 2),
     ("nnodes", 2),
     ("tokenizer_worker_num", 2),
     ("speculative_algorithm", "EAGLE"),
     ("decoupled_spec_role", "drafter"),
+    ("uno_lora_path", "draft"),
     ("dllm_algorithm", "LowConfidence"),
     ("rl_on_policy_target", "fsdp"),
     ("prefill_attention_backend", "fa3"),
@@ -46,6 +53,9 @@ REFUSED: list[tuple[str, Any]] = [
             "enable_prefill_context_parallel",
             "enable_dsa_prefill_context_parallel",
             "enable_dp_attention",
+            "enable_cp_tp_group_sharing",
+            "enable_kv_cache_sharding",
+            "enable_pd_role_switch",
             "enable_two_batch_overlap",
             "enable_pdmux",
             "use_ray",
@@ -58,6 +68,10 @@ REFUSED: list[tuple[str, Any]] = [
             "enable_deterministic_inference",
             "enable_return_routed_experts",
             "enable_return_indexer_topk",
+            "enable_return_aux_hidden_states",
+            "enable_nvidia_megakernel",
+            "enable_amd_monokernel",
+            "enable_watermark",
             "prefill_only_disable_kv_cache",
             "enable_page_major_kv_layout",
             "enable_unified_memory",
@@ -65,13 +79,20 @@ REFUSED: list[tuple[str, Any]] = [
             "enable_hierarchical_cache",
             "enable_lmcache",
             "enable_flexkv",
+            "enable_unified_cache_external_linker",
+            "enable_linker_mla_dedup",
             "enable_hisparse",
+            "enable_encoder_swa_bounded_replay",
+            "enable_decoder_swa_bounded_replay",
             "enable_streaming_session",
             "enable_session_radix_cache",
             "strip_thinking_cache",
         )
     ],
 ]
+"""A value that is refused for each setting of any release."""
+
+REFUSED = [case for case in CASES if case[0] in {rule.name for rule in INSTALLED}]
 
 ALLOWED: list[tuple[str, Any]] = [
     ("enable_lora", True),
@@ -94,7 +115,9 @@ def defaults() -> SimpleNamespace:
     """SGLang's defaults by field name, not resolved."""
     from sglang.srt.server_args import ServerArgs
 
-    values = {f.name: f.default for f in dataclasses.fields(ServerArgs)}
+    # A dataclass, or a msgspec Struct whose fields are descriptors.
+    signature = inspect.signature(ServerArgs).parameters
+    values = {name: given.default for name, given in signature.items()}
     phases = {
         "prefill": SimpleNamespace(backend="disabled"),
         "decode": SimpleNamespace(backend="full"),
@@ -107,13 +130,44 @@ def test_defaults_are_served(defaults: SimpleNamespace) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    cases = {name for name, _ in REFUSED}
-    nested = {rule.field for rule in RULES if "." in rule.field}
-    assert cases == {rule.field for rule in RULES} - nested
+    cases = {name for name, _ in CASES}
+    assert all(rule.path == f"server_args.{rule.name}" for rule in RULES)
+    nested = {rule.name for rule in RULES if "." in rule.name}
+    assert cases == {rule.name for rule in RULES} - nested
     assert nested == {
         "cuda_graph_config.prefill.backend",
         "cuda_graph_config.decode.backend",
     }
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_settings_of_other_releases_are_gone_there(
+    defaults: SimpleNamespace, rule: Rule
+) -> None:
+    assert hasattr(defaults, rule.name.partition(".")[0]) == (rule in INSTALLED)
+
+
+@pytest.mark.parametrize(
+    ("version", "found"),
+    [
+        ("0.5.17", {"old"}),
+        ("0.5.21", {"old"}),
+        ("0.5.22", {"new"}),
+        ("0.5.23", {"new", "newest"}),
+    ],
+)
+def test_rules_of_another_release_are_skipped(
+    monkeypatch: pytest.MonkeyPatch, version: str, found: set[str]
+) -> None:
+    monkeypatch.setattr(compat, "sglang_version", lambda: version)
+    rules = [
+        value_rule("server_args.old", off, "old", until="0.5.22"),
+        value_rule("server_args.new", off, "new", since="0.5.22"),
+        value_rule("server_args.newest", off, "newest", since="0.5.23"),
+    ]
+    # Not even looked at: the other fields do not exist.
+    facts = Facts(SimpleNamespace(**dict.fromkeys(found, True)), on_gpu=False)
+    assert complaints(rules, facts) == [f"{n} ({n}=True)" for n in sorted(found)]
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
@@ -160,24 +214,10 @@ def test_renamed_field_is_an_error(defaults: SimpleNamespace) -> None:
 def test_cpu_mode_beside_a_gpu(
     defaults: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sglang_kvc.config.refusals.no_accelerator", lambda: False)
+    monkeypatch.setattr("sglang_kvc.config.rules.no_accelerator", lambda: False)
     defaults.device = "cpu"
     with pytest.raises(UnsupportedModeError, match="CUDA_VISIBLE_DEVICES"):
         refuse_unsupported(defaults)
-
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 256,
-    "max_position_embeddings": 4096,
-}
 
 
 @pytest.fixture
@@ -220,7 +260,13 @@ def test_model_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "name", ["attn_logit_softcapping", "dual_chunk_attention_config"]
+    "name",
+    [
+        "attn_logit_softcapping",
+        "dual_chunk_attention_config",
+        "sparse_attention_config",
+        "sparse_config",
+    ],
 )
 def test_model_config_entry_refused(model: Any, name: str) -> None:
     setattr(model.hf_text_config, name, {"on": 1})
@@ -230,7 +276,7 @@ def test_model_config_entry_refused(model: Any, name: str) -> None:
 
 def test_gpu_kernels_are_narrower_than_the_reference(model: Any) -> None:
     model.head_dim = model.v_head_dim = 32
-    model.num_attention_heads, model.num_key_value_heads = 32, 2
+    model.num_attention_heads, model.num_key_value_heads = 34, 2
     refuse_unsupported_model(model, on_gpu=False)
     with pytest.raises(UnsupportedModeError) as error:
         refuse_unsupported_model(model, on_gpu=True)
@@ -246,6 +292,16 @@ def test_harmless_sliding_windows(model: Any) -> None:
     refuse_unsupported_model(model, on_gpu=False)
 
 
+def test_heads_that_sglang_has_made_up_are_refused(model: Any) -> None:
+    """On a CPU it adds heads of zeros until --tp-size divides their number."""
+    own = model.num_key_value_heads
+    model.hf_text_config.original_total_num_kv_heads = own
+    refuse_unsupported_model(model, on_gpu=False)
+    model.num_key_value_heads = model.num_attention_heads = own + 1
+    with pytest.raises(UnsupportedModeError, match="--tp-size"):
+        refuse_unsupported_model(model, on_gpu=False)
+
+
 def test_state_space_layers(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.configs import hybrid_arch
 
@@ -257,6 +313,6 @@ def test_state_space_layers(model: Any, monkeypatch: pytest.MonkeyPatch) -> None
 def test_renamed_model_attribute_is_an_error(model: Any) -> None:
     for rule in MODEL_RULES:
         partial = copy.copy(model)
-        delattr(partial, rule.attribute)
-        with pytest.raises(SeamDriftError, match=rule.attribute):
+        delattr(partial, rule.name)
+        with pytest.raises(SeamDriftError, match=rule.name):
             refuse_unsupported_model(partial, on_gpu=False)

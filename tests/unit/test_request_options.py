@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sglang_kvc.config.keep import Keep
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.requests.request_options import (
@@ -31,12 +32,12 @@ def parse(asked: Any) -> RequestOptions:
     ("asked", "expected"),
     [
         ({}, RequestOptions()),
-        ({"rate": 8}, RequestOptions(rate=8)),
-        ({"rate": 1.0}, RequestOptions(rate=1.0)),
-        ({"budget": 1024}, RequestOptions(budget=1024)),
-        ({"budget": 33}, RequestOptions(budget=33)),
+        ({"rate": 8}, RequestOptions(keep=Keep(rate=8))),
+        ({"rate": 1.0}, RequestOptions(keep=Keep(rate=1.0))),
+        ({"budget": 1024}, RequestOptions(keep=Keep(budget=1024))),
+        ({"budget": 33}, RequestOptions(keep=Keep(budget=33))),
         ({"enabled": False}, RequestOptions(enabled=False)),
-        ({"enabled": True, "rate": 2}, RequestOptions(rate=2)),
+        ({"enabled": True, "rate": 2}, RequestOptions(keep=Keep(rate=2))),
         ({"report_heads": True}, RequestOptions(report_heads=True)),
         ({"rate": None}, RequestOptions()),
     ],
@@ -146,9 +147,9 @@ def test_every_value_is_served_or_refused(asked: Any, length: int) -> None:
     ("request_options", "expected"),
     [
         (RequestOptions(), 1024),
-        (RequestOptions(rate=2), 2048),
-        (RequestOptions(rate=64), 512),
-        (RequestOptions(budget=100), 112),
+        (RequestOptions(keep=Keep(rate=2)), 2048),
+        (RequestOptions(keep=Keep(rate=64)), 512),
+        (RequestOptions(keep=Keep(budget=100)), 112),
         (RequestOptions(enabled=False), None),
     ],
 )

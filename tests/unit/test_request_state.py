@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_kvc.config.options import KVCompressOptions
-from sglang_kvc.requests.request_options import RequestOptions
+from sglang_kvc.config.options import SWITCH, KVCompressOptions
+from sglang_kvc.requests.request_options import RequestOptions, parse_request_options
 from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.lengths import NEVER
 from sglang_kvc.scheduling.policy import RequestPolicy
@@ -15,31 +15,36 @@ OPTIONS = KVCompressOptions(rate=4, min_budget=64, window=32, interval=64)
 
 
 def make_state(**request: object) -> RequestState:
-    policy = RequestPolicy(OPTIONS, RequestOptions(**request))  # type: ignore[arg-type]
+    policy = RequestPolicy(OPTIONS, parse_request_options({SWITCH: request}, OPTIONS))
     return RequestState(policy=policy, kv=None, slot=3)
 
 
-def launch(state: RequestState, length: int, decoding: bool = True) -> None:
-    record = state.propose(None, length)
-    assert record is not None
-    state.launch(record, decoding=decoding)
+def launch(state: RequestState, length: int, prompt: bool = False) -> None:
+    if prompt:
+        decision = state.propose_after_chunk(length, length)
+    else:
+        decision = state.propose_while_decoding(length)
+    assert decision is not None
+    state.launch(decision, None, "pages")
 
 
 def test_first_pass_of_a_prompt() -> None:
     state = make_state()
-    record = state.propose(None, 1003)
-    assert record is not None
-    assert (record.fold_old, record.fold_new) == (0, 992)
-    assert record.budget == 256  # ceil16(1003 / 4)
-    assert record.query_start == 1003 - 32
-    assert record.is_first
+    decision = state.propose_after_chunk(1003, 1003)
+    assert decision is not None
+    assert (decision.fold_old, decision.fold_new) == (0, 992)
+    assert decision.packed_new == 256  # ceil16(1003 / 4)
+    assert decision.query_start == 1003 - 32
+    assert decision.is_first and decision.pool_tail and not decision.between_chunks
 
 
 def test_nothing_to_free_is_no_pass() -> None:
-    assert make_state().propose(None, 70) is None  # below the floor of 64 + a page
-    assert make_state(enabled=False).propose(None, 5000) is None
-    assert make_state(budget=2048).propose(None, 2050) is None
-    assert make_state(rate=1).propose(None, 5000) is None
+    assert (
+        make_state().propose_while_decoding(70) is None
+    )  # below the floor of 64 + a page
+    assert make_state(enabled=False).propose_while_decoding(5000) is None
+    assert make_state(budget=2048).propose_while_decoding(2050) is None
+    assert make_state(rate=1).propose_while_decoding(5000) is None
 
 
 @pytest.mark.parametrize("interval", [1, 16, 50, 64])
@@ -49,7 +54,7 @@ def test_resident_stays_below_budget_plus_interval_plus_two_pages(
     options = KVCompressOptions(budget=128, interval=interval)
     policy = RequestPolicy(options, RequestOptions())
     state = RequestState(policy=policy, kv=None, slot=1)
-    launch(state, 777, decoding=False)
+    launch(state, 777, prompt=True)
     due = state.next_due(777)
     for length in range(778, 1500):
         assert state.resident(length) <= 128 + interval + 32
@@ -61,10 +66,11 @@ def test_resident_stays_below_budget_plus_interval_plus_two_pages(
 
 def test_queries_are_observed_once() -> None:
     state = make_state(budget=128)
-    launch(state, 500, decoding=False)
-    record = state.propose(None, 520)
-    assert record is not None
-    assert record.query_start == 500  # not 520 - 32: those were observed
+    launch(state, 500, prompt=True)
+    decision = state.propose_while_decoding(520)
+    assert decision is not None
+    assert not decision.pool_tail
+    assert decision.query_start == 500  # not 520 - 32: those were observed
 
 
 def test_outgrown_budget_becomes_due_at_budget_plus_interval() -> None:
@@ -76,7 +82,7 @@ def test_outgrown_budget_becomes_due_at_budget_plus_interval() -> None:
 
 def make_bounded(pool: int, **request: object) -> RequestState:
     rule = ChunkRule(mode="never", pool_tokens=pool, chunk_size=0, window=32)
-    asked = RequestOptions(**request)  # type: ignore[arg-type]
+    asked = parse_request_options({SWITCH: request}, OPTIONS)
     policy = RequestPolicy(OPTIONS, asked, rule)
     return RequestState(policy=policy, kv=None, slot=3)
 
@@ -84,9 +90,9 @@ def make_bounded(pool: int, **request: object) -> RequestState:
 def test_a_pass_that_no_pool_could_hold_is_never_due() -> None:
     """Rate 1.1 of 900 tokens in 1,280: 896 and a copy of 832 do not fit, ever."""
     state = make_bounded(1280, rate=1.1)
-    assert state.propose(None, 900, 900) is None
+    assert state.propose_after_chunk(900, 900) is None
     assert state.next_due(900) == NEVER
-    assert make_bounded(2048, rate=1.1).propose(None, 900, 900) is not None
+    assert make_bounded(2048, rate=1.1).propose_after_chunk(900, 900) is not None
 
 
 @pytest.mark.parametrize("rate", [1.01, 1.02, 1.1, 2, 8])
@@ -96,11 +102,11 @@ def test_passes_copy_at_most_64_times_what_they_free(rate: float) -> None:
     length = due = 100_000
     while length < 120_000:
         if length >= due:
-            record = state.propose(None, length)
-            if record is not None:
-                freed = record.gain - record.budget
-                assert record.budget <= 64 * (freed + 16)
-                state.launch(record, decoding=True)
+            decision = state.propose_while_decoding(length)
+            if decision is not None:
+                freed = decision.gain - decision.packed_new
+                assert decision.packed_new <= 64 * freed
+                state.launch(decision, None, None)
             due = state.next_due(length)
             assert due > length
         length = min(due, 120_000)
@@ -112,22 +118,21 @@ def test_passes_copy_at_most_64_times_what_they_free(rate: float) -> None:
 def test_a_late_look_is_not_repeated_at_every_token() -> None:
     """Rate 1.05: an interval of tokens frees three; the next look is where it pays."""
     state = make_state(rate=1.05)
-    launch(state, 3_000, decoding=False)
+    launch(state, 3_000, prompt=True)
     looks = 0
     length = 3_000
     while length < 5_000:
         length = state.next_due(length)
         looks += 1
-        if state.propose(None, length) is not None:
+        if state.propose_while_decoding(length) is not None:
             launch(state, length)
     assert looks < 100
 
 
 def test_abandoned_passes_are_dead_and_settled_ones_are_not() -> None:
     state = make_state()
-    launch(state, 500, decoding=False)
+    launch(state, 500, prompt=True)
     (first,) = state.in_flight
-    first.target = "pages"
     state.settle(first)
     launch(state, 600)
     (dead,) = state.abandon()

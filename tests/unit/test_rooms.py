@@ -125,14 +125,6 @@ def test_what_a_user_may_say_is_known_without_torch_and_sglang(name: str) -> Non
             assert not any(n.split(".")[0] in ("torch", "sglang") for n in names), path
 
 
-def test_both_page_sizes_agree() -> None:
-    """Options know nothing of torch, kernels nothing of options: it is said twice."""
-    from sglang_kvc.config import options
-    from sglang_kvc.kernels import layout
-
-    assert options.PAGE_SIZE == layout.PAGE_SIZE
-
-
 def test_kernels_know_nothing_of_the_rooms() -> None:
     for path in (PACKAGE / "kernels").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_kvc.errors import ConfigError
+from sglang_kvc.errors import ConfigError, UnsupportedModeError
 from sglang_kvc.requests.sampling_fields import INTERNAL, SERVED, check_sampling_params
 
 VOCAB = 1000
@@ -98,6 +98,24 @@ def test_refused(name: str, value: Any) -> None:
     assert str(name)[:40] in message
     assert len(message) < 500
     message.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "feature", "harmless"),
+    [("beam_width", "beam search", 1), ("watermark", "watermarks", None)],
+)
+def test_refused_by_name(name: str, feature: str, harmless: Any) -> None:
+    if name not in SERVED:
+        with pytest.raises(ConfigError, match=f"Unknown sampling parameter '{name}'"):
+            check_sampling_params({name: harmless}, VOCAB)
+        return
+    check_sampling_params({name: harmless}, VOCAB)
+    for value in (2, 1 << 30) if name == "beam_width" else ({"enabled": True}, "x"):
+        with pytest.raises(UnsupportedModeError, match=feature) as error:
+            check_sampling_params({name: value}, VOCAB)
+        assert name in str(error.value)
+    with pytest.raises(ConfigError, match=name):
+        check_sampling_params({name: "x" * 1000}, VOCAB)
 
 
 @pytest.mark.parametrize("params", [None, 7, "x", [{}]])

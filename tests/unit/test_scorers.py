@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from sglang_kvc.config.options import METRICS
+from sglang_kvc.config.metrics import ATTENTION_METRICS, METRICS
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.eviction.scorers import SCORERS, ScoreContext, Scorer, get_scorer
 
@@ -33,15 +33,32 @@ def test_unknown_names_list_the_known() -> None:
 
 
 def test_every_metric_of_the_options_has_a_scorer() -> None:
-    assert set(METRICS) <= set(SCORERS)
+    assert set(METRICS) == set(SCORERS)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_scorer_is_what_the_options_say(name: str) -> None:
+    class Asked(ScoreContext):
+        """Notes what a scorer asks of the attention."""
+
+        def attention(self, power: int, *, value_norms: bool = False) -> torch.Tensor:
+            asked.append((power, value_norms))
+            return torch.zeros(0)
+
+    metric, scorer = METRICS[name], SCORERS[name]
+    assert scorer.observes == metric.observes
+    asked: list[tuple[int, bool]] = []
+    if metric.observes:
+        scorer.score(object.__new__(Asked))
+        assert asked == [(metric.power, metric.value_norms)]
+    else:
+        assert (metric.power, metric.value_norms) == (None, False)
 
 
 def test_what_accumulates_and_what_is_pooled() -> None:
-    attention = {"l1", "l2", "value_norm", "value_norm_l1"}
+    attention = set(ATTENTION_METRICS)
     accumulating = {name for name, s in SCORERS.items() if s.accumulates}
     assert accumulating == attention | {"random"}
-    observing = {name for name, s in SCORERS.items() if s.observes}
-    assert observing == attention
     pooled = {name for name, s in SCORERS.items() if s.pooled}
     assert pooled == attention
 

@@ -12,7 +12,7 @@ import torch
 from bench.kernels import append, decode, decode_tune, passes, prefill
 from bench.kernels.__main__ import arena_pages
 from bench.kernels.batches import Batch, Shape, fold_by_head, head_blocks, make_arena
-from bench.kernels.checks import WINDOW, check_pass
+from bench.kernels.checks import POOL, POWER, SINKS, WINDOW, check_pass, small_case
 from bench.kernels.decode_case import ARENA_PAGES, ROWS, Decode, Row, row_batch
 from bench.kernels.pass_cases import RATE, PassCase, pass_batch
 from bench.kernels.passes import Stages
@@ -27,6 +27,7 @@ from bench.kernels.timing import (
 from sglang_kvc.kernels import decode_attention
 from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.kernels.ops import OPS
 from sglang_kvc.kernels.pass_plan import build_plan
 
 SMALL = Shape(layers=2, kv_heads=2, qo_heads=4, head_dim=16)
@@ -66,7 +67,7 @@ def owned_rows(batch: Batch, shape: Shape) -> list[torch.Tensor]:
     return [
         rows.rows[rows.valid]
         for rows in (
-            head_rows_ref(batch.tables, slot, fold, n, shape.heads_per_page)
+            head_rows_ref(batch.tables, slot, fold, n)
             for slot, fold, n in zip(
                 batch.slots.tolist(), batch.folds, lens, strict=True
             )
@@ -137,6 +138,18 @@ def test_kernels_are_checked_with_many_layers() -> None:
     assert check_pass("cpu", Shape(16, 2, 4, 16)) == {}
 
 
+def test_what_is_checked_is_what_is_timed() -> None:
+    """Or Triton compiles other kernels for the check than for the numbers."""
+    case = small_case("cpu", SMALL)
+    calls = [call for op in OPS for call in op.make_calls(case)]
+    rules = [call.settings["rule"] for call in calls if "rule" in call.settings]
+    assert {rule.sinks for rule in rules} == {SINKS}
+    spread = [call.settings["pooling"] for call in calls if "pooling" in call.settings]
+    assert spread == [POOL]
+    powers = {call.settings["power"] for call in calls if "power" in call.settings}
+    assert powers == {POWER}
+
+
 def test_folded_tables_name_the_same_keys() -> None:
     """What FA3 is given holds exactly the entries of `decode_attention`."""
     batch = row_batch(Row(3, 256, True), SMALL, PAGES, "cpu")
@@ -146,7 +159,7 @@ def test_folded_tables_name_the_same_keys() -> None:
     lens = batch.seq_lens.tolist()
     row = 0
     for slot, fold, n in zip(batch.slots.tolist(), batch.folds, lens, strict=True):
-        want = head_rows_ref(batch.tables, slot, fold, n, 4, 2, 2)
+        want = head_rows_ref(batch.tables, slot, fold, n, first_head=2, num_heads=2)
         for h in range(2):
             got = rows[row].flatten()[: lengths[row]]
             assert torch.equal(got, want.rows[h][want.valid[h]])

@@ -488,3 +488,19 @@ def test_phases() -> None:
     phases = {"alone": row, "hostile": slow, "polite": row, "alone again": row}
     table = format_phases({"phases": phases, "failed": 0, "failures": []})
     assert "2.000" in table and "1.000" in table and "400 rate zero" in table
+
+
+def test_stock_is_sent_nothing_that_only_we_know() -> None:
+    """Same requests otherwise: neither our options nor wrong ones."""
+    ours, stock = load(), load(stock=True)
+    jobs = [stock.job(i) for i in range(SHAPE.requests)]
+    assert not any(b"kv_compress" in job.encoded() for job in jobs)
+    assert not any(job.kind.startswith("hostile") for job in jobs)
+    assert sum(job.act == "abort" for job in jobs) == SHAPE.aborts
+    assert any(b"kv_compress" in ours.job(i).encoded() for i in range(20))
+
+
+def test_stock_server_has_no_flag_of_ours() -> None:
+    ours = server_command("m", 1, True, pool=1000)
+    stock = server_command("m", 1, True, pool=1000, stock=True)
+    assert [w for w in ours if w not in stock] == ["--kv-compress"]

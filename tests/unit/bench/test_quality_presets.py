@@ -11,6 +11,7 @@ from bench.quality.presets import (
     RUNS,
     TUNE,
     TUNING_SEED,
+    shipped,
 )
 from bench.quality.systems import MIN_BUDGET, parse_setting, parse_system, parse_systems
 from bench.quality.tasks import resolve
@@ -37,14 +38,13 @@ def test_every_engine_of_a_preset_would_start(name: str) -> None:
 
 def test_tuning_changes_one_option_at_a_time() -> None:
     assert TUNING_SEED % 2 != REPORTED_SEED % 2
-    default = KVCompressOptions()
     for name, (option, values) in FACTORS.items():
         first, *others = parse_systems(RUNS[f"{TUNE}-{name}"].systems)
         assert first.options == ()
         found = [dict(system.options) for system in others]
         assert all(list(options) == [option] for options in found)
         # The defaults are one of the values, so all values are compared.
-        got = {getattr(default, option), *(options[option] for options in found)}
+        got = {shipped(option), *(options[option] for options in found)}
         assert got == set(values)
     every = {s for n, p in RUNS.items() if n.startswith(TUNE) for s in p.systems}
     assert set(RUNS[TUNE].systems) == every

@@ -16,7 +16,7 @@ from bench.quality.scouts.simulate_choice import (
     Observer,
     keep,
 )
-from sglang_kvc.config.options import PAGE_SIZE
+from sglang_kvc.config.pages import floor_tokens
 
 LAYERS, HEADS, N, BUDGET = 2, 3, 200, 64
 
@@ -29,7 +29,7 @@ def scores() -> torch.Tensor:
 @pytest.mark.parametrize("allocation", ["joint", "layer", "head"])
 def test_every_group_keeps_its_budget_and_what_is_forced(allocation: str) -> None:
     stays = keep(scores(), LAYERS, BUDGET, Candidate(allocation=allocation))
-    fold = N // PAGE_SIZE * PAGE_SIZE
+    fold = floor_tokens(N)
     kept = stays[:, :fold].sum(1)
     shape = {"joint": (1, -1), "layer": (LAYERS, -1), "head": (LAYERS * HEADS, 1)}
     groups = kept.view(shape[allocation])
@@ -40,19 +40,15 @@ def test_every_group_keeps_its_budget_and_what_is_forced(allocation: str) -> Non
 
 
 def test_a_floor_is_kept_by_every_head() -> None:
-    lean = keep(scores(), LAYERS, 96, Candidate())[:, : N // PAGE_SIZE * PAGE_SIZE].sum(
-        1
-    )
-    fed = keep(scores(), LAYERS, 96, Candidate(floor=0.9))[
-        :, : N // PAGE_SIZE * PAGE_SIZE
-    ].sum(1)
+    lean = keep(scores(), LAYERS, 96, Candidate())[:, : floor_tokens(N)].sum(1)
+    fed = keep(scores(), LAYERS, 96, Candidate(floor=0.9))[:, : floor_tokens(N)].sum(1)
     assert lean.min() < 80 <= fed.min()
     assert lean.sum() == fed.sum() == 96 * LAYERS * HEADS
 
 
 def test_a_share_is_kept_by_every_layer() -> None:
     def by_layer(candidate: Candidate) -> list[int]:
-        kept = keep(scores(), LAYERS, 96, candidate)[:, : N // PAGE_SIZE * PAGE_SIZE]
+        kept = keep(scores(), LAYERS, 96, candidate)[:, : floor_tokens(N)]
         return [int(n) for n in kept.unflatten(0, (LAYERS, HEADS)).sum((1, 2))]
 
     half = by_layer(Candidate(layer_share=0.9))

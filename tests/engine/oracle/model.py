@@ -1,0 +1,149 @@
+"""Hugging Face attention with masks: nothing is removed, evicted KVs are not seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+
+class MaskedModel:
+    """A model whose heads each see what their own mask leaves them.
+
+    Parameters
+    ----------
+    model_path : Hugging Face folder.
+    ranks : among which the heads are divided; if there are more of them than KV heads,
+        each head is that of several, with a part of its queries.
+
+    Attributes
+    ----------
+    layers, heads : number of layers, and of KV heads in each, copies included.
+    """
+
+    def __init__(self, model_path: str, ranks: int = 1) -> None:
+        AttentionInterface.register("kv_oracle", self._attend)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch.float32, attn_implementation="kv_oracle"
+        ).eval()
+        config = self._model.config
+        self.copies = max(ranks // config.num_key_value_heads, 1)
+        self.layers = config.num_hidden_layers
+        self.heads = config.num_key_value_heads * self.copies
+        self.ranks = ranks
+        self._running: MaskedTokens | None = None
+
+    def run(self, tokens: MaskedTokens, ids: list[int], **inputs: Any) -> Any:
+        """Hugging Face's output for `ids` behind `tokens`, which attend."""
+        self._running = tokens
+        with torch.no_grad():
+            return self._model(torch.tensor([ids]), use_cache=True, **inputs)
+
+    def _attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        del attention_mask, kwargs
+        assert self._running is not None
+        layer = module.layer_idx
+        own = (kv[0].repeat_interleave(self.copies, 0) for kv in (key, value))
+        out = self._running.attend(layer, query[0] * scaling, *own)
+        return out[None].transpose(1, 2), None
+
+    def heads_of(self, rank: int) -> list[int]:
+        """Rows of a rank's heads among all, in layer-major order."""
+        own = self.heads // self.ranks
+        return [
+            layer * self.heads + head
+            for layer in range(self.layers)
+            for head in range(rank * own, (rank + 1) * own)
+        ]
+
+
+class MaskedTokens:
+    """The tokens of one request, and what each head sees of them.
+
+    Parameters
+    ----------
+    model : runs them.
+    window : the last tokens of a forward that observe.
+    power : of the attention that they pay.
+
+    Attributes
+    ----------
+    length : how many there are.
+    visible : [L * H, length] bool, in layer-major order.
+    paid : by position of the query, and in the order of the layers: [H, n], what it
+        paid to each position.
+    keys, values : by layer, [H, length, head_dim].
+    """
+
+    def __init__(self, model: MaskedModel, window: int, power: int) -> None:
+        self.model, self.window, self.power = model, window, power
+        self.length = 0
+        self.visible = torch.ones(model.layers * model.heads, 0, dtype=torch.bool)
+        self.paid: dict[int, list[torch.Tensor]] = {}
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self._cache: Any = None
+        self._probing = 0
+
+    def extend(self, ids: list[int]) -> None:
+        """Run more tokens, causally, over everything that is visible."""
+        self.length += len(ids)
+        self.visible = pad(self.visible, (0, len(ids)), value=True)
+        out = self.model.run(self, ids, past_key_values=self._cache)
+        self._cache = out.past_key_values
+
+    def probe(self, ids: list[int], first: int) -> None:
+        """Let `ids`, at positions `first` and on, observe in the place of the oldest
+        of the last w tokens: each sees what that token sees. They leave nothing else.
+        """
+        places = torch.arange(first, first + len(ids))[None]
+        self._probing = len(ids)
+        self.model.run(self, ids, position_ids=places, past_key_values=self._cache)
+        self._probing = 0
+        self._cache.crop(self.length)
+
+    def keep_only(self, kept: list[list[int]], fold: int) -> None:
+        """Mask everything below `fold` that is not in `kept` (per head)."""
+        self.visible[:, :fold] = False
+        for h, positions in enumerate(kept):
+            self.visible[h, positions] = True
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """What a layer's heads read, [heads, new, head_dim]; `query` is scaled."""
+        (heads, n, _), new = key.shape, query.shape[1]
+        group = len(query) // heads
+        kept = n - self._probing
+        self.keys[layer], self.values[layer] = key[:, :kept], value[:, :kept]
+        logits = query @ key.repeat_interleave(group, 0).transpose(1, 2)
+        own = self.visible[layer * heads : (layer + 1) * heads]
+        visible = pad(own, (0, self._probing), value=True).repeat_interleave(group, 0)
+
+        def attention(last_seen: torch.Tensor) -> torch.Tensor:
+            mask = visible[:, None] & (torch.arange(n) <= last_seen[:, None])
+            return logits.masked_fill(~mask, float("-inf")).softmax(-1)
+
+        places = torch.arange(n - new, n)
+        probs = attention(places)
+        # A probe observes as the tokens before it would.
+        back = self.window if self._probing else 0
+        seen = attention(places - back) if back else probs
+        for row in range(max(new - self.window, 0), new):
+            mass = seen[:, row].view(heads, group, n).pow(self.power).sum(1)
+            by_layer = self.paid.setdefault(n - new + row - back, [])
+            if len(by_layer) == self.model.layers:
+                by_layer.clear()
+            by_layer.append(mass[:, :kept])
+        return probs @ value.repeat_interleave(group, 0)
