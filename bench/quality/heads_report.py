@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.common.plotting import DPI, load_pyplot
+from bench.common.plotting import load_pyplot, write_png
 from bench.common.record import read_lines
 from bench.quality.heads import FIELD
 from bench.quality.records import key_of
@@ -132,7 +132,7 @@ def plot_kept(plt: Any, panels: list[Map], title: str, path: Path) -> None:
     grid[-1, 0].set_xticks(range(0, layers, max(1, layers // 8)))
     figure.colorbar(image, ax=grid[:, 0].tolist(), label="of the mean")
     figure.suptitle(title)
-    figure.savefig(path, dpi=DPI)
+    write_png(figure, path)
     plt.close(figure)
 
 

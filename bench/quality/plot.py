@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.common.plotting import COLORS, DPI, MARKERS, load_pyplot
+from bench.common.plotting import COLORS, MARKERS, load_pyplot, write_png
 from bench.quality.records import Cell, Key
 from bench.quality.stats import (
     Estimate,
@@ -100,7 +100,7 @@ def plot_retention(plt: Any, cells: Mapping[Key, Cell], title: str, path: Path) 
     figure.legend(
         handles.values(), handles.keys(), loc="lower center", ncols=3, frameon=False
     )
-    figure.savefig(path, dpi=DPI)
+    write_png(figure, path)
     plt.close(figure)
     return True
 

@@ -30,6 +30,8 @@ FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "allocation": ("allocation", ("joint", "layer", "head")),
 }
 """Name of a preset: the option that it varies, and its values."""
+RESOLVED = {"distinct": "distinct_weight", "layer_share": "least_layer_share"}
+"""Where the options say what an option that is not given comes to."""
 TABLE = (
     RULER,
     "kv",
@@ -76,9 +78,14 @@ class Preset:
         }
 
 
+def shipped(option: str) -> Any:
+    """What the server does if the option is not given."""
+    return getattr(KVCompressOptions(), RESOLVED.get(option, option))
+
+
 def variants(option: str, values: tuple[Any, ...]) -> list[str]:
     """Systems for the values of an option that are not the server's default."""
-    default = getattr(KVCompressOptions(), option)
+    default = shipped(option)
     return [f"{OURS}:{option}={value}" for value in values if value != default]
 
 

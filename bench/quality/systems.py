@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_kvc.config.keep import Keep
+from sglang_kvc.errors import ConfigError
+
 STOCK, OURS, KVPRESS = "stock", "ours", "kvpress"
 FULL_PRESS = "full"
 KINDS = (STOCK, OURS, KVPRESS)
@@ -24,11 +27,8 @@ ALL_QUERIES = "full"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How much a request may keep: a rate or a budget."""
-
-    rate: float | None = None
-    budget: int | None = None
+class Setting(Keep):
+    """How much a request may keep, and how it is written."""
 
     @property
     def label(self) -> str:
@@ -66,16 +66,14 @@ def parse_setting(word: str) -> Setting:
     """
     try:
         if word.startswith("b"):
-            setting = Setting(budget=int(word[1:]))
-        else:
-            setting = Setting(rate=float(word.removesuffix("x")))
+            return Setting(budget=int(word[1:]))
+        return Setting(rate=float(word.removesuffix("x")))
+    except ConfigError as error:
+        raise ValueError(f"{word!r}: {error}") from None
     except ValueError:
         raise ValueError(
             f"{word!r} is no setting: a rate such as 4, or a budget such as b512"
         ) from None
-    if setting.budget == 0 or min(setting.budget or 1, setting.rate or 1) < 1:
-        raise ValueError(f"{word!r}: rates and budgets are at least 1")
-    return setting
 
 
 @dataclass(frozen=True)

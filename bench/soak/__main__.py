@@ -5,6 +5,7 @@
     python -m bench.soak --model PATH --load-format dummy --pool 65536 \\
         --requests 5500 --seconds 240 --aborts 600 --leaves 300     # one GPU
     python -m bench.soak --model PATH --load-format dummy --hostile-itl
+    python -m bench.soak --stock ...        # stock SGLang, our options left out
     python -m bench.soak --url http://127.0.0.1:30000 --pid 4711
 
 It sends prompts of 1 to ``--max-len`` tokens with shared prefixes, options of single
@@ -14,7 +15,8 @@ are timed. Afterwards the server has to be idle with every page free, to flush, 
 answer. The status is 1 if anything unexpected happened; the record goes to ``--out``.
 
 ``--hostile-itl`` measures what one client that sends refused requests and requests at
-rate 1.01 as fast as it can does to the inter-token latency of ordinary streams.
+rate 1.01 as fast as it can does to the inter-token latency of ordinary streams. With
+``--stock`` it is a client that sends the same prompts to SGLang as it comes.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ def open_server(args: argparse.Namespace, stack: ExitStack, gpu: bool) -> Server
         pool=args.pool,
         load_format=args.load_format,
         priority=args.priority,
+        stock=args.stock,
         extra=args.extra,
     )
     say("starting " + " ".join(command[2:]))
@@ -83,6 +86,7 @@ def soak(args: argparse.Namespace, server: Server, limits: Limits) -> dict[str, 
         leaves=args.leaves,
         seed=args.seed,
         without=args.without,
+        stock=args.stock,
     )
     runner = Soak(
         server,

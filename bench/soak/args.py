@@ -43,6 +43,7 @@ def parse_arguments(
     add("--load-format", default="auto")
     add("--pool", type=int, default=0, help="tokens; 0: all memory")
     add("--priority", action="store_true", help="start with priority scheduling")
+    add("--stock", action="store_true", help="SGLang without this package beside it")
     add("--device", choices=("cpu", "gpu"), help="default: what there is")
     add("--requests", type=int, default=1000)
     add("--seconds", type=float, help="nothing is sent after so long")
@@ -67,6 +68,7 @@ def parse_arguments(
     itl.add_argument("--hostile-itl", action="store_true")
     itl.add_argument("--streams", type=int, default=16)
     itl.add_argument("--phase-seconds", type=float)
+    itl.add_argument("--phases", nargs="+", help="which of them; default: all")
     itl.add_argument("--stream-tokens", type=int, help="mean output of a request")
     itl.add_argument("--stream-len", type=int, nargs=2, metavar=("LOW", "HIGH"))
     itl.add_argument(

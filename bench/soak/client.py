@@ -20,6 +20,8 @@ LATE, STALLED, UNEXPECTED = "too late to cut", "stalled", "unexpected"
 """How requests end. `LATE`: finished before it could be aborted or left."""
 LONGEST_MESSAGE = 2000
 ABORT_AGAIN_S = 0.5
+KEEP_ALIVE = 2.0
+"""Seconds after which an idle connection is not used again; the server's limit is 5."""
 _LINE = 1 << 22
 
 
@@ -209,7 +211,7 @@ class Client:
     async def __aenter__(self) -> Client:
         """Open the session."""
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
             timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=_LINE,
         )

@@ -39,6 +39,7 @@ from bench.soak.server import Server, ServerError, say
 ALONE, AGAIN = "alone", "alone again"
 HOSTILE, REFUSED, POLITE = "hostile", "refused only", "polite"
 PHASES = (ALONE, HOSTILE, REFUSED, POLITE, AGAIN)
+STOCK_PHASES = (ALONE, POLITE, AGAIN)
 SHARES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
 REFUSED_BETWEEN = 3
 """Refused requests for each at rate 1.01."""
@@ -179,7 +180,7 @@ def measure(args: argparse.Namespace, server: Server, limits: Limits) -> dict[st
     try:
         warm = Phase(args, limits, server.url)
         asyncio.run(warm.run(min(WARM_UP, args.phase_seconds)))
-        for name in PHASES:
+        for name in args.phases or (STOCK_PHASES if args.stock else PHASES):
             server.wait_idle(args.stall)
             server.flush()
             say(f"{name}: {args.phase_seconds:.0f} s")

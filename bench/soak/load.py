@@ -62,10 +62,11 @@ class Load:
             wanted = [h for h in wanted if not h.only_bare]
         self._hostile = wanted
         roles = ["abort"] * shape.aborts + ["leave"] * shape.leaves
+        small = self.limits.pool < 0.8 * self.limits.context
         for role, share, possible in (
-            ("hostile", HOSTILE_SHARE, bool(wanted)),
+            ("hostile", HOSTILE_SHARE, bool(wanted) and not shape.stock),
             ("structured", STRUCTURED_SHARE, self.limits.structured),
-            ("beyond", BEYOND_SHARE, self.limits.pool < 0.8 * self.limits.context),
+            ("beyond", BEYOND_SHARE, small and not shape.stock),
         ):
             if possible and role not in shape.without:
                 roles += [role] * math.ceil(share * shape.requests)
@@ -130,7 +131,7 @@ class Load:
 
     def _option(self, rng: random.Random, length: int) -> dict[str, Any] | None:
         draw = rng.random()
-        if draw < 0.3:
+        if draw < 0.3 or self.shape.stock:
             return None
         if draw < 0.65:
             return {"rate": rng.choice(RATES)}

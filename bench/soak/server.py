@@ -42,6 +42,7 @@ def server_command(
     pool: int = 0,
     load_format: str = "auto",
     priority: bool = False,
+    stock: bool = False,
     extra: Sequence[str] = (),
 ) -> list[str]:
     """The command that starts the server.
@@ -57,6 +58,8 @@ def server_command(
     load_format : str
     priority : bool
         Schedule by priority.
+    stock : bool
+        SGLang as it comes.
     extra : sequence of str
         More flags; they win.
     """
@@ -67,7 +70,8 @@ def server_command(
         flags += ["--skip-tokenizer-init"]
     if priority:
         flags += ["--enable-priority-scheduling", "--default-priority-value", "0"]
-    return serve.server_command(model, "127.0.0.1", port, gpu, [*flags, *extra])
+    command = serve.server_command(model, "127.0.0.1", port, gpu, [*flags, *extra])
+    return [word for word in command if word != "--kv-compress" or not stock]
 
 
 def count_log(text: str) -> dict[str, int]:

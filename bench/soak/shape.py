@@ -36,6 +36,8 @@ class Shape:
     leaves: int
     seed: int = 0
     without: frozenset[str] = frozenset()
+    stock: bool = False
+    """The server knows no options of ours: nothing that needs them is sent."""
 
 
 def log_uniform(rng: random.Random, low: int, high: int) -> int:

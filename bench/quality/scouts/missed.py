@@ -16,7 +16,6 @@ a rate costs: that is measured through the engine (`bench.quality run`).
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import mean
@@ -40,7 +39,7 @@ from bench.quality.scouts.simulate_choice import (
 )
 from bench.quality.tasks import TASKS
 from bench.quality.tasks.sample import LIKELIHOOD, Sample, encode
-from sglang_kvc.config.options import PAGE_SIZE
+from sglang_kvc.config.keep import Keep
 
 TENTHS = 10
 DIGITS = 4
@@ -145,7 +144,7 @@ class Missed:
         scores = {one.name: self._scores(one) for one in (SHIPPED, *self.candidates)}
         records = []
         for rate in self.rates:
-            budget = math.ceil(n / rate / PAGE_SIZE) * PAGE_SIZE
+            budget = Keep(rate=rate).tokens(n)
             stays = keep(scores[SHIPPED.name], layers, budget, SHIPPED)
             best = keep(answer.paid, layers, budget, SHIPPED)
             weighed = keep(answer.paid * answer.norms, layers, budget, SHIPPED)

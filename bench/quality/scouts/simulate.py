@@ -38,7 +38,7 @@ from bench.quality.tasks.sample import (
     encode,
     encode_parts,
 )
-from sglang_kvc.config.options import PAGE_SIZE
+from sglang_kvc.config.keep import Keep
 
 MAX_NEW = 128
 FULL = "full"
@@ -80,7 +80,7 @@ class Simulator:
         for candidate in CANDIDATES:
             scores = observer.scores(candidate)
             for rate in self.rates:
-                budget = math.ceil(n / rate / PAGE_SIZE) * PAGE_SIZE
+                budget = Keep(rate=rate).tokens(n)
                 chosen = keep(scores, self.layers, budget, candidate)
                 masks[f"{rate:g}|{candidate.name}"] = chosen
         stacked = torch.stack(list(masks.values())).unflatten(1, (self.layers, -1))

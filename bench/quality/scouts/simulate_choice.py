@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional
 
 from sglang_kvc.config.options import (
-    DISTINCT,
-    LAYER_SHARE,
-    PAGE_SIZE,
+    DEFAULT_DISTINCT,
+    DEFAULT_LAYER_SHARE,
     KVCompressOptions,
 )
+from sglang_kvc.config.pages import PAGE_SIZE, floor_tokens
 from sglang_kvc.kernels.pool import Pooling, pool_rows_ref
 from sglang_kvc.kernels.select import cheapest_by_head
 
@@ -54,10 +54,10 @@ class Candidate:
     reduce: str = "sum"
     share: bool = False
     value_norm: bool = KVCompressOptions.metric == "value_norm"
-    distinct: float = DISTINCT
+    distinct: float = DEFAULT_DISTINCT
     allocation: str = "joint"
     floor: float = 0.0
-    layer_share: float = LAYER_SHARE
+    layer_share: float = DEFAULT_LAYER_SHARE
     protected: int = KVCompressOptions.protected
 
     @property
@@ -181,7 +181,7 @@ class Observer:
 def keep(scores: torch.Tensor, layers: int, budget: int, c: Candidate) -> torch.Tensor:
     """[L * H, n] bool: what stays at `budget` tokens a head on average."""
     heads, n = scores.shape
-    fold = n // PAGE_SIZE * PAGE_SIZE
+    fold = floor_tokens(n)
     own = scores[:, :fold].clone()
     own[:, :SINKS] = own[:, n - c.protected :] = float("inf")
     order = own.argsort(dim=1, stable=True)

@@ -225,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Compare; the exit status is 1 if a difference is no near-tie."""
-    from sglang_kvc.config.options import PAGE_SIZE
+    from sglang_kvc.config.pages import PAGE_SIZE
     from tests.engine.texts import prompt
 
     args = parser().parse_args(words)
