@@ -26,7 +26,7 @@ from tests.engine.inprocess import (
 )
 
 CORES = 2
-TIMEOUT_S = 420
+TIMEOUT_S = 900
 
 
 @dataclass

@@ -334,7 +334,7 @@ def test_stock_backends_keep_triton(parse: Callable[..., Any]) -> None:
 
 def output_of(process: subprocess.Popen[str]) -> str:
     """Output of a script that must succeed."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err[-3000:]
     return out
 

@@ -33,7 +33,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Facts]:
             capture_output=True,
             text=True,
             cwd=Path(__file__).parents[2],
-            timeout=600,
+            timeout=1200,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,
         )

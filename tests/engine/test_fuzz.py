@@ -27,7 +27,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
-        timeout=900,
+        timeout=1800,
         # Threads of small CPU ops wait for each other on a busy machine.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,

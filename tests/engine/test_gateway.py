@@ -32,7 +32,7 @@ GENERATE, CHAT, COMPLETIONS = "/generate", "/v1/chat/completions", "/v1/completi
 RESPONSES = "/v1/responses"
 SECOND = "second"
 RANKS = 3
-START_S = 180
+START_S = 600
 
 # Characters of the corpus that no other test of the server begins with.
 OPTIONS_TEXT, TALKS_TEXT, APART = 50_100, 60_100, 3_000
@@ -90,7 +90,7 @@ def gateway(
 def ranks_known(gateway: Server) -> int:
     """Ranks to which the gateway sends requests."""
     with contextlib.suppress(requests.ConnectionError):
-        answer = requests.get(f"{gateway.url}/workers", timeout=10)
+        answer = requests.get(f"{gateway.url}/workers", timeout=30)
         if answer.status_code == 200:
             return sum(worker["is_healthy"] for worker in answer.json()["workers"])
     return 0

@@ -177,7 +177,7 @@ def run_curl(command: str) -> requests.Response:
     assert words[:2] == ["curl", "-s"]
     name, _, value = words[words.index("-H") + 1].partition(": ")
     body = words[words.index("-d") + 1]
-    return requests.post(words[2], body, headers={name: value}, timeout=120)
+    return requests.post(words[2], body, headers={name: value}, timeout=600)
 
 
 def test_wrong_option_of_a_stream(server: Server) -> None:
