@@ -6,7 +6,6 @@ from typing import Any
 
 from sglang_kvc.patches.runtimes import of_holder
 from sglang_kvc.scheduling.acceptance import limit_request
-from sglang_kvc.scheduling.lengths import NEVER
 from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
@@ -26,10 +25,9 @@ PATCH = Patch(
 def hook(original: Any, runtime: Any, scheduler: Any, req: Any) -> None:
     """Run the stock method, then set the limits of a compressed request."""
     asked = req.sampling_params.max_new_tokens
-    # None is no limit; 0 is one: scoring a prompt generates nothing.
-    asked = min(
-        NEVER if asked is None else asked, scheduler.max_new_tokens_limit or NEVER
-    )
+    # A request's 0 is a limit: scoring a prompt generates nothing. A server's is none.
+    limits = [asked, scheduler.max_new_tokens_limit or None]
+    most = min((limit for limit in limits if limit is not None), default=None)
     original(scheduler, req)
     truncate = scheduler.server_args.allow_auto_truncate
-    limit_request(req, runtime, asked, scheduler.max_req_len, truncate)
+    limit_request(req, runtime, most, scheduler.max_req_len, truncate)

@@ -17,7 +17,7 @@ from sglang_kvc.requests.request_options import parse_request_options
 from sglang_kvc.scheduling import attached
 from sglang_kvc.scheduling.attached import policy_of
 from sglang_kvc.scheduling.course import Course, Way, course, reach
-from sglang_kvc.scheduling.lengths import NEVER, tokens_left
+from sglang_kvc.scheduling.lengths import tokens_left
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.upstream.types import Req
 
@@ -52,7 +52,7 @@ def attach_policy(req: Req, server: Server) -> None:
 def limit_request(
     req: Req,
     server: Server,
-    asked: int,
+    asked: int | None,
     max_req_len: int,
     truncate: bool = False,
 ) -> None:
@@ -61,7 +61,7 @@ def limit_request(
     Parameters
     ----------
     req : with ``max_new_tokens`` already limited by SGLang.
-    asked : ``max_new_tokens`` before that.
+    asked : ``max_new_tokens`` before that; None: as many as there is room for.
     max_req_len : most tokens of a request, from the context length.
     truncate : cut a prompt that cannot be served (``--allow-auto-truncate``).
     """
@@ -80,7 +80,9 @@ def limit_request(
             : policy.pool_tokens - 2 * PAGE_SIZE
         ]
     length = len(req.origin_input_ids)
-    most = min(asked, max_req_len - length - 1, reach(policy, length) - length)
+    most = min(max_req_len - length - 1, reach(policy, length) - length)
+    if asked is not None:
+        most = min(most, asked)
     params = req.sampling_params
     params.max_new_tokens = max(most, 0)
     params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
@@ -121,7 +123,7 @@ def readmit(req: Req) -> str | None:
 
 def _too_long(policy: RequestPolicy, length: int) -> str:
     pool, budget = policy.pool_tokens, policy.budget(length)
-    if budget == NEVER or floor_tokens(length) <= budget:
+    if floor_tokens(length) <= budget:
         return (
             f"The prompt has {length} tokens, more than the KV pool of {pool}, and "
             "this request is not compressed; shorten it or ask for a higher rate, for "

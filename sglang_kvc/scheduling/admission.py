@@ -15,7 +15,7 @@ from sglang_kvc.scheduling.acceptance import course_of
 from sglang_kvc.scheduling.attached import policy_of, state_of
 from sglang_kvc.scheduling.course import Course, Way
 from sglang_kvc.scheduling.headroom import Headroom
-from sglang_kvc.scheduling.lengths import NEVER, tokens_left
+from sglang_kvc.scheduling.lengths import UNLIMITED, tokens_left
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.server import Server
 from sglang_kvc.upstream.generation import UPSTREAM
@@ -249,7 +249,7 @@ def _as_if_eos_counted(params: SamplingParams) -> Iterator[None]:
 @contextmanager
 def _all_tokens_asked(params: SamplingParams) -> Iterator[None]:
     """Make the clip alone decide what SGLang charges for new tokens."""
-    asked, params.max_new_tokens = params.max_new_tokens, NEVER
+    asked, params.max_new_tokens = params.max_new_tokens, UNLIMITED
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens, floor_tokens
-from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER
+from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, UNLIMITED
 from sglang_kvc.scheduling.policy import RequestPolicy
 
 
@@ -57,7 +57,7 @@ class Course:
     later: int = 0
     copy: int = 0
     chunk: int = 0
-    max_hit: int = NEVER
+    max_hit: int = UNLIMITED
 
     def fits(self, pool_tokens: int) -> bool:
         """Whether an empty pool of this size admits it; strict, as SGLang's test."""
@@ -103,12 +103,11 @@ def course(
             )
             first = rule.prefers(length)
             candidates = [between, after] if first else [after, between]
-    else:
+    elif policy.becomes_due:
         due = policy.first_due(length)
-        if due < NEVER:
-            most = due + policy.budget(due) + LATE_PASS_SLACK + PAGE_SIZE
-            if most + PAGE_SIZE < policy.pool_tokens:
-                candidates = [Course(Way.LATER, min(length + ahead, most))]
+        most = due + policy.budget(due) + LATE_PASS_SLACK + PAGE_SIZE
+        if most + PAGE_SIZE < policy.pool_tokens:
+            candidates = [Course(Way.LATER, min(length + ahead, most))]
     candidates.append(Course(Way.KEEP, length + ahead))
     fitting = (it for it in candidates if it.fits(policy.pool_tokens))
     return next(fitting, None)
@@ -123,15 +122,14 @@ def reach(policy: RequestPolicy, length: int) -> int:
     """
     pool = policy.pool_tokens
     whole = pool - PAGE_SIZE - 1 - (ceil_tokens(length) - length)
-    budget = policy.budget(length)
-    if budget == NEVER:
+    if not policy.enabled:
         return whole
     way = course(policy, length, 0, 0)
     if way is None or way.way is Way.KEEP:
         return whole
     start = policy.first_due(length) if way.way is Way.LATER else floor_tokens(length)
-    if policy.last_pass == NEVER:
-        return NEVER
+    if not policy.passes_end:
+        return UNLIMITED
     packed, fold = _last_fold(policy, start)
     return max(whole, pool - PAGE_SIZE - 1 - packed + fold)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from sglang_kvc.config.pages import ceil_tokens
 from sglang_kvc.scheduling.attached import policy_of, state_of
-from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER, tokens_left
+from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, tokens_left
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import PrefillAdder, Req
@@ -44,7 +44,7 @@ def growth_bound(req: Req, stock: float) -> float:
         return stock
     length = UPSTREAM.committed_len(req)
     due = state.next_due(length)
-    if due == NEVER:
+    if due is None:
         return stock
     bound = due + LATE_PASS_SLACK - length
     if state.fold:

@@ -26,7 +26,7 @@ from sglang_kvc.requests.request_options import RequestOptions
 from sglang_kvc.scheduling import attached
 from sglang_kvc.scheduling.attached import policy_of, state_of
 from sglang_kvc.scheduling.chunking import probe_tokens
-from sglang_kvc.scheduling.lengths import NEVER
+from sglang_kvc.scheduling.lengths import NEVER_DUE
 from sglang_kvc.scheduling.pass_decision import PassDecision, Probe
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.reporting import Report
@@ -75,14 +75,15 @@ class PassScheduler:
     Attributes
     ----------
     due_lens : logical length at which each slot is looked at, int64 [num_slots]; a
-        decode step compares it with the batch's lengths in one vector operation.
+        decode step compares it with the batch's lengths in one vector operation. Where
+        no pass is to come it is `NEVER_DUE`.
     """
 
     def __init__(
         self, options: KVCompressOptions, num_slots: int, *, probes: bool = False
     ) -> None:
         self.options, self.probes = options, probes
-        self.due_lens = np.full(num_slots, NEVER, dtype=np.int64)
+        self.due_lens = np.full(num_slots, NEVER_DUE, dtype=np.int64)
         # Prompts that the last prefill step has left unfinished.
         self.unfinished: list[Any] = []
         # The prompt that was put off between two chunks, see `admission.add_chunked`.
@@ -171,7 +172,7 @@ class PassScheduler:
         )
         attached.attach_state(req, state)
         req.customized_info = {"kv_compress": Report(req, state)}
-        self.due_lens[state.slot] = NEVER
+        self.due_lens[state.slot] = NEVER_DUE
         return state
 
     def _plan_request(
@@ -193,7 +194,8 @@ class PassScheduler:
                 return
             probe = self._probe(req, decision)
             plan.passes.append(state.launch(decision, req, dest_tokens, probe))
-        self.due_lens[state.slot] = state.next_due(length)
+        due = state.next_due(length)
+        self.due_lens[state.slot] = NEVER_DUE if due is None else due
 
     def _probe(self, req: Req, decision: PassDecision) -> Probe | None:
         """The prompt's end, if it scores this pass."""

@@ -13,7 +13,7 @@ from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens, floor_tokens
 from sglang_kvc.requests.request_options import RequestOptions, resolve_budget
 from sglang_kvc.scheduling.chunking import ChunkRule
-from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, NEVER
+from sglang_kvc.scheduling.lengths import LATE_PASS_SLACK, UNLIMITED
 
 PASS_SHARE = 64
 """A pass gives back at least this part of what it copies (1/64), and then only runs."""
@@ -41,12 +41,17 @@ class RequestPolicy:
     @property
     def pool_tokens(self) -> int:
         """Tokens of the KV pool."""
-        return self.chunk_rule.pool_tokens if self.chunk_rule is not None else NEVER
+        return self.chunk_rule.pool_tokens if self.chunk_rule is not None else UNLIMITED
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the request may be compressed; else it keeps everything."""
+        return self.request.enabled
 
     def budget(self, length: int) -> int:
-        """Tokens to keep per KV head at logical `length`; NEVER when not compressed."""
+        """Tokens to keep per KV head at logical `length`; not enabled: `UNLIMITED`."""
         budget = resolve_budget(self.request, self.options, length)
-        return NEVER if budget is None else budget
+        return UNLIMITED if budget is None else budget
 
     def growth(self, budget: int) -> int:
         """Full tail tokens that make a pass due: the interval in whole pages.
@@ -64,34 +69,48 @@ class RequestPolicy:
         budget = self.budget(length)
         return floor_tokens(length) - budget >= self.least_gain(budget)
 
+    @cached_property
+    def becomes_due(self) -> bool:
+        """Whether a first pass is worth it at some length of the request."""
+        return self._is_worth(LONGEST)
+
     def first_due(self, length: int) -> int:
-        """Logical length at which an uncompressed request should be looked at again."""
+        """Logical length at which an uncompressed request should be looked at again.
+
+        Only for what `becomes_due`: else there is none.
+        """
+        assert self.becomes_due
         return max(self._worth_from, length + 1)
 
     @cached_property
     def _worth_from(self) -> int:
-        """Length from which a first pass gives back what makes passes due, or NEVER."""
+        """Length from which a first pass gives back what makes passes due."""
+        return _first(self._is_worth, LONGEST)
 
-        def worth(length: int) -> bool:
-            budget = self.budget(length)
-            return floor_tokens(length) - budget >= self.growth(budget)
+    def _is_worth(self, length: int) -> bool:
+        """Whether a first pass gives back what makes passes due."""
+        budget = self.budget(length)
+        return floor_tokens(length) - budget >= self.growth(budget)
 
-        if not worth(LONGEST):
-            return NEVER
-        return _first(worth, LONGEST)
+    @cached_property
+    def passes_end(self) -> bool:
+        """Whether later passes find no room from some length on."""
+        return self._is_full(LONGEST)
 
     @cached_property
     def last_pass(self) -> int:
-        """Longest at which a later pass finds room for a second copy; NEVER: no end."""
+        """Longest at which a later pass finds room for a second copy.
 
-        def full(length: int) -> bool:
-            budget = self.budget(length)
-            return (
-                2 * budget + self.growth(budget) + 2 * LATE_PASS_SLACK
-                >= self.pool_tokens
-            )
+        `UNLIMITED` unless `passes_end`.
+        """
+        return _first(self._is_full, LONGEST) - 1 if self.passes_end else UNLIMITED
 
-        return _first(full, LONGEST) - 1 if full(LONGEST) else NEVER
+    def _is_full(self, length: int) -> bool:
+        """Whether the pool has no room for a second copy at logical `length`."""
+        budget = self.budget(length)
+        return (
+            2 * budget + self.growth(budget) + 2 * LATE_PASS_SLACK >= self.pool_tokens
+        )
 
     def pass_fits(self, held: int, budget: int) -> bool:
         """Whether `held` tokens and a packed copy fit in a pool that is else empty."""

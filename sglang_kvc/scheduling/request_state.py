@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_kvc.config.pages import PAGE_SIZE, floor_tokens
-from sglang_kvc.scheduling.lengths import NEVER
 from sglang_kvc.scheduling.pass_decision import PassDecision, Phase, Probe
 from sglang_kvc.scheduling.policy import RequestPolicy
 
@@ -97,14 +96,16 @@ class RequestState:
         """Resident tokens per KV head at logical `length` (launch order)."""
         return self.packed + length - self.fold
 
-    def next_due(self, length: int) -> int:
+    def next_due(self, length: int) -> int | None:
         """Logical length, above `length`, at which the next pass should be looked at.
 
-        NEVER if there is none: not asked for, never worth it, or not even an empty pool
+        None if there is none: not asked for, never worth it, or not even an empty pool
         has room for a second copy beside what the request holds by then.
         """
         policy = self.policy
         if self.fold == 0:
+            if not policy.becomes_due:
+                return None
             due = policy.first_due(length)
         else:
             # With a rate the budget grows, too; what it takes is no gain.
@@ -112,9 +113,8 @@ class RequestState:
             least = policy.least_gain(self.packed + grown)
             due = max(policy.growth(self.packed), grown + least)
             due = max(self.fold + due, length + 1)
-        if due >= NEVER or not policy.pass_fits(self.resident(due), policy.budget(due)):
-            return NEVER
-        return due
+        fits = policy.pass_fits(self.resident(due), policy.budget(due))
+        return due if fits else None
 
     def gain(self, length: int) -> int:
         """Tokens by which a pass would shrink the request while it decodes."""
@@ -209,15 +209,15 @@ class RequestState:
     def summary(self, length: int) -> dict[str, Any]:
         """What ``meta_info["kv_compress"]`` shows for logical `length`."""
         resident = self.resident(length)
-        budget = self.policy.budget(length)
+        enabled, budget = self.policy.enabled, self.policy.budget(length)
         report = {
-            "enabled": budget != NEVER,
+            "enabled": enabled,
             "logical_tokens": length,
             "resident_tokens": resident,
             "peak_resident_tokens": max(self.peak_resident, resident)
             if self.fold
             else resident,
-            "budget_tokens": (self.packed or budget) if budget != NEVER else None,
+            "budget_tokens": (self.packed or budget) if enabled else None,
             "passes": self.passes,
             "chunk_passes": self.chunk_passes,
             "deferred_passes": self.deferred_passes,

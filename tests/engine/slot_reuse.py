@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sglang_kvc.scheduling.lengths import NEVER
 from sglang_kvc.scheduling.request_state import RequestState
 from sglang_kvc.upstream.generation import UPSTREAM, Generation22
 from tests.engine.inprocess import InProcessScheduler, Output, Request
@@ -22,6 +21,9 @@ from tests.engine.tiny_model import VOCAB
 
 AT_ONCE = 6
 """Requests that run together; the table has twice as many rows."""
+
+LATER = 1 << 62
+"""A poll that no load reaches; `SlotOrder.look` lets such requests in."""
 
 
 def reuse_requests(rng: random.Random, count: int) -> list[Request]:
@@ -44,7 +46,7 @@ def stopped(requests: list[Request], outputs: dict[str, Output]) -> list[Request
     again = []
     for i, request in enumerate(requests):
         stop = [outputs[request.rid].ids[7 * i % 24]] if i % 2 else []
-        arrive = 0 if i < AT_ONCE else NEVER
+        arrive = 0 if i < AT_ONCE else LATER
         # Whoever ignores EOS ignores stops.
         again.append(
             dataclasses.replace(request, stop=stop, ignore_eos=not stop, arrive=arrive)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from array import array
 from dataclasses import dataclass, field
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -177,7 +178,7 @@ def walk(case: Case, req: Any) -> int:
         if length == end or chunk:
             peak = max(peak, _pass(case, state, length, end))
     left = req.sampling_params.max_new_tokens - len(req.output_ids)
-    due, last = state.next_due(length), length + max(left - 1, 0)
+    due, last = _due(state, length), length + max(left - 1, 0)
     while length < last:
         page_end = (length // PAGE + 1) * PAGE
         length = min(page_end + 1, due, last) if page_end < last else min(due, last)
@@ -185,9 +186,14 @@ def walk(case: Case, req: Any) -> int:
         assert peak <= case.pool, ("decode", length, peak)
         if length >= due:
             peak = max(peak, _pass(case, state, length, None))
-            due = state.next_due(length)
+            due = _due(state, length)
             assert due > length
     return peak
+
+
+def _due(state: RequestState, length: int) -> float:
+    due = state.next_due(length)
+    return inf if due is None else due
 
 
 def _held(state: RequestState, length: int) -> int:

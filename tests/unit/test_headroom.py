@@ -15,7 +15,7 @@ from sglang_kvc.scheduling.acceptance import course_of
 from sglang_kvc.scheduling.admission import add_one, preempt
 from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.headroom import Headroom, growth_bound, running_charge
-from sglang_kvc.scheduling.lengths import NEVER
+from sglang_kvc.scheduling.lengths import NEVER_DUE
 from sglang_kvc.scheduling.pass_decision import PassDecision, Phase
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.request_state import PassInFlight, RequestState
@@ -34,7 +34,7 @@ class Adder(ChargedAdder):
 
     def __init__(self, running: list[Any], used: int, chunk: int = 8_192) -> None:
         self.running_batch = SimpleNamespace(reqs=running)
-        self.due_lens = np.full(257, NEVER, dtype=np.int64)
+        self.due_lens = np.full(257, NEVER_DUE, dtype=np.int64)
         self.passes = SimpleNamespace(due_lens=self.due_lens, preempted=[], stuck=None)
         self.server: Any = SimpleNamespace(pass_scheduler=self.passes)
         self.token_to_kv_pool_allocator = SimpleNamespace(size=POOL)
@@ -134,7 +134,7 @@ def test_tails_are_squeezed_when_that_lets_a_prompt_in() -> None:
     reqs = [running(slot, tail=40 + slot) for slot in range(1, 18)]
     adder = Adder(reqs, held(reqs))
     assert not adder.try_add(candidate())
-    due = np.flatnonzero(adder.due_lens < NEVER)
+    due = np.flatnonzero(adder.due_lens < NEVER_DUE)
     missing = PROMPT + BUDGET + 33 - adder.available
     gains = {
         r.kv_compress_state.slot: r.kv_compress_state.gain(UPSTREAM.committed_len(r))
@@ -148,14 +148,14 @@ def test_tails_are_squeezed_when_that_lets_a_prompt_in() -> None:
     )
     # They are due already: asking again adds none.
     assert not adder.try_add(candidate())
-    assert np.flatnonzero(adder.due_lens < NEVER).tolist() == due.tolist()
+    assert np.flatnonzero(adder.due_lens < NEVER_DUE).tolist() == due.tolist()
 
 
 def test_no_squeeze_where_it_would_not_help() -> None:
     reqs = [running(slot, tail=40) for slot in range(1, 20)]
     adder = Adder(reqs, held(reqs))
     assert not adder.try_add(candidate())
-    assert (adder.due_lens == NEVER).all()
+    assert (adder.due_lens == NEVER_DUE).all()
 
 
 def test_passes_in_flight_count_before_any_other() -> None:
@@ -177,7 +177,7 @@ def test_passes_in_flight_count_before_any_other() -> None:
         state.in_flight.append(PassInFlight(decision, req, state, None))
     adder = Adder(reqs, held(reqs))
     assert not adder.try_add(candidate())
-    assert (adder.due_lens == NEVER).all()
+    assert (adder.due_lens == NEVER_DUE).all()
 
 
 @pytest.mark.parametrize("request_options", [{"enabled": False}, {"rate": 1}])

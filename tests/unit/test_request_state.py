@@ -7,7 +7,6 @@ import pytest
 from sglang_kvc.config.options import SWITCH, KVCompressOptions
 from sglang_kvc.requests.request_options import RequestOptions, parse_request_options
 from sglang_kvc.scheduling.chunking import ChunkRule
-from sglang_kvc.scheduling.lengths import NEVER
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.request_state import RequestState
 
@@ -76,8 +75,8 @@ def test_queries_are_observed_once() -> None:
 def test_outgrown_budget_becomes_due_at_budget_plus_interval() -> None:
     state = make_state(budget=128)
     assert state.next_due(100) == 128 + 64
-    assert make_state(enabled=False).next_due(100) == NEVER
-    assert make_state(rate=1).next_due(100) == NEVER
+    assert make_state(enabled=False).next_due(100) is None
+    assert make_state(rate=1).next_due(100) is None
 
 
 def make_bounded(pool: int, **request: object) -> RequestState:
@@ -91,7 +90,7 @@ def test_a_pass_that_no_pool_could_hold_is_never_due() -> None:
     """Rate 1.1 of 900 tokens in 1,280: 896 and a copy of 832 do not fit, ever."""
     state = make_bounded(1280, rate=1.1)
     assert state.propose_after_chunk(900, 900) is None
-    assert state.next_due(900) == NEVER
+    assert state.next_due(900) is None
     assert make_bounded(2048, rate=1.1).propose_after_chunk(900, 900) is not None
 
 
@@ -108,8 +107,8 @@ def test_passes_copy_at_most_64_times_what_they_free(rate: float) -> None:
                 assert decision.packed_new <= 64 * freed
                 state.launch(decision, None, None)
             due = state.next_due(length)
-            assert due > length
-        length = min(due, 120_000)
+            assert due is None or due > length
+        length = 120_000 if due is None else min(due, 120_000)
     # Nobody waits in vain either: what is held is a 64th above the budget, at most two.
     budget = state.policy.budget(length)
     assert state.resident(length) <= budget * (1 + 2 / 64) + OPTIONS.interval + 64
