@@ -8,5 +8,6 @@
 * `decode`: decode attention beside FlashAttention-3; its rows (`decode_case`), whole
   steps (`decode_steps`), a sweep of its configurations (`decode_tune`)
 * `append`, `prefill`: new tokens stored, prompts read
-* `passes`, `pass_cases`: eviction passes, each stage and all of them
+* `passes`: eviction passes, each stage and all of them (`pass_stages`); their batches
+  (`pass_cases`)
 """

@@ -15,7 +15,7 @@ from bench.kernels.batches import Batch, Shape, fold_by_head, head_blocks, make_
 from bench.kernels.checks import POOL, POWER, SINKS, WINDOW, check_pass, small_case
 from bench.kernels.decode_case import ARENA_PAGES, ROWS, Decode, Row, row_batch
 from bench.kernels.pass_cases import RATE, PassCase, pass_batch
-from bench.kernels.passes import Stages
+from bench.kernels.pass_stages import Stages
 from bench.kernels.timing import (
     CheckError,
     Clock,
@@ -236,15 +236,14 @@ def test_a_pass_can_be_repeated() -> None:
     arena = make_arena(PAGES, SMALL, "cpu")
     ring = torch.randn(3, 2, WINDOW, 4, 16).to(arena.k.dtype)
     batch, requests = pass_batch(PassCase(2, 64, 80), SMALL, PAGES, "cpu")
-    plan = build_plan(requests, SMALL.heads_per_page, "cpu")
     before = [table.clone() for table in batch.tables]
-    run = Stages(arena, ring, batch, plan)
-    run.whole(plan)
+    run = Stages(arena, ring, batch, requests)
+    run.whole()
     after = [table.clone() for table in batch.tables]
     assert int(batch.tables.fold_lens.max()) == 64 * RATE + 80
     run.restore()
     assert all(map(torch.equal, batch.tables, before))
-    run.whole(plan)
+    run.whole_planned()
     assert all(map(torch.equal, batch.tables, after))
 
 
