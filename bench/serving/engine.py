@@ -15,8 +15,9 @@ import json
 import os
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.serving.loads import make_prompts
 
@@ -24,6 +25,13 @@ SWITCH = "kv_compress"
 PLUGIN_MODULE = "sglang_kvc.plugin"
 REST_SECONDS = 0.5
 """Before each of the first requests of a server."""
+
+
+class Seen(NamedTuple):
+    """A part of a streamed answer: when it came, and how many tokens there were."""
+
+    at: float
+    tokens: int
 
 
 def main() -> None:
@@ -111,14 +119,15 @@ class Server:
         ids = make_prompts(command, self.vocab)
         params = sampling_params(command)
 
-        async def stream(prompt: list[int]) -> tuple[list[tuple[float, int]], Any]:
-            seen, info = [], {}
+        async def stream(prompt: list[int]) -> tuple[list[Seen], Any]:
+            seen: list[Seen] = []
+            info: dict[str, Any] = {}
             outputs = await self.engine.async_generate(
                 input_ids=prompt, sampling_params=params, stream=True
             )
             async for output in outputs:
                 info = output["meta_info"]
-                seen.append((time.perf_counter(), info["completion_tokens"]))
+                seen.append(Seen(time.perf_counter(), info["completion_tokens"]))
             return seen, info
 
         async def everything() -> list[Any]:
@@ -189,24 +198,25 @@ def summarize(ids: list[list[int]], info: list[dict[str, Any]]) -> dict[str, Any
     return result
 
 
-def token_gaps(streams: list[list[tuple[float, int]]]) -> dict[str, Any]:
+def token_gaps(streams: list[list[Seen]]) -> dict[str, Any]:
     """Median and tail of the time between tokens after the last first token.
 
     Parameters
     ----------
-    streams : list
-        Per request, when an answer arrived and how many tokens there were by then.
-        An answer with several tokens counts as one gap; such answers are counted.
+    streams : list of list of Seen
+        The parts of every request's answer, one list a request. A part with several
+        tokens counts as one gap; such parts are counted.
     """
     import numpy
 
-    start = max(seen[0][0] for seen in streams)
+    start = max(parts[0].at for parts in streams)
     gaps, several = [], 0
-    for seen in streams:
-        for (before, had), (now, has) in zip(seen, seen[1:]):  # noqa: B905
-            if before >= start and has > had:
-                gaps.append((now - before) * 1000)
-                several += has - had > 1
+    for parts in streams:
+        for last, part in pairwise(parts):
+            new = part.tokens - last.tokens
+            if last.at >= start and new > 0:
+                gaps.append((part.at - last.at) * 1000)
+                several += new > 1
     if not gaps:
         return {"failed": "no two tokens after the last first token"}
     median, p99 = (float(numpy.percentile(gaps, q)) for q in (50, 99))

@@ -12,7 +12,7 @@ import pytest
 from bench.common.ports import free_ports
 from bench.serving import report
 from bench.serving.child import Child, ChildError
-from bench.serving.engine import sampling_params, summarize, token_gaps
+from bench.serving.engine import Seen, sampling_params, summarize, token_gaps
 from bench.serving.loads import ABSENT, LOADS, OURS, STOCK, Load, choose, make_prompts
 from bench.serving.plan import (
     Clock,
@@ -195,14 +195,14 @@ def test_summary_of_outputs() -> None:
 
 
 def test_latencies_start_when_all_requests_have() -> None:
-    early = [(0.0, 1), (5.0, 2), (5.01, 3), (5.02, 4)]
-    late = [(5.0, 1), (5.01, 2), (5.03, 4)]
+    early = [Seen(0.0, 1), Seen(5.0, 2), Seen(5.01, 3), Seen(5.02, 4)]
+    late = [Seen(5.0, 1), Seen(5.01, 2), Seen(5.03, 4)]
     found = token_gaps([early, late])
     assert found["itl_gaps"] == 4, "the gap of 5 s began before the last first token"
     assert found["itl_median_ms"] == pytest.approx(10)
     assert found["itl_max_ms"] == pytest.approx(20)
     assert found["itl_gaps_of_several"] == 1
-    assert "failed" in token_gaps([[(0.0, 1)]])
+    assert "failed" in token_gaps([[Seen(0.0, 1)]])
 
 
 def test_commands_of_a_child(tmp_path: Path) -> None:
