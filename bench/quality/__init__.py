@@ -5,7 +5,7 @@
 * `tasks`: samples, deterministic from task, length, seed and index
 * `systems`: what is compared: engine keywords and the options of a request
 * `presets`: runs by name: the reported tables, and one option of the server at a time
-* `plan`: which cells are missing, most important first
+* `plan`: which cells are missing, most important first; `deadline`: which still fit
 * `asking`: one batch through ``sglang.Engine``; `forced` dictates tokens to it
 * `metrics`: an answer's score in [0, 1]
 * `records`: JSONL files that can be resumed and merged

@@ -118,19 +118,16 @@ def default_data() -> Path | None:
 def run(args: argparse.Namespace) -> int:
     """Measure; the exit status, `SAMPLES_LEFT` if some are."""
     from bench.common.record import environment
+    from bench.quality.deadline import Deadline
+    from bench.quality.records import Results
     from bench.quality.run import Runner
 
     wish, store = read_wish(args)
+    wish = replace(wish, block=args.block)
     try:
-        runner = Runner(
-            replace(wish, block=args.block),
-            store,
-            args.out,
-            args.also,
-            environment(),
-            args.deadline,
-            args.batch,
-        )
+        results = Results(args.out, args.also, environment())
+        deadline = Deadline.after(args.deadline)
+        runner = Runner(wish, store, results, deadline, args.batch)
         if not runner.cells:
             print("nothing is missing")
             return 0

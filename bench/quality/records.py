@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.common.record import read_lines
+from bench.common.record import read_lines, write_record
 from bench.quality import columns
 
 ANSWER_CHARS = 60
@@ -93,6 +93,38 @@ def merge(records: Iterable[dict[str, Any]]) -> dict[Key, Cell]:
 def read(paths: Iterable[Path]) -> dict[Key, Cell]:
     """Cells of files; a file that does not exist has none."""
     return merge(record for path in paths for record in lines_of(path))
+
+
+class Results:
+    """What is measured, and the file that takes more.
+
+    Parameters
+    ----------
+    out : Path
+        JSON lines are appended; what is there already counts as done.
+    also : iterable of Path
+        Files whose results count as done, too.
+    origin : dict
+        Goes into every line: command, commit, hardware, settings.
+
+    Attributes
+    ----------
+    done : dict of Key to Cell
+        As the files were at the beginning.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        also: Iterable[Path] = (),
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.out, self.origin = out, origin or {}
+        self.done = read([out, *also])
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Append a line."""
+        write_record(self.out, {**self.origin, **line})
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from bench.common.record import write_record
 from bench.quality.asking import Answer
+from bench.quality.deadline import Deadline, Share
 from bench.quality.plan import Todo, Wish, batches, blocks, todo
-from bench.quality.records import pack, read
+from bench.quality.records import Results, pack
 from bench.quality.samples import SampleKey, SampleStore
 from bench.quality.scoring import result
 from bench.quality.systems import Setting, System
 from bench.quality.tasks.sample import Sample
-
-START_GUESS = 60.0
-"""Seconds that starting an engine is taken to cost before the first one did."""
 
 
 class Asker(Protocol):
@@ -41,7 +36,6 @@ class Remembering(Protocol):
 
 
 Open = Callable[[System], Asker]
-Clock = Callable[[], float]
 
 
 class Runner:
@@ -51,39 +45,24 @@ class Runner:
     ----------
     wish : Wish
     store : SampleStore
-    out : Path
-        JSON lines are appended; what is there already counts as done.
-    also : sequence of Path
-        Files whose results count as done, too.
-    origin : dict
-        Goes into every line: command, commit, hardware, settings.
-    seconds : float or None
-        Time for everything from now; None has no end.
+    results : Results
+        What is done already, and where more goes.
+    deadline : Deadline
     batch : int
         Most samples sent to an engine at once.
-    clock : callable
     """
 
     def __init__(
         self,
         wish: Wish,
         store: SampleStore,
-        out: Path,
-        also: Sequence[Path] = (),
-        origin: dict[str, Any] | None = None,
-        seconds: float | None = None,
+        results: Results,
+        deadline: Deadline,
         batch: int = 256,
-        clock: Clock = time.monotonic,
     ) -> None:
-        self.wish, self.store, self.out, self.batch = wish, store, out, batch
-        self.origin, self.clock = origin or {}, clock
-        self.cells = list(todo(wish, read([out, *also])))
-        self.end = None if seconds is None else clock() + seconds
-        self._start_cost = START_GUESS
-        # By engine: when its systems have to stop. And those that were started.
-        self._stops: dict[str, float] = {}
-        self._started: set[str] = set()
-        self._latest: dict[str, float] = {}
+        self.wish, self.store, self.batch = wish, store, batch
+        self.results, self.deadline = results, deadline
+        self.cells = list(todo(wish, results.done))
         store.start(_sample_key(c, i) for c in self.cells for i in c.indices)
 
     def settings(self, system: System) -> dict[SampleKey, list[Setting]]:
@@ -117,18 +96,16 @@ class Runner:
         turns = list(self._turns())
         with tqdm(total=left, unit="sample", smoothing=0.1) as bar:
             for number, (system, cells) in enumerate(turns):
-                stop = self._stop([turn[0] for turn in turns[number:]])
-                # An engine that is there already may remember answers.
-                new = system.engine not in self._started
-                if new and stop is not None and self.clock() + self._start_cost > stop:
+                engines = [turn[0].engine for turn in turns[number:]]
+                share = self.deadline.share_of(engines)
+                if not share.room_to_start():
                     bar.write(f"{system.name}: no time left to start it")
                     continue
                 try:
-                    left -= self._system(system, cells, stop, open_system, bar)
+                    left -= self._system(system, cells, share, open_system, bar)
                 except Exception as error:  # the other systems must still be measured
                     bar.write(f"{system.name} failed: {error!r}")
-                    line = {"system": system.name, "error": repr(error)}
-                    write_record(self.out, {**self.origin, **line})
+                    self.results.add({"system": system.name, "error": repr(error)})
         return left
 
     def _turns(self) -> Iterator[tuple[System, list[Todo]]]:
@@ -151,47 +128,27 @@ class Runner:
                 if cells:
                     yield system, cells
 
-    def _stop(self, systems: Sequence[System]) -> float | None:
-        """When the first of the systems that are left has to stop.
-
-        Those of one engine have the share of one, which its first system begins; what
-        others leave is for all that still come.
-        """
-        if self.end is None:
-            return None
-        mine = systems[0].engine
-        new = {one.engine for one in systems} - self._stops.keys() - {mine}
-        if mine not in self._stops or not new:
-            now = self.clock()
-            self._stops[mine] = now + (self.end - now) / (1 + len(new))
-        return self._stops[mine]
-
     def _system(
         self,
         system: System,
         cells: list[Todo],
-        stop: float | None,
+        share: Share,
         open_system: Open,
         bar: Any,
     ) -> int:
-        begin = self.clock()
-        asker = open_system(system)
-        if system.engine not in self._started:
-            self._started.add(system.engine)
-            self._start_cost, self._latest = self.clock() - begin, {}
-        done, late = 0, False
+        with share.starting():
+            asker = open_system(system)
+        done = 0
         try:
             for group in batches(cells, self.batch):
                 some, known = group, _remembered(asker, group)
-                if known != group:
-                    kinds = {cell.task.name for cell in group}
-                    expected = sum(self._latest.get(kind, 0.0) for kind in kinds)
-                    late = late or (stop is not None and self.clock() + expected > stop)
-                    some = known if late else group
+                # What is remembered costs nothing.
+                if known != group and not share.room_for(c.task.name for c in group):
+                    some = known
                 if some:
                     bar.set_description(f"{system.name} {group[0].setting.label}")
                     done += self._batch(asker, some, bar, some == known)
-            if late:
+            if share.late:
                 bar.write(f"{system.name}: out of time")
         finally:
             asker.close()
@@ -200,23 +157,26 @@ class Runner:
     def _batch(self, asker: Asker, group: list[Todo], bar: Any, known: bool) -> int:
         pairs = [(cell, index) for cell in group for index in cell.indices]
         samples = [self.store.get(_sample_key(*pair)) for pair in pairs]
-        begin = self.clock()
+        begin = self.deadline.clock()
         answers = asker.answer(samples, group[0].setting)
-        seconds = self.clock() - begin
-        results: dict[Any, list[dict[str, Any]]] = {cell.key: [] for cell in group}
+        seconds = self.deadline.clock() - begin
+        found: dict[Any, list[dict[str, Any]]] = {cell.key: [] for cell in group}
         for (cell, _), sample, answer in zip(pairs, samples, answers, strict=True):
-            results[cell.key].append(result(sample, answer))
+            found[cell.key].append(result(sample, answer))
         for cell in {cell.key: cell for cell in group}.values():
             line = {
                 **cell.key._asdict(),
                 "group": cell.task.group,
                 "seconds_per_sample": round(seconds / len(pairs), 4),
-                "samples": pack(results.pop(cell.key)),
+                "samples": pack(found.pop(cell.key)),
             }
-            write_record(self.out, {**self.origin, **line})
-        for cell in [] if known else group:
-            share = seconds * len(cell.indices) / len(pairs)
-            self._latest[cell.task.name] = share
+            self.results.add(line)
+        if not known:
+            costs = {
+                cell.task.name: seconds * len(cell.indices) / len(pairs)
+                for cell in group
+            }
+            self.deadline.learn(costs)
         bar.update(len(pairs))
         return len(pairs)
 

@@ -48,8 +48,7 @@ def remembering(run: Any, clock: Clock) -> Callable[[Any], Remembering]:
 def test_what_is_remembered_is_recorded_when_time_is_up(tmp_path: Path) -> None:
     out, clock = tmp_path / "q.jsonl", Clock()
     # Batches of three, ten seconds each: there is time for two.
-    run = runner(wish(samples=9), out, clock, 25)
-    run._start_cost = 0
+    run = runner(wish(samples=9), out, clock, 25, start_cost=0)
     (system,) = run._systems()
     assert [len(set(found)) for found in run.settings(system).values()] == [3] * 9
     asker = remembering(run, clock)(system)
@@ -63,8 +62,7 @@ def test_what_is_remembered_says_nothing_about_what_is_not(tmp_path: Path) -> No
     clock = Clock()
     # Ten seconds a length, whatever the length.
     wished = wish(samples=3, lengths=[4096, 8192, 16384])
-    run = runner(wished, tmp_path / "q.jsonl", clock, 25)
-    run._start_cost = 0
+    run = runner(wished, tmp_path / "q.jsonl", clock, 25, start_cost=0)
     assert run.run(remembering(run, clock)) == 9
     assert clock.now == 20
 
@@ -108,8 +106,7 @@ def test_systems_of_one_engine_have_one_share(tmp_path: Path) -> None:
 def test_later_systems_record_what_is_remembered_of_a_batch(tmp_path: Path) -> None:
     out, clock = tmp_path / "q.jsonl", Clock()
     # There is time for one batch of three; then the second system has a larger one.
-    run = runner(wish(METHODS[:2], samples=6), out, clock, 15)
-    run._start_cost = 0
+    run = runner(wish(METHODS[:2], samples=6), out, clock, 15, start_cost=0)
     kvpress = remembering(run, clock)
 
     def open_system(system: Any) -> FakeAsker:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from bench.quality.asking import Answer
+from bench.quality.deadline import START_GUESS, Deadline
 from bench.quality.plan import Wish, batches, todo
-from bench.quality.records import Key, merge, pack, read, unpack
-from bench.quality.run import START_GUESS, Runner
+from bench.quality.records import Key, Results, merge, pack, read, unpack
+from bench.quality.run import Runner
 from bench.quality.systems import FULL, Setting, parse_setting, parse_systems
 from bench.quality.tasks import OWN_LENGTH, TASKS
 from bench.quality.tasks.sample import Sample
@@ -168,8 +169,17 @@ class FakeAsker:
         self.closed = True
 
 
-def runner(wished: Wish, out: Path, clock: Clock, seconds: float | None = None) -> Any:
-    return Runner(wished, FakeStore(), out, (), {"commit": "abc"}, seconds, 3, clock)
+def runner(
+    wished: Wish,
+    out: Path,
+    clock: Clock,
+    seconds: float | None = None,
+    start_cost: float = START_GUESS,
+) -> Any:
+    end = None if seconds is None else clock() + seconds
+    results = Results(out, origin={"commit": "abc"})
+    deadline = Deadline(clock, end, start_cost)
+    return Runner(wished, FakeStore(), results, deadline, 3)
 
 
 def test_a_run_records_every_batch_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
