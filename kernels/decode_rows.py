@@ -29,7 +29,7 @@ def row_extent(
     H: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Where rows `row` lie: slot (int64), first block, packed entries, fold length, all
+    """Extent of rows `row`: slot (int64), first block, packed entries, fold length, all
     entries. Lanes outside `mask` give anything.
     """
     slot = tl.load(slots + row // H, mask=mask).to(tl.int64)
@@ -43,7 +43,7 @@ def row_extent(
 
 @triton.jit
 def row_record(record):
-    """What `row_extent` gave for a row, from its record: independent loads."""
+    """Load what `row_extent` gave for a row from its record: independent loads."""
     return (
         tl.load(record + SLOT).to(tl.int64),
         tl.load(record + FIRST_BLOCK),
@@ -65,7 +65,7 @@ def store_record(record, slot, first_block, packed_len, fold_len, n, mask):
 
 @triton.jit
 def start_record(record):
-    """The row that a program begins in: its first tile, its end tile, its number."""
+    """Load the row that a program begins in: first tile, end tile, its number."""
     return (
         tl.load(record + FIRST_TILE),
         tl.load(record + END_TILE),

@@ -1,4 +1,4 @@
-"""How decode attention splits its work: configuration and workspace.
+"""Configuration and workspace of decode attention: how it splits its work.
 
 A row is (request, KV head), row = b * H + h, with n = S * packed blocks + seq_len -
 fold_len entries, cut into max(1, ceil(n / tile)) tiles. Every program of the attention
@@ -21,7 +21,7 @@ _DEFAULT_SMS = 132
 
 
 class DecodeConfig(NamedTuple):
-    """What may be tuned. Plan and attention of one step need the same values.
+    """Tuned values; plan and attention of one step need the same ones.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Which of the two implementations of an op runs: Triton or plain torch."""
+"""Choose which implementation of an op runs: Triton or plain torch."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Add to the worth of new KVs how unlike the others of its head a key is.
+"""Raise the scores of new KVs by how unlike the other keys of its head a key is.
 
     out[i] = score[i] + unit * unlike[i] / mean(unlike),   unit = weight * mean(score)
 
@@ -182,7 +182,7 @@ def add_distinct(
     *,
     weight: float,
 ) -> None:
-    """Add to the scores of what a pass folds, in place.
+    """Raise the scores of what a pass folds, in place.
 
     Parameters
     ----------

@@ -87,7 +87,7 @@ class BlockTables(NamedTuple):
 
 
 class PlannedRequest(NamedTuple):
-    """What a `PassPlan` says of one request; its vectors in their order, on the host.
+    """Part of a `PassPlan` for one request; its vectors in their order, on the host.
 
     Meanings are those of `PassPlan`; the four flags are 0 or 1.
     """
@@ -173,7 +173,7 @@ class PassPlan(NamedTuple):
     """Whether ``pool_tail`` is 1 for any request, known to the host."""
 
     def requests(self) -> Iterator[PlannedRequest]:
-        """Request by request, for the references: this waits for the device."""
+        """Yield the plan by request, for the references: this waits for the device."""
         vectors = [field for field in self if isinstance(field, torch.Tensor)]
         for numbers in torch.stack(vectors, dim=1).tolist():
             yield PlannedRequest._make(numbers)

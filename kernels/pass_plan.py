@@ -70,7 +70,7 @@ class PassRequest:
 
     @property
     def kept_pages(self) -> int:
-        """Pages that hold its packed blocks after the pass."""
+        """Pages that hold the request's packed blocks after the pass."""
         return self.packed_pages + self.fold_blocks - self.evict_pages
 
 

@@ -100,7 +100,7 @@ class HeadWalk(NamedTuple):
 
 
 def head_walk(tables: BlockTables, plan: PassPlan) -> HeadWalk:
-    """What `plan_head` and `head_pages` read."""
+    """Make the `HeadWalk` of a plan, which `plan_head` and `head_pages` read."""
     return HeadWalk(
         req_to_token=tables.req_to_token,
         block_offsets=tables.block_offsets,
@@ -120,13 +120,13 @@ MAX_SPLITS = 64
 
 
 def programs_per_head(rows: int, work_items: int) -> int:
-    """Programs a head, so that `rows` heads fill the GPU: a power of two."""
+    """Number of programs a head, so that `rows` heads fill the GPU: a power of two."""
     programs = triton.next_power_of_2(-(-2048 // rows))
     return max(1, min(programs, triton.next_power_of_2(work_items)))
 
 
 class Splits(NamedTuple):
-    """How a plan is launched whose heads are split over programs.
+    """Numbers of a launch whose heads are split over programs.
 
     Attributes
     ----------
@@ -139,7 +139,7 @@ class Splits(NamedTuple):
 
 
 def split_heads(plan: PassPlan, heads: int, *, entries: int, values: int) -> Splits:
-    """Split the heads of `plan`, so many a request.
+    """Split the heads of `plan`, `heads` a request, over programs.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ def plan_head(walk, r, lh, LH: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def head_pages(walk, slot, fold_len, packed_len, token_table_stride, page_table_stride):
-    """What `tile_rows` reads of a request: its packed pages and its tail's tokens."""
+    """Point at what `tile_rows` reads of a request: packed pages, its tail's tokens."""
     tokens = walk.req_to_token + slot * token_table_stride + fold_len - packed_len
     return walk.packed_pages + slot * page_table_stride, tokens
 

@@ -35,7 +35,7 @@ from sglang_kvc.kernels.plan_heads import head_walk, plan_head, plan_tails_ref
 
 
 class Pooling(NamedTuple):
-    """How far the score of an entry reaches, and what it counts for there.
+    """Spread of a score over its neighbours: how far, and what it counts for there.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Pooling(NamedTuple):
     gain: float
 
     def factor(self, shift: int) -> float:
-        """What the score of the entry `shift` places on counts for."""
+        """Weight of the score of the entry `shift` places on."""
         return self.gain * self.decay ** abs(shift) if shift else 1.0
 
 

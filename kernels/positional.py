@@ -46,7 +46,7 @@ SEED_LIMIT = 1 << 31
 
 
 def _mix(x):
-    """Hash int64 values in [0, 2**32) to such: a bijection, two multiply rounds.
+    """Hash int64 values in [0, 2**32) within it: a bijection, two multiply rounds.
 
     The multipliers are below 2**30, so that nothing overflows.
     """

@@ -47,7 +47,7 @@ SHORT_BLOCK, LONG_BLOCK = 512, 2048
 
 @dataclass(frozen=True, order=True)
 class SelectionRule:
-    """Who competes in a selection, and what stays whatever it scores.
+    """Rule of a selection: who competes, and what stays whatever it scores.
 
     Attributes
     ----------
@@ -76,7 +76,7 @@ class SelectedEntries(NamedTuple):
 
 
 def make_selected(tables: BlockTables, plan: PassPlan) -> SelectedEntries:
-    """Room for the survivors of `plan`; nothing is written."""
+    """Allocate room for the survivors of `plan`; nothing is written."""
     num_requests, device = plan.slots.shape[0], plan.slots.device
     ints = {"dtype": torch.int32, "device": device}
     return SelectedEntries(
@@ -129,7 +129,7 @@ def select_entries_ref(
 def cheapest_by_row(
     prices: torch.Tensor, exists: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """How many of the `count` cheapest existing prices are in each row."""
+    """Count those of the `count` cheapest existing prices that are in each row."""
     row_of_price = exists.nonzero()[:, 0]
     cheapest = prices[exists].sort(stable=True).indices[:count]
     return torch.bincount(row_of_price[cheapest], minlength=len(prices))
@@ -138,7 +138,7 @@ def cheapest_by_row(
 def cheapest_by_head(
     prices: torch.Tensor, exists: torch.Tensor, count: int, groups: int
 ) -> torch.Tensor:
-    """`cheapest_by_row` of groups of consecutive heads that lose equally many."""
+    """Run `cheapest_by_row` on groups of consecutive heads that lose equally many."""
     pairs = zip(prices.chunk(groups), exists.chunk(groups), strict=True)
     return torch.cat([cheapest_by_row(*pair, count // groups) for pair in pairs])
 
@@ -151,7 +151,7 @@ def scan_block(entries: int, heads: int) -> int:
 
 
 class SelectScratch(NamedTuple):
-    """What the launches of a selection leave for each other, by head of the plan.
+    """Scratch of a selection: what its launches leave for each other, by head.
 
     Attributes
     ----------
@@ -168,7 +168,7 @@ class SelectScratch(NamedTuple):
 
 
 def make_scratch(heads: int, device: torch.device | str) -> SelectScratch:
-    """Allocate that of `heads` heads, all requests together."""
+    """Allocate the scratch of `heads` heads, all requests together."""
     ints = {"dtype": torch.int32, "device": device}
     # Tensors of their own are aligned: rows of one would make Triton compile anew.
     return SelectScratch(

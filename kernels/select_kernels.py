@@ -62,7 +62,7 @@ def _blocks_priced(entries, cap, S: tl.constexpr):
 
 @triton.jit
 def blocks_to_lose(caps, head, blocks, floor_blocks, mask):
-    """Most that heads `head` of [R * LH], which hold so many `blocks`, may lose: what
+    """Most blocks that heads `head` of [R * LH], which hold `blocks`, may lose: what
     `caps` say, or without them what lies above the floor. 0 in lanes not in `mask`.
     """
     if caps is not None:

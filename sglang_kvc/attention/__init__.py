@@ -1,1 +1,1 @@
-"""SGLang's attention contract, and what runs around a forward."""
+"""Attention by SGLang's contract, and what runs around a forward."""

@@ -59,7 +59,7 @@ def build(model_runner: Any) -> KVCompressAttentionBackend:
 
 @dataclass(frozen=True, eq=False)
 class ExtendMetadata:
-    """What the layers of one prefill forward need besides its batch.
+    """Plan of one prefill forward: what its layers need besides its batch.
 
     Attributes
     ----------
@@ -144,7 +144,7 @@ class KVCompressAttentionBackend(base_attn_backend.AttentionBackend):
         )
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """How the decode kernel splits its work."""
+        """Plan how the decode kernel splits its work."""
         if not forward_batch.forward_mode.is_decode() or self._workspace is None:
             return
         plan_decode(
@@ -156,14 +156,14 @@ class KVCompressAttentionBackend(base_attn_backend.AttentionBackend):
         )
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Nothing to allocate: the decode kernel reads the live tables by slot."""
+        """Do nothing: the decode kernel reads the live tables by slot."""
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Padding rows attend to one token of the padding page."""
+        """Length of padding rows: they attend to one token of the padding page."""
         return 1
 
     def shared_read_ends(self, fm: Any) -> Any:
-        """When SGLang may change the request table; asked from 0.5.18 on.
+        """Tell SGLang when it may change the request table; asked from 0.5.18 on.
 
         Decode reads it in every layer, so no sooner than behind the graph. Prefill, and
         what the runner does not know, holds it for the whole step. So does a pass,

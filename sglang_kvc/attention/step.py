@@ -1,4 +1,4 @@
-"""One step of the worker: what the plan asks for, around SGLang's forward."""
+"""Run one step of the worker: what the plan asks for, around SGLang's forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_kvc.upstream.generation import UPSTREAM
 
 
 def run_step(runtime: KVCompressRuntime, worker: Any, batch: Any, forward: Any) -> Any:
-    """Around ``forward_batch_generation``: reset, forward, passes; on its stream."""
+    """Run ``forward_batch_generation`` between resets and passes, on its stream."""
     plan = take_plan(batch)
     if runtime.checks_ranks:
         check_ranks(plan, batch)

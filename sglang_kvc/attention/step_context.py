@@ -1,4 +1,4 @@
-"""How a step's folds reach the attention backend.
+"""Hand the folds of a step to the attention backend.
 
 They travel with the `StepPlan` on SGLang's ScheduleBatch. The backend sees a
 ForwardBatch instead, which SGLang makes inside its worker and copies field by field
@@ -31,7 +31,7 @@ class StepContext(ForwardContext):
 
 
 def forwards_with(model_runner: Any, folds: Folds) -> AbstractContextManager[None]:
-    """Around the forward of a batch.
+    """Context in which a forward finds the folds of its batch.
 
     Parameters
     ----------
@@ -45,6 +45,6 @@ def forwards_with(model_runner: Any, folds: Folds) -> AbstractContextManager[Non
 
 
 def folds_of_forward() -> Folds:
-    """Of the forward that is being planned; empty outside of `forwards_with`."""
+    """Folds of the forward that is being planned; empty outside of `forwards_with`."""
     context = get_forward_context() if has_forward_context() else None
     return context.folds if isinstance(context, StepContext) else ()

@@ -48,7 +48,7 @@ def warm_up_prefill(scheduler: Any) -> None:
 
 
 def stream_of_steps(scheduler: Any) -> AbstractContextManager[Any]:
-    """Where SGLang will run its batches."""
+    """Stream on which SGLang will run its batches."""
     if scheduler.enable_overlap:
         return torch.cuda.stream(scheduler.forward_stream)
     return nullcontext()

@@ -1,1 +1,1 @@
-"""One pass: score, select, pack."""
+"""Eviction passes: score, select, pack."""

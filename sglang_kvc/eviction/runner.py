@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PassSettings:
-    """What a pass does with scores, the same for all its requests.
+    """Settings of a pass: what it does with scores, the same for all its requests.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class PassSettings:
 
     @classmethod
     def of(cls, options: KVCompressOptions, rule: SelectionRule) -> PassSettings:
-        """Those of a server."""
+        """Make the settings of a server."""
         return cls(rule, pooling(options), options.distinct_weight)
 
 
@@ -100,14 +100,14 @@ def run_pass(
 def reward_distinct(
     context: ScoreContext, scores: torch.Tensor, units: torch.Tensor, *, weight: float
 ) -> None:
-    """`add_distinct` in place, with the keys' unlikeness where the plan needs it."""
+    """Run `add_distinct` in place, with the keys' unlikeness if the plan needs it."""
     arena, tables, plan = context.arena, context.tables, context.plan
     unlike = key_similarity_scores(arena, tables, plan) if plan.any_pooled else None
     add_distinct(tables, plan, scores, unlike, units, weight=weight)
 
 
 def pooling(options: KVCompressOptions) -> Pooling:
-    """How scores of a prompt spread, as `pool_scores` wants it."""
+    """Make a `Pooling` of the options: how the scores of a prompt spread."""
     return Pooling(
         back=options.pool_back,
         ahead=options.pool_ahead,
@@ -119,7 +119,7 @@ def pooling(options: KVCompressOptions) -> Pooling:
 def rule_of(
     options: KVCompressOptions, shape: ModelShape, *, prompt: bool
 ) -> SelectionRule:
-    """Who competes in the pass behind a complete `prompt`, or in a later one."""
+    """Rule of the pass behind a complete `prompt`, or of a later one: who competes."""
     if not options.least_layer_share:
         return _by_groups(options, shape.num_groups(options.allocation))
     layers = shape.num_groups("layer")
@@ -284,7 +284,7 @@ class PassRunner:
 
 
 def _plan_request(decision: PassDecision, options: KVCompressOptions) -> PassRequest:
-    """Host numbers of one pass, in the terms of the kernels."""
+    """Translate one pass into host numbers in the terms of the kernels."""
     fold_blocks = (decision.fold_new - decision.fold_old) // PAGE_SIZE
     freed_pages = (decision.packed_old - decision.packed_new) // PAGE_SIZE + fold_blocks
     kept_pages = decision.packed_new // PAGE_SIZE

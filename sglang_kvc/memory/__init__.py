@@ -1,1 +1,1 @@
-"""The arena, what lives beside it on the device, and what all of it costs."""
+"""Memory on the device: the arena, what lives beside it, and what all of it costs."""

@@ -1,4 +1,4 @@
-"""What a server keeps on the device beside SGLang's own: one record, made at start-up.
+"""Device state of a server beside SGLang's own: one record, made at start-up.
 
 Passes, probes and prefills take this record; none of them knows the runtime above.
 """
@@ -49,7 +49,7 @@ class DeviceState:
         return torch.device(self.device).type == "cuda"
 
     def to_device(self, values: list[int]) -> torch.Tensor:
-        """int64 tensor on the device without a host synchronisation."""
+        """Copy integers to the device, int64, without a host synchronisation."""
         host = torch.tensor(values, dtype=torch.int64)
         if not self.on_gpu:
             return host
@@ -63,7 +63,7 @@ class DeviceState:
 
 
 def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceState:
-    """Allocate what a server needs.
+    """Allocate the device state of a server.
 
     Parameters
     ----------

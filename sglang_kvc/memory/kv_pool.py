@@ -90,7 +90,7 @@ class ArenaKVPool(KVCache):
         return self.get_key_buffer(layer_id), self.get_value_buffer(layer_id)
 
     def set_kv_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: only our attention backend writes KV (it also zeroes the score)."""
+        """Refuse: only our attention backend writes KV (it also zeroes the score)."""
         raise UnsupportedModeError(
             "something tried to write KV past the kvcompress attention backend "
             "(a fused model kernel or another backend); this combination is not "

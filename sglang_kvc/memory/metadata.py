@@ -1,4 +1,4 @@
-"""How much memory our metadata takes, so that it is charged before the pool is sized.
+"""Bytes of our metadata, so that they are charged before the pool is sized.
 
 Per token of KV: one fp32 score per layer and head, inside the arena. Per running
 request: the rings of queries and their log-sum-exps, and the block tables. Once: the
@@ -82,14 +82,14 @@ class MetadataBytes:
         return int(rest * kv / (kv + self.per_token))
 
     def describe_fixed(self) -> str:
-        """The parts that do not grow with the pool, for an error message."""
+        """Describe the parts that do not grow with the pool, for an error message."""
         return (
             f"{self.fixed / GIB:.2f} GiB (query ring {self.ring / GIB:.2f}, workspace "
             f"{self.workspace / GIB:.2f}, tables {self.tables / GIB:.2f})"
         )
 
     def describe(self, kv_bytes: int, tokens: int) -> str:
-        """One line for the start-up log."""
+        """Describe everything in one line for the start-up log."""
         scores = self.per_token * tokens
         total = self.fixed + scores
         return (

@@ -36,7 +36,7 @@ def model_shape(configurator: Any) -> ModelShape:
 
 
 def build_arena(configurator: Any, max_total_num_tokens: int) -> ArenaKVPool:
-    """The arena for a pool of this many tokens."""
+    """Build the arena for a pool of this many tokens."""
     config = configurator.model_config
     if configurator.kv_cache_dtype not in (
         torch.bfloat16,
@@ -71,7 +71,7 @@ def needs_torch_allocator(pool: Any) -> bool:
 
 
 def build_torch_allocator(pool: ArenaKVPool, size: int) -> Any:
-    """Paged allocator in torch over `size` tokens."""
+    """Build the paged allocator in torch over `size` tokens."""
     from sglang_kvc.memory.cpu_allocator import TorchPagedAllocator
 
     return TorchPagedAllocator(

@@ -1,1 +1,1 @@
-"""What the host decides: who may run, when a pass is due, who gets pages back."""
+"""Decisions of the host: who may run, when a pass is due, who gets pages back."""

@@ -1,4 +1,4 @@
-"""What is accepted: a request's options, its limits, and whether it may come back.
+"""Accept a request or refuse it: its options, its limits, and its way back.
 
 `course` judges; here the answer is kept with the request, and put into words for its
 sender. A request without a course never enters the queue (`queueing`).
@@ -145,7 +145,7 @@ def _too_long(policy: RequestPolicy, length: int) -> str:
 
 
 def course_of(req: Req) -> Course | None:
-    """The request's course at its present length; a prefill step does not change it."""
+    """Course of a request at its present length; a prefill step does not change it."""
     policy = policy_of(req)
     if policy is None:
         return None
@@ -161,7 +161,7 @@ def course_of(req: Req) -> Course | None:
 
 
 def max_prefix_len(req: Req, input_len: int, stock: int) -> int:
-    """Longest prefix hit: the last `window` tokens must be computed to be observed.
+    """Longest prefix hit, tokens: the last `window` must be computed to be observed.
 
     The hit is lossless either way; the cap costs at most `window` tokens of prefill
     and makes the scores, hence the kept set, independent of what was cached. A prompt

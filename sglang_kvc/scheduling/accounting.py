@@ -1,4 +1,4 @@
-"""What SGLang's invariant checker must know beside the batches that it looks at."""
+"""Count the tokens that SGLang's invariant checker does not find in its batches."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from sglang_kvc.upstream.types import PrefillAdder, Req, SamplingParams
 
 @dataclass(frozen=True)
 class PromptNeed:
-    """What a prompt asks of a round of admission, in tokens.
+    """Tokens that a prompt asks of a round of admission.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class PromptNeed:
 
     @classmethod
     def of(cls, req: Req) -> PromptNeed | None:
-        """None for a request that SGLang serves without us."""
+        """Look up what a request needs; None if SGLang serves it without us."""
         policy, way, state = policy_of(req), course_of(req), state_of(req)
         if policy is None or way is None:
             return None
@@ -64,7 +64,7 @@ class PromptNeed:
 
     @property
     def clip(self) -> int:
-        """What SGLang has to charge beside the missing part of the prompt.
+        """Tokens that SGLang has to charge beside the missing part of the prompt.
 
         For a prompt that is compressed between chunks the result may be negative:
         SGLang adds it to the whole prompt, of which only a part is ever held. A cached

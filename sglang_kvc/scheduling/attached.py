@@ -1,4 +1,4 @@
-"""What we hang on SGLang's objects: one getter and one setter for each.
+"""Records that we hang on SGLang's objects: one getter and one setter for each.
 
 ================= ============= ==================== ===================== =============
 on                what          written by           read by               dies with
@@ -29,32 +29,32 @@ if TYPE_CHECKING:
 
 
 def policy_of(req: Req) -> RequestPolicy | None:
-    """When and how far the request is compressed; None before it was looked at."""
+    """Policy of a request; None before it was looked at."""
     return getattr(req, "kv_compress_policy", None)
 
 
 def attach_policy(req: Req, policy: RequestPolicy) -> None:
-    """Once, on the request's way into the queue."""
+    """Hang a policy on a request, once, on its way into the queue."""
     _set(req, "policy", policy)
 
 
 def refusal_of(req: Req) -> str | None:
-    """Why the request cannot be served, in words for its sender."""
+    """Refusal of a request, in words for its sender; None if it can be served."""
     return getattr(req, "kv_compress_refusal", None)
 
 
 def attach_refusal(req: Req, refusal: str) -> None:
-    """Keep it until the request is to be queued."""
+    """Hang a refusal on a request until it is to be queued."""
     _set(req, "refusal", refusal)
 
 
 def known_course(req: Req) -> tuple[tuple[Any, ...], Course | None] | None:
-    """The course that was worked out last, behind what it was worked out from."""
+    """Course of a request that was worked out last, behind the key it was made from."""
     return getattr(req, "kv_compress_course", None)
 
 
 def attach_course(req: Req, key: tuple[Any, ...], course: Course | None) -> None:
-    """Keep a course for as long as its key stays the same."""
+    """Hang a course on a request; it holds for as long as its key stays the same."""
     _set(req, "course", (key, course))
 
 
@@ -65,17 +65,17 @@ def state_of(req: Req) -> RequestState | None:
 
 
 def attach_state(req: Req, state: RequestState) -> None:
-    """At the first prefill step of an admission."""
+    """Hang a state on a request, at the first prefill step of an admission."""
     _set(req, "state", state)
 
 
 def attach_plan(batch: Any, plan: StepPlan) -> None:
-    """For the step that the batch is about to run."""
+    """Hang a plan on a batch, for the step that it is about to run."""
     _set(batch, "plan", plan)
 
 
 def take_plan(batch: Any) -> StepPlan | None:
-    """The batch's plan, which is not for its next step."""
+    """Take a batch's plan off it: it is not for the batch's next step."""
     plan: StepPlan | None = getattr(batch, "kv_compress_plan", None)
     if plan is not None:
         _set(batch, "plan", None)
@@ -83,7 +83,7 @@ def take_plan(batch: Any) -> StepPlan | None:
 
 
 def attach_passes(result: Any, passes: list[PassInFlight]) -> None:
-    """What ran behind the forward that gave this result."""
+    """Hang the passes that ran behind a forward on its result."""
     _set(result, "passes", passes)
 
 

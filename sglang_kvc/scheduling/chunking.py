@@ -1,4 +1,4 @@
-"""Which prompts are compressed between their chunks, and what that takes.
+"""Choose the prompts that are compressed between their chunks, and size the chunks.
 
 A prompt normally stays whole until its last chunk is computed: its attention is exact.
 A prompt that would take most of the pool, or more than all of it, is compressed after
@@ -25,7 +25,7 @@ CHUNK_SLACK = 4 * PAGE_SIZE
 
 @dataclass(frozen=True)
 class ChunkRule:
-    """The server's rule.
+    """Rule of a server: what is compressed between chunks, and how long chunks are.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How a request will be served on this server, and whether it can be at all.
+"""Choose how a request will be served on this server, if it can be at all.
 
 This is the one place that decides it. `course` judges a request as if it were alone:
 it takes the first way whose memory fits in the empty pool, with the numbers that
@@ -69,7 +69,7 @@ class Course:
 def course(
     policy: RequestPolicy, length: int, left: int, horizon: int
 ) -> Course | None:
-    """The way in which a request is served.
+    """Choose the way in which a request is served.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def course(
 
 
 def reach(policy: RequestPolicy, length: int) -> int:
-    """Longest that a request, alone, can become: prompt and output, tokens.
+    """Tokens, prompt and output, that a request can reach at most, alone.
 
     At least what SGLang allows without compression. With a budget there is no end. With
     a rate the budget grows until no pass finds room for a second copy beside it; from

@@ -1,4 +1,4 @@
-"""How many more tokens the pool can take: in this step, and in every later one.
+"""Count the tokens that the pool can still take, in this step and in later ones.
 
 SGLang admits a prompt if the pool holds it beside all that running requests may still
 add. A compressed prompt is large for one step, in which nothing else grows, and small
@@ -53,7 +53,7 @@ def growth_bound(req: Req, stock: float) -> float:
 
 
 def running_charge(adder: PrefillAdder, req: Req, stock: float) -> float:
-    """What SGLang's adder counts for a running request.
+    """Tokens that SGLang's adder counts for a running request.
 
     While it looks for requests to preempt, that is what one of them would give back;
     else what it can still grow to.
@@ -71,12 +71,12 @@ def running_charge(adder: PrefillAdder, req: Req, stock: float) -> float:
 
 
 def _budget_growth(policy: RequestPolicy, length: int, tokens: int) -> int:
-    """With a rate the budget itself grows."""
+    """Tokens by which the budget itself grows, with a rate."""
     return policy.budget(length + ceil_tokens(tokens)) - policy.budget(length)
 
 
 class Headroom:
-    """Both sums for one round of admission.
+    """Sums *now* and *steady* of one round of admission.
 
     SGLang's PrefillAdder knows one sum. It is set to the greater of both, but for
     the time of `charged_now`.

@@ -46,7 +46,7 @@ class PassDecision:
 
     @property
     def is_first(self) -> bool:
-        """First pass of the request: everything it holds is in token layout."""
+        """Whether it is the request's first: everything it holds is in token layout."""
         return self.packed_old == 0
 
     @property

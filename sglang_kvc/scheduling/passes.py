@@ -1,4 +1,4 @@
-"""Which requests get a pass in a step, and what the pass does to SGLang's accounting.
+"""Plan the passes of a step, and settle them in SGLang's accounting.
 
 One rule: allocate while scheduling, copy on the forward stream, free before the next
 step is scheduled. The functions here are called from the hooks in `patches/`:
@@ -95,7 +95,7 @@ class PassScheduler:
         self.launched: list[PassInFlight] = []
 
     def plan_extend(self, batch: ScheduleBatch) -> None:
-        """After ``prepare_for_extend``: new states, and the passes behind chunks.
+        """Plan a prefill step, after ``prepare_for_extend``: states and passes.
 
         A prompt gets a pass behind its last chunk; one that is compressed between
         chunks (`chunking`) behind each of them.
@@ -125,7 +125,7 @@ class PassScheduler:
         attached.attach_plan(batch, plan)
 
     def plan_decode(self, batch: ScheduleBatch) -> None:
-        """After ``prepare_for_decode``: passes of the requests that are due."""
+        """Plan a decode step, after ``prepare_for_decode``: passes that are due."""
         plan = StepPlan()
         lens = batch.seq_lens_cpu.numpy()
         due_lens = self.due_lens[batch.req_pool_indices_cpu.numpy()]
@@ -198,7 +198,7 @@ class PassScheduler:
         self.due_lens[state.slot] = NEVER_DUE if due is None else due
 
     def _probe(self, req: Req, decision: PassDecision) -> Probe | None:
-        """The prompt's end, if it scores this pass."""
+        """Probe of a pass: the prompt's end, if that scores it."""
         if not decision.between_chunks or not self.probes:
             return None
         room = min(self.options.window, decision.packed_new)
@@ -207,7 +207,7 @@ class PassScheduler:
         return Probe(token_ids, len(prompt) - len(token_ids)) if token_ids else None
 
     def _take_pages(self, batch: ScheduleBatch, tokens: int) -> Any:
-        """Fresh pages for `tokens` tokens, or None if they cannot be spared.
+        """Take fresh pages for `tokens` tokens; None if they cannot be spared.
 
         One page per running request stays free: the next decode step may need it, and
         a retraction costs more than a late pass.
@@ -233,7 +233,7 @@ class PassScheduler:
         )
 
     def settle_launched(self, scheduler: Scheduler) -> None:
-        """Before ``get_next_batch_to_run``: settle the passes of the last step.
+        """Settle the passes of the last step, before ``get_next_batch_to_run``.
 
         With the overlap scheduler its result comes later, but all that is needed of it
         is known: every token below the fold was an input of that step. While nobody

@@ -1,4 +1,4 @@
-"""When and how far a request is compressed: what it asked for, on this server.
+"""Policy of a request: what it asked for, on this server.
 
 This module imports neither torch nor SGLang.
 """
@@ -24,7 +24,7 @@ LONGEST = 1 << 31
 
 @dataclass(frozen=True)
 class RequestPolicy:
-    """When and how far one request is compressed; fixed for its life.
+    """Policy of one request: when and how far it is compressed; fixed for its life.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class RequestPolicy:
         return UNLIMITED if budget is None else budget
 
     def growth(self, budget: int) -> int:
-        """Full tail tokens that make a pass due: the interval in whole pages.
+        """Tokens of the tail, in whole pages, that make a pass due: the interval.
 
         With a large budget more: a pass copies all of it.
         """
@@ -84,7 +84,7 @@ class RequestPolicy:
 
     @cached_property
     def _worth_from(self) -> int:
-        """Length from which a first pass gives back what makes passes due."""
+        """Logical length from which a first pass gives back what makes passes due."""
         return _first(self._is_worth, LONGEST)
 
     def _is_worth(self, length: int) -> bool:
@@ -99,7 +99,7 @@ class RequestPolicy:
 
     @cached_property
     def last_pass(self) -> int:
-        """Longest at which a later pass finds room for a second copy.
+        """Logical length up to which a later pass finds room for a second copy.
 
         `UNLIMITED` unless `passes_end`.
         """

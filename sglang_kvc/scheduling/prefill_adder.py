@@ -23,7 +23,7 @@ else:
 
 @cache
 def admitting(stock: type[Any]) -> type[Any]:
-    """`stock` with the charge and the chunk that fit each request.
+    """Make a class of `stock` that charges and chunks each request as it fits.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def admitting(stock: type[Any]) -> type[Any]:
 
 
 class _Admission(_Stock):
-    """Goes before SGLang's own class."""
+    """Methods that go before those of SGLang's own class."""
 
     @property
     def _kv_compress_server(self) -> Server:

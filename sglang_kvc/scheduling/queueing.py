@@ -56,7 +56,7 @@ def end(scheduler: Scheduler, req: Req, message: str, status: HTTPStatus) -> Non
 
 
 def after_admission(scheduler: Scheduler, server: Server) -> None:
-    """After a round of admission: nobody is lost, nobody waits for ever.
+    """Finish a round of admission: nobody is lost, nobody waits for ever.
 
     SGLang forgets the requests that it has preempted if the one that they made room for
     is not admitted all the same.
@@ -99,5 +99,5 @@ def retract(result: tuple[list[Req], float, list[Req]]) -> Any:
 
 
 def retraction_order(reqs: list[Req], order: Iterable[int]) -> list[int]:
-    """Keep what could not come back: SGLang retracts from the end of the list."""
+    """Order of requests, what could not come back first: SGLang retracts the last."""
     return sorted(order, key=lambda index: course_of(reqs[index]) is not None)

@@ -38,7 +38,7 @@ class RadixCache17(RadixCache):
         super().cache_unfinished_req(req, chunked=chunked)
 
     def note_packed(self, state: RequestState) -> None:
-        """A request that ends brings its state itself."""
+        """Do nothing: a request that ends brings its state itself."""
 
     def hand_over(self, req: Any, prompt: InsertParams, own_from: int) -> None:
         """Take the folded pages of a prompt, and free those that the tree has already.

@@ -19,7 +19,7 @@ from sglang_kvc.upstream.types import Req
 
 
 class RadixCache22(UnifiedRadixCache):
-    """The default tree, freeing packed pages, too; ``disable``: it keeps nothing."""
+    """Default tree that also frees packed pages; with ``disable`` it keeps nothing."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params)
@@ -28,7 +28,7 @@ class RadixCache22(UnifiedRadixCache):
         self._packed: dict[int, RequestState] = {}
 
     def note_packed(self, state: RequestState) -> None:
-        """From now on the row of this state's request begins with packed pages."""
+        """Note that the row of this state's request now begins with packed pages."""
         self._packed[state.slot] = state
 
     def hand_over(self, req: Req, prompt: InsertParams, own_from: int) -> None:
@@ -76,7 +76,7 @@ class RadixCache22(UnifiedRadixCache):
             super().free_kv_row(kv, tail)
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
-        """The request has given back its row (finish, abort, retraction).
+        """End the state of a request whose row is free (finish, abort, retraction).
 
         Passes in flight die: their fresh pages are freed here and their result is
         skipped. SGLang's record of the memory lives on, so the state ends here.

@@ -22,7 +22,7 @@ KEY = "kv_compress"
 
 
 class Report:
-    """Looks like a per-token list; a slice of it is the request's summary of now.
+    """Per-token list for SGLang; any slice of it is the request's summary of now.
 
     It hangs on the request and must not hold it: a circle waits for the collector of
     garbage, with all its tokens, and in a large process that runs rarely.
@@ -32,7 +32,7 @@ class Report:
         self._req, self._state = weakref.ref(req), state
 
     def __getitem__(self, index: slice) -> list[dict[str, Any]]:
-        """One summary, whatever is asked for: the slice has no meaning."""
+        """List with one summary, whatever is asked for: the slice has no meaning."""
         del index
         req = self._req()
         assert req is not None

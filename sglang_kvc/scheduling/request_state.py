@@ -1,4 +1,4 @@
-"""What the host knows of one request: which KVs are packed, what is in flight.
+"""State of one request on the host: which KVs are packed, what is in flight.
 
 Two clocks (integration contract with SGLang's overlap scheduler, which launches step
 k + 1 before it processes the result of step k):
@@ -124,7 +124,7 @@ class RequestState:
         return self.packed + floor_tokens(length) - self.fold - budget
 
     def propose_after_chunk(self, length: int, prompt_len: int) -> PassDecision | None:
-        """The pass that is worth running when `length` tokens of a prompt are computed.
+        """Propose the pass that is worth running behind `length` tokens of a prompt.
 
         A pass between chunks keeps what the whole prompt may keep.
 
@@ -138,7 +138,7 @@ class RequestState:
         return self._propose(phase, length, self.policy.budget(prompt_len))
 
     def propose_while_decoding(self, length: int) -> PassDecision | None:
-        """The pass that is worth running at logical `length`; None as above."""
+        """Propose the pass that is worth running at logical `length`; None as above."""
         return self._propose(Phase.DECODE, length, self.policy.budget(length))
 
     def _propose(self, phase: Phase, length: int, budget: int) -> PassDecision | None:
@@ -203,11 +203,11 @@ class RequestState:
         return dead
 
     def end(self) -> None:
-        """The request has given back its memory; `attached.state_of` forgets it."""
+        """End: the memory is given back, and `attached.state_of` forgets the state."""
         self.kv = ENDED
 
     def summary(self, length: int) -> dict[str, Any]:
-        """What ``meta_info["kv_compress"]`` shows for logical `length`."""
+        """Summary that ``meta_info["kv_compress"]`` shows for logical `length`."""
         resident = self.resident(length)
         enabled, budget = self.policy.enabled, self.policy.budget(length)
         report = {

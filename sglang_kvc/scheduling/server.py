@@ -1,4 +1,4 @@
-"""What scheduling asks of the server that it schedules for."""
+"""Interface of the server that scheduling works for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step of the worker does besides its forward."""
+"""Plan of what a step of the worker does besides its forward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sglang_kvc.scheduling.request_state import PassInFlight
 
 @dataclass
 class StepPlan:
-    """Made while the step is scheduled, carried out by `attention.step`.
+    """Plan of a step, made while it is scheduled, carried out by `attention.step`.
 
     Attributes
     ----------
