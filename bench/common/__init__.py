@@ -1,4 +1,4 @@
-"""What several rooms of bench/ share; it imports none of them.
+"""Helpers that several rooms of bench/ share; they import none of them.
 
 * `record`: JSON lines with command, commit and hardware
 * `gpu_memory`: memory of the GPU, watched from outside

@@ -1,4 +1,4 @@
-"""How much of the GPU's memory is in use, watched from outside."""
+"""Watch from outside how much of the GPU's memory is in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the plots of all rooms share: looks, captions, and which records count."""
+"""Helpers of all plots: looks, captions, and which records count."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def of_commit(records: list[Record], commit: str = "") -> list[Record]:
 
 
 def is_commit(record: Record, commit: str) -> bool:
-    """The start of an id will do; a dirty tree must be named in full."""
+    """Whether a record is of a commit; a dirty one must be named in full."""
     own: str = record.get("commit", "")
     return own == commit or (own.startswith(commit) and "+" not in own)
 

@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
 
 
 def _command(words: Sequence[str]) -> str:
-    """The command line as one repeats it; a file of bench/ is the module that it is."""
+    """Command line as one repeats it; a file of bench/ is named as a module."""
     program, *rest = map(_relative, words)
     if program.startswith("bench/"):
         module = program.removesuffix(".py").replace("/", ".")

@@ -56,7 +56,7 @@ def import_fa3() -> Callable[..., Any] | None:
 
 
 def bench_copy(clock: Clock, report: Report) -> None:
-    """What this GPU copies: the line that floors are drawn at."""
+    """Time what this GPU copies: the line that floors are drawn at."""
     with report.guard("copy"):
         source = torch.randn(COPY_BYTES // 4, device="cuda")
         target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""Storing new tokens: decode batches and a prefill chunk, every layer once a graph."""
+"""Time the storing of new tokens: decode batches and a prefill chunk, all layers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def decode_targets(
 def prefill_targets(
     count: int, pages: int, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for a prompt, of which the last window of queries is recorded."""
+    """out_cache_loc and ring_index of a prompt: its last window is recorded."""
     page = torch.randperm(pages - 1, device=device)[: count // PAGE_SIZE] + 1
     tokens = page[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=device)
     index = torch.full((count,), -1, device=device)
@@ -68,7 +68,7 @@ def _bench_tokens(
     clock: Clock,
     report: Report,
 ) -> None:
-    """One batch; times are per layer."""
+    """Time one batch, per layer."""
     tokens, index = targets
     count = len(tokens)
     k, v, q = qkv(count, shape, str(arena.k.device))

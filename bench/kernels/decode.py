@@ -1,4 +1,4 @@
-"""Decode attention on the rows of the design's table, beside FlashAttention-3.
+"""Time decode attention on the rows of `decode_case`, beside FlashAttention-3.
 
 Rows and layers are those of `decode_case`; times are per call.
 """
@@ -30,7 +30,7 @@ SECTION = "decode"
 def bench_decode(
     arena: Arena, shape: Shape, clock: Clock, report: Report, quick: bool, fa3: Any
 ) -> None:
-    """All rows; see the module docstring."""
+    """Time all rows; see the module docstring."""
     device, pages = arena.k.device, arena.k.shape[0]
     for row in QUICK_ROWS if quick else ROWS:
         for packed in (True,) if row.skew else (True, False):
@@ -61,7 +61,7 @@ def bench_decode(
 def _bench_ours(
     case: Decode, name: str, layout: str, clock: Clock, report: Report
 ) -> None:
-    """`decode_attention` per layer, and `plan_decode`, which runs once a step."""
+    """Time `decode_attention` per layer, and `plan_decode`, which runs once a step."""
     shape, batch = case.shape, case.batch
     workspace = make_workspace(shape, case.q.device)
 
@@ -95,7 +95,7 @@ def _bench_ours(
 
 
 def _folded(case: Decode, fa3: Any) -> Callable[[int], torch.Tensor]:
-    """FA3 on the same packed arena, with (request, KV head) as its batch."""
+    """Make FA3 attend over the same packed arena, (request, KV head) as its batch."""
     shape, dim = case.shape, case.shape.head_dim
     k, v = (cells.view(-1, PAGE_SIZE, 1, dim) for cells in case.arena[:2])
     query = case.q.view(-1, 1, shape.qo_heads // shape.kv_heads, dim)
@@ -120,7 +120,7 @@ def _folded(case: Decode, fa3: Any) -> Callable[[int], torch.Tensor]:
 def _bench_folded(
     case: Decode, name: str, clock: Clock, report: Report, fa3: Any
 ) -> None:
-    """Attention alone, beside `_bench_ours`."""
+    """Time FA3's attention alone, beside `_bench_ours`."""
     run = _folded(case, fa3)
     error = case.check(run)
     timing = case.time(clock, run)
@@ -131,7 +131,7 @@ def _bench_folded(
 def _bench_stock(
     case: Decode, row: Row, size: int, clock: Clock, report: Report, fa3: Any
 ) -> None:
-    """FA3 in the layout of stock SGLang: pages of `size` tokens with all heads."""
+    """Time FA3 in the layout of stock SGLang: pages of `size` tokens with all heads."""
     shape, device = case.shape, case.q.device
     count = row.requests * -(-row.mean // size)
     cells = (len(case.layers), count, size, shape.kv_heads, shape.head_dim)

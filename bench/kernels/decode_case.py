@@ -1,4 +1,4 @@
-"""What decode attention is measured on: rows of requests, ready to run.
+"""Rows of requests that decode attention is measured on, ready to run.
 
 The arena has all its layers. A graph calls as many of them as read at least 2 GB (four
 to all), so no layer finds its KVs in L2; times are per call.
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As the results and plots call it."""
+        """Name of the row in results and plots."""
         return f"{self.requests}x{self.mean} {'skew' if self.skew else 'equal'}"
 
 
@@ -103,7 +103,7 @@ class Decode:
         }
 
     def arguments(self, layer: int) -> dict[str, Any]:
-        """What `decode_attention` needs, but `out` and `workspace`."""
+        """Arguments of `decode_attention`, but `out` and `workspace`."""
         return {
             "q": self.q,
             "arena": self.arena,
@@ -127,7 +127,7 @@ class Decode:
         run: Callable[[int], torch.Tensor],
         replays: int | None = None,
     ) -> Timing:
-        """Microseconds of one call."""
+        """Time one call."""
 
         def all_layers() -> None:
             for layer in self.layers:

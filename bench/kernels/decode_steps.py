@@ -1,4 +1,4 @@
-"""What a layer of a decode step does: it stores the new token and attends to it.
+"""Time a layer of a decode step: it stores the new token and attends to it.
 
 Ours in one launch, which also records the query and its log-sum-exp; FA3, if given,
 behind `append_kv`, which records nothing there.
@@ -24,7 +24,7 @@ def bench_steps(
     folded: Callable[[int], torch.Tensor] | None,
     clock: Clock,
 ) -> Iterator[tuple[str, Timing]]:
-    """Names and times of a call; overwrites the newest token of every request."""
+    """Yield names and times of a call; overwrites the newest token of every request."""
     shape, batch = case.shape, case.batch
     new, query_lse = _new_tokens(case)
     tables, slots, lens = batch.tables, batch.slots, batch.seq_lens

@@ -26,7 +26,7 @@ class PassCase(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As the results call it."""
+        """Name of the case in the results."""
         if not self.packed:
             return f"first {self.requests}x{self.tail}"
         return f"later {self.requests}x({self.packed}+{self.tail})"

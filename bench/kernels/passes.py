@@ -1,4 +1,4 @@
-"""An eviction pass: each stage on its own, and all of them as the runner calls them.
+"""Time eviction passes: each stage on its own, and all as the runner calls them.
 
 Two figures for each: GPU time of the captured graph, tables restored before every run,
 and the time that the host needs to launch it. Nothing in a pass waits for the device,
@@ -64,7 +64,7 @@ def bench_pass(
 def _bench_case(
     run: Stages, case: str, clock: Clock, report: Report, wrong: Mapping[str, str]
 ) -> None:
-    """Every stage that is not `wrong`, and the pass if none is."""
+    """Time every stage that is not `wrong`, and the pass if none is."""
     for stage in [*run.shipped(), *run.variants()]:
         if stage.name not in wrong:
             _bench_stage(stage, case, clock, report)
@@ -74,7 +74,7 @@ def _bench_case(
 
 
 def _bench_stage(stage: Stage, case: str, clock: Clock, report: Report) -> None:
-    """All figures of one stage."""
+    """Time one stage."""
     timing = clock.gpu(stage.work, stage.before)
     host = clock.host(stage.work, stage.before)
     figures = {figure.name: figure.at(timing.us) for figure in stage.figures}
@@ -83,7 +83,7 @@ def _bench_stage(stage: Stage, case: str, clock: Clock, report: Report) -> None:
 
 
 def _bench_whole(run: Stages, case: str, clock: Clock, report: Report) -> None:
-    """All figures of a pass."""
+    """Time a whole pass."""
     timing = clock.gpu(run.whole, run.restore)
     run.restore()
     eager = clock.eager(run.whole_planned, run.restore)

@@ -1,4 +1,4 @@
-"""Prefill over the arena: FA3 on the strided page view and on stock SGLang's layout."""
+"""Time prefill: FA3 on the arena's strided page view and on stock SGLang's layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = 1e-2
 def bench_prefill(
     arena: Arena, shape: Shape, clock: Clock, report: Report, quick: bool, fa3: Any
 ) -> None:
-    """Both layouts must agree; there is nothing of ours to check."""
+    """Time both layouts, which must agree; there is nothing of ours to check."""
     if fa3 is None:
         print("prefill: skipped, needs FA3", flush=True)
         return

@@ -65,12 +65,12 @@ def archive(path: Path) -> int:
 
 
 def _has_samples(line: dict[str, Any]) -> bool:
-    """Other benches write how many samples there were."""
+    """Whether a line has samples; other benches write how many there were."""
     return isinstance(line.get(columns.SAMPLES), dict)
 
 
 def summary(cells: Mapping[Key, Cell]) -> Iterator[dict[str, Any]]:
-    """What the tables of `report` say, but for the comparison of systems."""
+    """Figures of the tables of `report`, but for the comparison of systems."""
     for model, length in sorted({(key.model, key.length) for key in cells}):
         chosen = select(cells, model, length)
         for row in table_rows(chosen):
@@ -78,7 +78,7 @@ def summary(cells: Mapping[Key, Cell]) -> Iterator[dict[str, Any]]:
 
 
 def _row(cells: Mapping[Key, Cell], row: Column) -> dict[str, Any]:
-    """One system at one setting."""
+    """Figures of one system at one setting."""
     own = {key: c for key, c in cells.items() if (key.system, key.setting) == row}
     tasks = [name for name in TASKS if any(key.task == name for key in own)]
     found: dict[str, Any] = {

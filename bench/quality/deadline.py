@@ -41,11 +41,11 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float | None) -> Deadline:
-        """One that ends so many seconds from now; None: never."""
+        """Make one that ends so many seconds from now; None: never."""
         return cls(end=None if seconds is None else time.monotonic() + seconds)
 
     def share_of(self, engines: Sequence[str]) -> Share:
-        """What the first of the engines may take.
+        """Share of the time that the first of the engines may take.
 
         An engine keeps its share from turn to turn. What it leaves is for all that
         still come; if none does, it is for itself.
@@ -118,7 +118,7 @@ class Share:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Around what starts the engine if it is not there yet."""
+        """Time what starts the engine, if it is not there yet."""
         begin = self.deadline.clock()
         yield
         if not self.deadline.is_started(self.engine):

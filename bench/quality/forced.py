@@ -61,7 +61,7 @@ class Thoughts:
 
 
 class Dictator:
-    """SGLang calls it with the rows of logits of the requests that dictate."""
+    """Logit processor: SGLang calls it with the logits of the requests that dictate."""
 
     def __call__(self, logits: Any, params: Sequence[Mapping[str, Any]]) -> Any:
         """Lift the tokens that are dictated; other rows stay as they are."""

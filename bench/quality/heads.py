@@ -51,7 +51,7 @@ class Todo(NamedTuple):
 
 
 def todo(wish: Wish, done: Iterable[dict[str, Any]]) -> Iterator[Todo]:
-    """Lines that no record of as many prompts stands for."""
+    """Lines still to be measured: no record of as many prompts stands for them."""
     there = {
         tuple(record[name] for name in Key._fields)
         for record in done

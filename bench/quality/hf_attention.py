@@ -63,7 +63,7 @@ def visible(
     kv_heads: int,
     device: Any,
 ) -> Any:
-    """What rows may see of one layer, padded on the left to the longest of them.
+    """Mask of what rows may see of a layer, padded on the left to the longest of them.
 
     Parameters
     ----------

@@ -119,7 +119,7 @@ class PressAsker:
         self._coming = _labels(settings or {})
 
     def close(self) -> None:
-        """Nothing is held but the model, which other systems share."""
+        """Do nothing: only the model is held, which other systems share."""
 
     def remembers(self, keys: Iterable[SampleKey], setting: Setting) -> bool:
         """Whether answering these samples costs nothing."""
@@ -191,7 +191,7 @@ def _is_known(method: str) -> bool:
 def _labels(
     settings: Mapping[System, Mapping[SampleKey, Sequence[Setting]]],
 ) -> dict[SampleKey, list[Label]]:
-    """Under which labels samples will be asked; no method that does not exist."""
+    """Labels under which samples will be asked; no method that does not exist."""
     found: dict[SampleKey, list[Label]] = {}
     for system, wanted in settings.items():
         if not _is_known(system.press):

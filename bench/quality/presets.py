@@ -71,7 +71,7 @@ class Preset:
     lengths: tuple[int, ...] = (4096,)
 
     def arguments(self) -> dict[str, Any]:
-        """By the names that argparse gives them."""
+        """Values by the names that argparse gives them."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -79,7 +79,7 @@ class Preset:
 
 
 def shipped(option: str) -> Any:
-    """What the server does if the option is not given."""
+    """Default of a server's option."""
     return getattr(KVCompressOptions(), RESOLVED.get(option, option))
 
 

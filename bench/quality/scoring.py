@@ -1,4 +1,4 @@
-"""From a sample and its answer to what is recorded."""
+"""Make the recorded result of a sample and its answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is compared: engines and the settings of a request.
+"""Systems that are compared: engines, and the settings of a request.
 
 A system is written ``stock``, ``ours``, ``ours:allocation=layer,window=64`` or
 ``kvpress:snapkv``; options of ``ours`` are server flags without ``--kv-compress-``.
@@ -32,7 +32,7 @@ class Setting(Keep):
 
     @property
     def label(self) -> str:
-        """``4`` or ``b512``."""
+        """Name of the setting: ``4`` or ``b512``."""
         return f"b{self.budget}" if self.budget else f"{self.rate:g}"
 
     @property
@@ -96,7 +96,7 @@ class System:
 
     @property
     def name(self) -> str:
-        """As `parse_system` reads it."""
+        """Name of the system, as `parse_system` reads it."""
         if self.press:
             return f"{self.kind}:{self.press}"
         words = ",".join(f"{key}={value}" for key, value in self.options)
@@ -104,7 +104,7 @@ class System:
 
     @property
     def engine(self) -> str:
-        """Equal for systems that share an engine: one prefill serves all of kvpress."""
+        """Name of the engine that serves it: one prefill serves all of kvpress."""
         return self.kind if self.kind == KVPRESS else self.name
 
     @property

@@ -133,7 +133,7 @@ def summarize(
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """First and third; with one value, that one twice."""
+    """First and third quartile; with one value, that one twice."""
     if len(values) < 2:
         return [values[0], values[0]]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -187,12 +187,12 @@ def show(queue: str, rows: list[dict[str, Any]]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Two digits, a dash if there is none."""
+    """Text of a number with two digits; a dash if there is none."""
     return "–" if value is None else f"{value:.2f}"
 
 
 def cpu_name() -> str:
-    """As the kernel calls it."""
+    """Name of the CPU, as the kernel calls it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

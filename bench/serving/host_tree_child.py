@@ -134,7 +134,7 @@ def build_scheduler(model: str, system: dict[str, Any], shape: Shape) -> Any:
 
 
 def replace_device_work(scheduler: Any) -> None:
-    """The forward and the sampling answer at once; outputs go nowhere."""
+    """Make the forward and the sampling answer at once; outputs go nowhere."""
     import torch
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.model_executor.model_runner import ModelRunnerOutput
@@ -165,7 +165,7 @@ def replace_device_work(scheduler: Any) -> None:
 
 
 class Feed:
-    """In the place of SGLang's request receiver; between two polls lies one step."""
+    """Request receiver in the place of SGLang's; between two polls lies one step."""
 
     def __init__(
         self, scheduler: Any, system: dict[str, Any], shape: Shape, answers: Any
@@ -194,7 +194,7 @@ class Feed:
         return due
 
     def answer(self, record: dict[str, Any]) -> None:
-        """One line to the parent."""
+        """Send one line to the parent."""
         self.answers.write(json.dumps(record) + "\n")
 
     def _note(self, seconds: float) -> None:

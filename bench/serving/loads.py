@@ -93,12 +93,12 @@ class Load:
 
     @property
     def prompt_seed(self) -> int:
-        """The same for loads of the same shape, whatever they are called."""
+        """Seed of the prompts, the same for loads of one shape whatever their names."""
         shape = f"{self.min_input_len}-{self.input_len}+{self.output_len}"
         return zlib.crc32(shape.encode()) + self.seed
 
     def command(self, system: str, rate: float) -> dict[str, Any]:
-        """What the engine's process is told (`engine`)."""
+        """Command for the engine's process (`engine`)."""
         return {
             "op": self.mode,
             "prompts": self.count(system, rate),

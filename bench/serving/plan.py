@@ -1,4 +1,4 @@
-"""Which engines serve which loads, in which order, before which deadline.
+"""Plan which engines serve which loads, in which order, before which deadline.
 
 And what an answer must look like to count.
 """
@@ -30,7 +30,7 @@ class Spec:
 
     @property
     def name(self) -> str:
-        """Short, for the log."""
+        """Short name, for the log."""
         words = [f"{key.removeprefix('kv_compress_')}={v}" for key, v in self.extra]
         return "+".join([f"{self.system}@{self.pool or 'all'}", *words])
 
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def key(self) -> tuple[str, str, float]:
-        """What is the same in every repeat."""
+        """Key of what is the same in every repeat."""
         return self.load.id, self.spec.system, self.rate
 
 
@@ -92,7 +92,7 @@ def engine_arguments(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
 
 
 def engines_together(total_mib: int | None) -> int:
-    """How many engines with small pools a GPU of this memory holds; 0: no limit."""
+    """Engines with small pools that a GPU of this memory holds; 0: no limit."""
     return 0 if total_mib is None else max(1, total_mib // ENGINE_MIB)
 
 
@@ -170,7 +170,7 @@ def with_rates(load: Load, chosen: str) -> Load:
 
 
 def without_stock(load: Load) -> Load:
-    """For the CPU, which SGLang's PyPI build can use with our plugin only."""
+    """Leave stock out, for the CPU: SGLang's PyPI build needs our plugin there."""
     systems = (ABSENT if system == STOCK else system for system in load.systems)
     return dataclasses.replace(load, systems=tuple(dict.fromkeys(systems)))
 
@@ -211,7 +211,7 @@ def adhoc(args: argparse.Namespace) -> Load:
 
 
 def check(run: Run, answer: dict[str, Any], plugin_loaded: bool) -> str:
-    """What is wrong with an answer of the child; empty if nothing is."""
+    """Find what is wrong with an answer of the child; empty if nothing is."""
     load, system = run.load, run.spec.system
     count = load.count(system, run.rate)
     wrong = []

@@ -69,7 +69,7 @@ def plot_batch(plt: Any, rows: list[Record], caption: str, path: Path) -> bool:
 
 
 def _draw_lines(axes: Any, lines: Lines, levels: dict[str, float]) -> None:
-    """One colour a load: its points, and stock's level as a dashed line.
+    """Draw each load in a colour: its points, and stock's level as a dashed line.
 
     Loads that ran at one rate only stand side by side around it, each above a hollow
     marker for stock: full-width lines for all of them could not be told apart.
@@ -100,7 +100,7 @@ def _plain(value: float, _: int) -> str:
 
 
 def _rate_axis(axes: Any, lines: Lines) -> None:
-    """Base 2, as in the paper's figure 1; a tick at every measured rate."""
+    """Make the axis of base 2, as in the paper's figure 1; a tick at every rate."""
     rates = sorted({rate for points in lines.values() for rate, _ in points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(rates)

@@ -1,4 +1,4 @@
-"""From records to what `plot` draws: which figures count, and where."""
+"""Turn records into what `plot` draws: which figures count, and where."""
 
 from __future__ import annotations
 

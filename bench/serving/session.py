@@ -70,7 +70,7 @@ class Session:
         write_record(self.args.out, {**self._environment, "time": now, **values})
 
     def engine_id(self, spec: Spec) -> str:
-        """Unique over calls."""
+        """Name of an engine, unique over calls."""
         return f"{spec.name}#{self._stamp}"
 
     def batch(self, runs: list[Run]) -> None:
@@ -137,7 +137,7 @@ class Session:
             facts["memory_idle_mib"] = self.memory.now
 
     def warm(self, run: Run) -> None:
-        """Two short requests, so that kernels are loaded before anything is timed."""
+        """Send two short requests: kernels are loaded before anything is timed."""
         command = run.load.command(run.spec.system, run.rate)
         command |= {"op": "run", "prompts": 2, "seed": 1, "min_input_len": 0}
         command["input_len"] = min(run.load.input_len, WARM_LEN)
@@ -167,7 +167,7 @@ class Session:
         }
 
     def serve(self, run: Run, alone: bool) -> None:
-        """One run and its record."""
+        """Serve one run and record it."""
         load, spec = run.load, run.spec
         child, facts = self.children[spec], self.facts[spec]
         command = load.command(spec.system, run.rate)
@@ -207,7 +207,7 @@ class Session:
         self.say(f"{load.id} {spec.name} rate {run.rate:g} #{run.repeat}: {said}")
 
     def check_alive(self, spec: Spec) -> None:
-        """SGLang checks its memory when it is idle and dies on a leak."""
+        """Check that an idle engine lives: SGLang looks for leaks and dies of one."""
         try:
             answer = self.children[spec].ask({"op": "alive"}, 60)
         except ChildError as problem:

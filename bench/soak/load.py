@@ -1,4 +1,4 @@
-"""What the soak sends: a list of requests that follows from a seed alone.
+"""List of the soak's requests, which follows from a seed alone.
 
 Request `i` depends on the seed, the limits of the server and `i`; not on time, and not
 on what became of the requests before it.
@@ -119,7 +119,7 @@ class Load:
         return ids
 
     def _prompt(self, rng: random.Random, length: int) -> list[int]:
-        """Half of the prompts are a document, or a part of it, and a question."""
+        """Draw a prompt: half of them are (a part of) a document, and a question."""
         document = self._documents[rng.randrange(DOCUMENTS)]
         cuts = [len(document) * k // 4 for k in (1, 2, 3, 4)]
         cuts = [cut for cut in cuts if cut < length]
@@ -224,7 +224,7 @@ class Load:
         return self._finish(index, rng, job, body)
 
     def _cut_short(self, index: int, rng: random.Random, act: str) -> Job:
-        """Aborted by id, or left, before the first token or after some."""
+        """Make a request that is aborted by id, or left, before or after tokens."""
         length = log_uniform(rng, 1, self.shape.max_len)
         output, option = self.shape.max_output, self._option(rng, length)
         stream = rng.random() < 0.7

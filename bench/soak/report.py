@@ -76,7 +76,7 @@ class Latencies:
         self.gaps: list[float] = []
 
     def add(self, outcome: Outcome) -> None:
-        """Take those of one stream."""
+        """Take the latencies of one stream."""
         if outcome.answer.first is not None:
             self.first.append(outcome.answer.first)
             self.gaps += outcome.answer.gaps
@@ -172,7 +172,7 @@ class Tally:
 
 
 def _digitless(text: str) -> str:
-    """Failures that differ in numbers only are one."""
+    """Text of a failure without digits: those that differ in numbers only are one."""
     return re.sub("[0-9]+", "#", text)
 
 

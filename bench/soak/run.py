@@ -1,4 +1,4 @@
-"""The soak itself: who is sent when, canaries beside it, and what is checked after."""
+"""Run the soak: who is sent when, canaries beside it, and what is checked after."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class Server:
 
     @classmethod
     def start(cls, command: list[str], log: Path, gpu: bool, limit: float) -> Server:
-        """Start one and wait until it is ready."""
+        """Start a server and wait until it is ready."""
         environ = dict(os.environ)
         serve.set_defaults(environ, gpu, local_model=True)
         port = command[command.index("--port") + 1]
@@ -143,7 +143,7 @@ class Server:
         return self.log.read_text(errors="replace") if self.log else ""
 
     def log_tail(self) -> str:
-        """Its end."""
+        """End of the log."""
         return self.log_text()[-DEAD_TAIL:]
 
     def get(self, path: str, timeout: float = 60, post: bytes | None = None) -> Any:
@@ -244,7 +244,7 @@ class Server:
         return found
 
     def dump(self) -> str:
-        """What it says of itself, for a report of a hang."""
+        """Text that a server says of itself, for a report of a hang."""
         parts = []
         for path in ("/v1/loads", "/health", "/server_info"):
             try:
@@ -258,7 +258,7 @@ class Server:
 
 
 def _short(words: list[str]) -> str:
-    """``sglang::scheduler``, or what a helper of Python's is for."""
+    """Short name of a process: ``sglang::scheduler``, or a Python helper's task."""
     line = " ".join(words)
     for mark in ("sglang::", "resource_tracker", "forkserver"):
         if mark in line:

@@ -53,7 +53,7 @@ class WikiArticle(NamedTuple):
 
 
 def half(items: Sequence[T], seed: int) -> list[T]:
-    """Every other item: those that seeds of this parity may use."""
+    """Half of the items: those that seeds of this parity may use."""
     return list(items[seed % 2 :: 2])
 
 
@@ -130,7 +130,7 @@ class Corpus:
 
     @cached_property
     def wiki_articles(self) -> list[WikiArticle]:
-        """Those whose title is complete."""
+        """WikiText articles whose title is complete."""
         return [
             article._replace(title=detokenize(article.title))
             for article in self.wiki_texts

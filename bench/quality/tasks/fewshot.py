@@ -34,7 +34,7 @@ class Classification:
     synthetic: bool = False
 
     def __call__(self, draw: Draw) -> Sample:
-        """The classes, the examples and the tested sentence depend on the sample."""
+        """Build a question; its classes, examples and sentence depend on the sample."""
         articles = half(_articles(draw), draw.seed)
         rng = draw.rng("classes")
         chosen = rng.sample(articles, CLASSES)

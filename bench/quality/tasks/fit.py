@@ -1,4 +1,4 @@
-"""How much filler makes a prompt of a given number of tokens."""
+"""Find how much filler makes a prompt of a given number of tokens."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Needles:
     asked: int = 1
 
     def __call__(self, draw: Draw) -> Sample:
-        """One question; random parts do not depend on the amount of filler."""
+        """Build one question; random parts do not depend on the amount of filler."""
         rng = draw.rng("needles")
         hidden = MANY if self.hay == NEEDLES else self.others
         keys = distinct(self.keys, self.asked + hidden, rng)
@@ -89,7 +89,7 @@ class Needles:
         return fitted(draw, make, len(rest))
 
     def _frame(self, kind: str, wanted: list[str]) -> tuple[str, str, str]:
-        """What stands before and after the text, and how the answer begins."""
+        """Words before and after the text, and those that the answer begins with."""
         names = ", ".join(wanted)
         many = self.asked * self.per_key > 1
         verb, plural = ("are", "s") if many else ("is", "")

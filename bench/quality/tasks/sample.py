@@ -98,7 +98,7 @@ class Draw:
         return random.Random("/".join(map(str, words)))
 
     def sample(self, **rest: Any) -> Sample:
-        """What is drawn here: all but its group, which its task knows."""
+        """Make a sample of what is drawn here; its task knows the group."""
         return Sample(self.task, "", self.index, self.length, self.seed, **rest)
 
     def size(self, prompt: str, prefix: str = "") -> int:
@@ -138,7 +138,7 @@ def encode(tokenizer: Any, sample: Sample) -> list[int]:
 
 
 def cut_at(text: str, stops: Iterable[str]) -> str:
-    """What comes before the first of the stops."""
+    """Text before the first of the stops."""
     for stop in stops:
         text = text.partition(stop)[0]
     return text
