@@ -19,7 +19,9 @@ def make(
     device: str = "cpu", head_dim: int = 16
 ) -> tuple[Case, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Requests 0 and 2 are pooled; 1 was decoded and has a unit."""
-    case = make_case(3, 2, 2, 1, head_dim, [37, 90, 135], [0, 48, 32], device=device)
+    case = make_case(
+        [37, 90, 135], [0, 48, 32], layers=2, group=1, head_dim=head_dim, device=device
+    )
     plan = make_plan(case)
     assert plan.pool_tail.tolist() == [1, 0, 1]
     generator = torch.Generator(device=device).manual_seed(0)

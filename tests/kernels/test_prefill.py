@@ -97,7 +97,14 @@ def make_packed(device: str, dtype: torch.dtype):
     """A case with skewed heads as a pool, its batch look-alike, and queries."""
     lens, folds, new = (list(column) for column in zip(*PACKED, strict=True))
     case = make_case(
-        len(PACKED), LAYERS, HEADS, GROUP, DIM, lens, folds, dtype=dtype, device=device
+        lens,
+        folds,
+        layers=LAYERS,
+        kv_heads=HEADS,
+        group=GROUP,
+        head_dim=DIM,
+        dtype=dtype,
+        device=device,
     )
     # Unowned cells hold NaN; FA3 loads whole pages and masks by length.
     for cells in (case.arena.k, case.arena.v):

@@ -36,21 +36,19 @@ Shape = tuple[list[int], list[int], int, int, int, torch.dtype]
 def build(shape: Shape, device: str) -> Case:
     seq_lens, folds, layers, heads, dim, dtype = shape
     case = make_case(
-        len(seq_lens),
-        layers,
-        heads,
-        1,
-        dim,
         # Every request is made with a tail, which is cut off again.
         [max(n, fold + 1) for n, fold in zip(seq_lens, folds, strict=True)],
         folds,
+        layers=layers,
+        kv_heads=heads,
+        group=1,
+        head_dim=dim,
         skew=4.0,
         dtype=dtype,
         device=device,
+        # Lanes without an entry point there: they must not read it.
+        poison_padding=True,
     )
-    # Lanes without an entry point at the padding page: they must not read it.
-    for cells in case.arena:
-        cells[0] = torch.nan
     return case._replace(seq_lens=seq_lens)
 
 
@@ -148,12 +146,16 @@ def test_heads_are_shared_by_programs(
     """More tiles than programs, and programs without a tile."""
     name = "sglang_kvc.kernels.plan_heads.programs_per_head"
     monkeypatch.setattr(name, lambda rows, items: programs)
-    check_all(make_case(2, 1, 2, 1, 64, [450, 20], [64, 0], device=device))
+    check_all(
+        make_case([450, 20], [64, 0], layers=1, group=1, head_dim=64, device=device)
+    )
 
 
 @pytest.mark.interpreter
 def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    case = make_case(3, 1, 2, 1, 64, [50, 33, 80], [32, 0, 32], device=device)
+    case = make_case(
+        [50, 33, 80], [32, 0, 32], layers=1, group=1, head_dim=64, device=device
+    )
     args = (case.arena, case.tables, make_plan(case))
     whole = key_similarity_scores_triton(*args)
     monkeypatch.setattr("sglang_kvc.kernels.plan_heads.MAX_PARTIAL", 1)
@@ -163,7 +165,7 @@ def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> N
 @pytest.mark.interpreter
 def test_extreme_keys_have_a_cosine(device: str) -> None:
     """A key of length 0 has none with the anchor; equal and opposite ones are 0, 2."""
-    case = make_case(1, 1, 1, 1, 64, [24], device=device)
+    case = make_case([24], layers=1, kv_heads=1, group=1, head_dim=64, device=device)
     rows = [row for row, _ in oracles.entries(case, 0, 0)]
     keys = case.arena.k.view(-1, 64)
     keys[rows] = keys[rows[1]].clone()

@@ -36,7 +36,15 @@ def scorer(request: pytest.FixtureRequest) -> Scorer:
 def batch(device: str) -> Case:
     """A new request, a packed one without a tail, one with both; head_dim 80."""
     case = make_case(
-        3, 1, 3, 2, 80, [19, 33, 67], FOLDS, skew=4.0, device=device, window=WINDOW
+        [19, 33, 67],
+        FOLDS,
+        layers=1,
+        kv_heads=3,
+        group=2,
+        head_dim=80,
+        skew=4.0,
+        device=device,
+        window=WINDOW,
     )
     return case._replace(seq_lens=[19, 32, 67])
 
