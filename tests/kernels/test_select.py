@@ -63,6 +63,10 @@ def test_equals_reference(
     check_equal(case, plan, scores, SelectionRule(sinks))
 
 
+def as_lists(selected: SelectedEntries) -> oracles.Survivors:
+    return oracles.Survivors._make(part.tolist() for part in selected)
+
+
 GROUP_CASES = [
     # seq_lens, folds, packed pages, pages kept; heads hold equally many blocks.
     ([63, 130, 47], [0, 0, 0], [0, 0, 0], [2, 3, 1]),
@@ -107,12 +111,10 @@ def select_by_all(
     selected = check_equal(case, plan, scores, rule)
     fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
     bounds = (bound_groups, plan.evict_most.tolist()) if bound_groups else None
-    rows, kept, offsets = oracles.select(
+    survivors = oracles.select(
         case, scores, fold_new, keep, 8, 2, bounds=bounds, **options
     )
-    assert selected.source_rows.tolist() == rows
-    assert selected.scores.tolist() == kept
-    assert selected.block_offsets.tolist() == offsets
+    assert as_lists(selected) == survivors
     return selected, plan
 
 
@@ -209,10 +211,8 @@ def test_reference_against_literal_algorithm(
     scores = make_scores(plan.num_entries, levels, "cpu")
     selected = select_entries(case.tables, plan, scores, rule=SelectionRule(sinks))
     fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
-    rows, kept, offsets = oracles.select(case, scores, fold_new, keep, protected, sinks)
-    assert selected.source_rows.tolist() == rows
-    assert selected.scores.tolist() == kept
-    assert selected.block_offsets.tolist() == offsets
+    survivors = oracles.select(case, scores, fold_new, keep, protected, sinks)
+    assert as_lists(selected) == survivors
 
 
 def test_what_is_forced_stays() -> None:
