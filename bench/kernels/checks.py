@@ -25,7 +25,7 @@ DISTINCT = "distinct"
 STAGES = {
     "observe_scores": "observe",
     "pool_scores": "pool",
-    "add_distinct": DISTINCT,
+    "add_novelty": DISTINCT,
     "select_entries": "select",
     "pack_entries": "pack",
     "commit_tables": "commit",

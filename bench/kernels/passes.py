@@ -28,7 +28,7 @@ from bench.kernels.pass_cases import PassCase, pass_batch
 from bench.kernels.timing import CheckError, Clock, Report
 from sglang_kvc.eviction.runner import (
     PassSettings,
-    reward_distinct,
+    reward_novelty,
     rule_of,
     run_pass,
 )
@@ -84,10 +84,13 @@ class Stages:
         )
         self.observe_unrecorded()
         self.raw = self.observe()
-        self.units = torch.zeros(len(batch.tables.fold_lens), device=ring.device)
+        self.novelty_unit = torch.zeros(len(batch.tables.fold_lens), device=ring.device)
         self.scores = self.pool()
-        reward_distinct(
-            self.context, self.scores, self.units, weight=DEFAULTS.distinct_weight
+        reward_novelty(
+            self.context,
+            self.scores,
+            self.novelty_unit,
+            weight=DEFAULTS.distinct_weight,
         )
         self.selected = self.select()
 
@@ -116,8 +119,8 @@ class Stages:
 
     def distinct(self) -> None:
         """What keys say, added to raw scores, which nothing after this reads."""
-        reward_distinct(
-            self.context, self.raw, self.units, weight=DEFAULTS.distinct_weight
+        reward_novelty(
+            self.context, self.raw, self.novelty_unit, weight=DEFAULTS.distinct_weight
         )
 
     def select_joint(self) -> Any:
@@ -142,7 +145,7 @@ class Stages:
         """One pass, as `PassRunner` composes it."""
         context = replace(self.context, plan=plan)
         settings = PassSettings.of(DEFAULTS, self.rule)
-        run_pass(SCORER, context, self.pages, self.units, settings)
+        run_pass(SCORER, context, self.pages, self.novelty_unit, settings)
 
 
 def bench_pass(

@@ -3,7 +3,7 @@
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.eviction.scorers.attention import AttentionScorer
 from sglang_kvc.eviction.scorers.base import ScoreContext, Scorer
-from sglang_kvc.eviction.scorers.key_similarity import KeySimilarityScorer
+from sglang_kvc.eviction.scorers.key_diff import KeyDiffScorer
 from sglang_kvc.eviction.scorers.random import RandomScorer
 from sglang_kvc.eviction.scorers.recency import RecencyScorer
 from sglang_kvc.eviction.scorers.value_norm import ValueNormScorer
@@ -17,7 +17,7 @@ SCORERS: dict[str, Scorer] = {
         AttentionScorer("l1", power=1),
         ValueNormScorer("value_norm", power=2),
         ValueNormScorer("value_norm_l1", power=1),
-        KeySimilarityScorer("key_similarity"),
+        KeyDiffScorer("key_similarity"),
         RecencyScorer("recency"),
         RandomScorer("random"),
     )
