@@ -16,9 +16,9 @@ import torch
 from sglang_kvc.kernels import (
     append,
     decode_attention,
-    distinct,
     head_tables,
-    key_similarity,
+    key_diff,
+    novelty,
     observe,
     pack,
     pool,
@@ -163,11 +163,11 @@ def _pool(case: Case) -> Iterator[Call]:
     yield Call((case.tables, *_scored(case)), {"pooling": pooling})
 
 
-def _distinct(case: Case) -> Iterator[Call]:
+def _novelty(case: Case) -> Iterator[Call]:
     plan, scores = _scored(case)
-    unlike = key_similarity.key_similarity_scores_ref(case.arena, case.tables, plan)
-    units = torch.rand(len(case.tables.fold_lens), device=scores.device)
-    yield Call((case.tables, plan, scores, unlike, units), {"weight": 0.5})
+    diffs = key_diff.key_diff_ref(case.arena, case.tables, plan)
+    novelty_unit = torch.rand(len(case.tables.fold_lens), device=scores.device)
+    yield Call((case.tables, plan, scores, diffs, novelty_unit), {"weight": 0.5})
 
 
 def _select(case: Case) -> Iterator[Call]:
@@ -218,9 +218,9 @@ OPS = (
         tolerance=1e-4,
     ),
     Op(
-        key_similarity.key_similarity_scores,
-        key_similarity.key_similarity_scores_triton,
-        key_similarity.key_similarity_scores_ref,
+        key_diff.key_diff,
+        key_diff.key_diff_triton,
+        key_diff.key_diff_ref,
         _score,
         tolerance=1e-5,
     ),
@@ -238,10 +238,10 @@ OPS = (
     ),
     Op(pool.pool_scores, pool.pool_scores_triton, pool.pool_scores_ref, _pool),
     Op(
-        distinct.add_distinct,
-        distinct.add_distinct_triton,
-        distinct.add_distinct_ref,
-        _distinct,
+        novelty.add_novelty,
+        novelty.add_novelty_triton,
+        novelty.add_novelty_ref,
+        _novelty,
         tolerance=1e-6,
     ),
     Op(

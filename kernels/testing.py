@@ -47,109 +47,175 @@ def _deal_blocks(
     return counts
 
 
+class Deal(NamedTuple):
+    """Who has which page: request r has slots[r], packed[r] and tails[r]."""
+
+    seq_lens: list[int]
+    folds: list[int]
+    slots: list[int]
+    packed: list[list[int]]
+    tails: list[list[int]]
+    free: list[int]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the tables, with the padding's and one that nobody has."""
+        return len(self.slots) + 2
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the arena, with the padding's."""
+        return 1 + sum(map(len, (*self.packed, *self.tails, self.free)))
+
+    def tail_tokens(self, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions behind the fold of request r, and the arena's tokens of them."""
+        pos = torch.arange(self.folds[r], self.seq_lens[r])
+        pages = torch.tensor(self.tails[r], dtype=torch.int64)
+        page = pages[(pos - self.folds[r]) // PAGE_SIZE]
+        return pos, page * PAGE_SIZE + pos % PAGE_SIZE
+
+
+def deal_pages(
+    seq_lens: Sequence[int],
+    folds: Sequence[int],
+    packed_pages: Sequence[int],
+    spare_pages: int | None,
+    rng: random.Random,
+) -> Deal:
+    """Give every request a slot and its pages; arguments are those of `make_case`."""
+    tails = [-(-(n - f) // PAGE_SIZE) for n, f in zip(seq_lens, folds, strict=True)]
+    owned = sum(tails) + sum(packed_pages)
+    total = owned + (owned if spare_pages is None else spare_pages)
+    pages = rng.sample(range(1, total + 1), total)
+    requests = len(seq_lens)
+    slots = rng.sample(range(1, requests + 2), requests)
+    packed_of, tail_of = [], []
+    for packed, tail in zip(packed_pages, tails, strict=True):
+        packed_of.append([pages.pop() for _ in range(packed)])
+        tail_of.append([pages.pop() for _ in range(tail)])
+    return Deal(list(seq_lens), list(folds), slots, packed_of, tail_of, pages)
+
+
+def fill_tables(
+    deal: Deal,
+    heads: int,
+    skew: float,
+    rng: random.Random,
+    generator: torch.Generator,
+) -> BlockTables:
+    """Write who has which page, and split packed blocks over `heads`, L * H.
+
+    Cells that say nothing of a request are random: stale.
+    """
+    slots, pages = deal.num_slots, deal.num_pages
+    max_len = max(deal.seq_lens) + PAGE_SIZE
+    max_pages = max(map(len, deal.tails)) + max(map(len, deal.packed)) + 1
+    stale = {"generator": generator, "dtype": torch.int32}
+    tables = BlockTables(
+        req_to_token=torch.randint(0, pages * PAGE_SIZE, (slots, max_len), **stale),
+        fold_lens=torch.zeros(slots, dtype=torch.int32),
+        block_offsets=torch.zeros(slots, heads + 1, dtype=torch.int32),
+        packed_pages=torch.randint(0, pages, (slots, max_pages), **stale),
+    )
+    tables.req_to_token[0] = 0
+    for r, slot in enumerate(deal.slots):
+        packed, blocks = deal.packed[r], deal.folds[r] // PAGE_SIZE
+        counts = _deal_blocks(len(packed) * heads, blocks, heads, skew, rng)
+        pos, token = deal.tail_tokens(r)
+        tables.fold_lens[slot] = deal.folds[r]
+        tables.packed_pages[slot, : len(packed)] = torch.tensor(packed).int()
+        tables.block_offsets[slot, 1:] = torch.tensor(counts).cumsum(0)
+        tables.req_to_token[slot, pos] = token.int()
+    return tables
+
+
+def fill_arena(
+    deal: Deal,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Arena:
+    """Draw what the requests own, on the generator's device; poison the rest."""
+    owned = torch.zeros(deal.num_pages, PAGE_SIZE, dtype=torch.bool)
+    owned[0] = True
+    for r, packed in enumerate(deal.packed):
+        _, token = deal.tail_tokens(r)
+        owned[packed] = True
+        owned.view(-1)[token] = True
+
+    drawn = {"generator": generator, "device": generator.device}
+    shape = (deal.num_pages, layers, kv_heads, PAGE_SIZE)
+    k, v = (torch.randn(*shape, head_dim, dtype=dtype, **drawn) for _ in range(2))
+    score = torch.rand(shape, **drawn)
+    free = ~owned[:, None, None, :].to(generator.device)
+    for cells in (k, v):
+        cells.masked_fill_(free[..., None], torch.nan)
+        cells[0] = 0
+    score.masked_fill_(free, -1.0)
+    return Arena(k, v, score)
+
+
 def make_case(
-    num_requests: int,
-    L: int,
-    H: int,
-    G: int,
-    D: int,
     seq_lens: Sequence[int],
     folds: Sequence[int] | None = None,
+    *,
+    layers: int,
+    kv_heads: int = 2,
+    group: int,
+    head_dim: int,
     packed_pages: Sequence[int] | None = None,
     skew: float = 2.0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
     window: int = 8,
-    score_levels: int = 0,
     spare_pages: int | None = None,
+    poison_padding: bool = False,
 ) -> Case:
     """Build a random batch; pages, slots and stale table cells are all shuffled.
 
     Parameters
     ----------
-    num_requests : R.
-    L, H, G, D : layers, KV heads, query heads a KV head, head_dim.
     seq_lens : [R] logical tokens.
     folds : [R] of them that are packed, multiples of 16; 0 (default): uncompressed.
+    layers, kv_heads : L, H; a page has a block for each of the L * H heads.
+    group : query heads a KV head.
     packed_pages : [R] pages of the packed blocks, at most fold / 16, which is
         halved (rounded up) by default.
     skew : exponent of the heads' random weights; 0 makes heads equal.
     window : w, rows of the query ring.
-    score_levels : draw stored scores from this many values; 0 makes them all differ.
     spare_pages : free pages for packing; the packed and folded pages by default.
+    poison_padding : fill the padding page with NaN, so that reading it shows.
     """
     rng = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    heads = L * H
-    folds = list(folds) if folds is not None else [0] * num_requests
+    folds = [0] * len(seq_lens) if folds is None else folds
     if packed_pages is None:
         packed_pages = [(fold // PAGE_SIZE + 1) // 2 for fold in folds]
-    tails = [-(-(n - f) // PAGE_SIZE) for n, f in zip(seq_lens, folds, strict=True)]
-    owned = sum(tails) + sum(packed_pages)
-    spare = owned if spare_pages is None else spare_pages
-    pages = rng.sample(range(1, owned + spare + 1), owned + spare)
-
-    num_slots = num_requests + 2
-    slots = rng.sample(range(1, num_slots), num_requests)
-    max_len = max(seq_lens) + PAGE_SIZE
-    num_pages = owned + spare + 1
-    req_to_token = torch.randint(
-        0, num_pages * PAGE_SIZE, (num_slots, max_len), generator=generator
-    ).int()
-    req_to_token[0] = 0
-    fold_lens = torch.zeros(num_slots, dtype=torch.int32)
-    block_offsets = torch.zeros(num_slots, heads + 1, dtype=torch.int32)
-    max_pages = max(tails) + max(packed_pages) + 1
-    page_table = torch.randint(
-        0, num_pages, (num_slots, max_pages), generator=generator
-    ).int()
-    cells_owned = torch.zeros(num_pages, heads, PAGE_SIZE, dtype=torch.bool)
-    cells_owned[0] = True
-    for r, slot in enumerate(slots):
-        fold_lens[slot] = folds[r]
-        packed = [pages.pop() for _ in range(packed_pages[r])]
-        page_table[slot, : len(packed)] = torch.tensor(packed, dtype=torch.int32)
-        counts = _deal_blocks(
-            len(packed) * heads, folds[r] // PAGE_SIZE, heads, skew, rng
-        )
-        block_offsets[slot, 1:] = torch.tensor(counts).cumsum(0)
-        tail = torch.tensor([pages.pop() for _ in range(tails[r])], dtype=torch.int64)
-        pos = torch.arange(folds[r], seq_lens[r])
-        token = tail[(pos - folds[r]) // PAGE_SIZE] * PAGE_SIZE + pos % PAGE_SIZE
-        req_to_token[slot, pos] = token.int()
-        cells_owned[packed] = True
-        cells_owned[token // PAGE_SIZE, :, token % PAGE_SIZE] = True
+    deal = deal_pages(seq_lens, folds, packed_pages, spare_pages, rng)
+    host = torch.Generator().manual_seed(seed)
+    tables = fill_tables(deal, layers * kv_heads, skew, rng, host)
 
     # The big tensors are made where they live.
     generator = torch.Generator(device).manual_seed(seed)
-    random_like = {"generator": generator, "device": device}
-    shape = (num_pages, L, H, PAGE_SIZE, D)
-    k, v = (torch.randn(shape, dtype=dtype, **random_like) for _ in range(2))
-    free = ~cells_owned.view(shape[:4]).to(device)
-    for cells in (k, v):
-        cells.masked_fill_(free[..., None], torch.nan)
-        cells[0] = 0
-    score = torch.rand(shape[:4], **random_like)
-    if score_levels:
-        score = (score * score_levels).floor() / score_levels
-    score.masked_fill_(free, -1.0)
-    ring_shape = (num_slots, L, window, H * G, D)
+    arena = fill_arena(deal, layers, kv_heads, head_dim, dtype, generator)
+    if poison_padding:
+        for cells in arena:
+            cells[0] = torch.nan
+    ring_shape = (deal.num_slots, layers, window, kv_heads * group, head_dim)
     return Case(
-        arena=Arena(k, v, score),
-        tables=BlockTables(
-            req_to_token=req_to_token.to(device),
-            fold_lens=fold_lens.to(device),
-            block_offsets=block_offsets.to(device),
-            packed_pages=page_table.to(device),
+        arena=arena,
+        tables=BlockTables(*(table.to(device) for table in tables)),
+        query_ring=torch.randn(
+            ring_shape, dtype=dtype, generator=generator, device=device
         ),
-        query_ring=torch.randn(ring_shape, dtype=dtype, **random_like),
         query_lse=torch.full(ring_shape[:-1], torch.nan, device=device),
-        slots=slots,
-        seq_lens=list(seq_lens),
-        folds=folds,
+        slots=deal.slots,
+        seq_lens=deal.seq_lens,
+        folds=deal.folds,
         packed_pages=list(packed_pages),
-        free_pages=pages,
+        free_pages=deal.free,
     )
 
 

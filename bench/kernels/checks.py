@@ -25,7 +25,7 @@ DISTINCT = "distinct"
 STAGES = {
     "observe_scores": "observe",
     "pool_scores": "pool",
-    "add_distinct": DISTINCT,
+    "add_novelty": DISTINCT,
     "select_entries": "select",
     "pack_entries": "pack",
     "commit_tables": "commit",
@@ -42,13 +42,12 @@ def small_case(device: str, shape: Shape, *, folded: bool = True) -> Case:
     are timed: Triton compiles nothing twice, and what is checked is what is timed.
     """
     return make_case(
-        4,
-        shape.layers,
-        shape.kv_heads,
-        shape.qo_heads // shape.kv_heads,
-        shape.head_dim,
-        seq_lens=[700, 1275, 848, 2096],
-        folds=[0, 0, 768, 2000] if folded else [0] * 4,
+        [700, 1275, 848, 2096],
+        [0, 0, 768, 2000] if folded else [0] * 4,
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        group=shape.qo_heads // shape.kv_heads,
+        head_dim=shape.head_dim,
         dtype=torch.bfloat16,
         device=device,
         window=WINDOW,

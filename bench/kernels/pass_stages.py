@@ -22,7 +22,7 @@ from bench.kernels.checks import (
 from bench.kernels.timing import Work
 from sglang_kvc.eviction.runner import (
     PassSettings,
-    reward_distinct,
+    reward_novelty,
     rule_of,
     run_pass,
 )
@@ -106,10 +106,13 @@ class Stages:
         )
         self.observe_unrecorded()
         self.raw = self.observe()
-        self.units = torch.zeros(len(batch.tables.fold_lens), device=ring.device)
+        self.novelty_unit = torch.zeros(len(batch.tables.fold_lens), device=ring.device)
         self.scores = self.pool()
-        reward_distinct(
-            self.context, self.scores, self.units, weight=DEFAULTS.distinct_weight
+        reward_novelty(
+            self.context,
+            self.scores,
+            self.novelty_unit,
+            weight=DEFAULTS.distinct_weight,
         )
         self.selected = self.select()
 
@@ -138,8 +141,8 @@ class Stages:
 
     def distinct(self) -> None:
         """Add what keys say to the raw scores, which nothing after this reads."""
-        reward_distinct(
-            self.context, self.raw, self.units, weight=DEFAULTS.distinct_weight
+        reward_novelty(
+            self.context, self.raw, self.novelty_unit, weight=DEFAULTS.distinct_weight
         )
 
     def select_joint(self) -> Any:
@@ -174,7 +177,7 @@ class Stages:
     def _run(self, plan: PassPlan) -> None:
         context = replace(self.context, plan=plan)
         settings = PassSettings.of(DEFAULTS, self.rule)
-        run_pass(SCORER, context, self.pages, self.units, settings)
+        run_pass(SCORER, context, self.pages, self.novelty_unit, settings)
 
     def shipped(self) -> list[Stage]:
         """The stages that a pass consists of, in their order."""

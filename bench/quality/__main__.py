@@ -41,7 +41,8 @@ from bench.quality.tasks import GROUPS, RULER, TASKS, resolve
 from bench.quality.tasks.corpus import DEFAULT_DATA
 
 if TYPE_CHECKING:
-    from bench.quality.samples import SampleKey, SampleStore
+    from bench.quality.samples import SampleStore
+    from bench.quality.tasks.sample import SampleKey
 
 OUT = Path("bench/results/quality.jsonl")
 HEADS_OUT = Path("bench/results/quality_heads.jsonl")

@@ -24,6 +24,7 @@ from bench.quality.tasks.sample import (
     LIKELIHOOD,
     TURNS,
     Sample,
+    SampleKey,
     encode,
     encode_parts,
     encode_turns,
@@ -86,7 +87,7 @@ class EngineAsker:
     ) -> None:
         self.system, self.tokenizer = system, tokenizer
         # By sample: the text to decode and the full cache's distribution over it.
-        self._full: dict[tuple[str, int, int, int], tuple[Sample, Any]] = {}
+        self._full: dict[SampleKey, tuple[Sample, Any]] = {}
         self.engine = engine or start(system, model, extra or {})
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ from bench.quality.tasks.sample import (
     DICTATED,
     TURNS,
     Sample,
+    SampleKey,
     encode,
     encode_parts,
     encode_turns,
@@ -147,6 +148,10 @@ class HeadAsker:
         self.engine.shutdown()
 
 
+def _sample_keys(key: Key, samples: int) -> list[SampleKey]:
+    return [SampleKey(key.task, key.length, key.seed, i) for i in range(samples)]
+
+
 def measure(
     wish: Wish,
     store: SampleStore,
@@ -158,18 +163,14 @@ def measure(
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     lines = list(todo(wish, read_lines(out)))
-    keys = [(line.key.task, line.key.length, line.key.seed) for line in lines]
-    store.start((*key, index) for key in keys for index in range(wish.samples))
+    store.start(key for line in lines for key in _sample_keys(line.key, wish.samples))
     with tqdm(total=len(lines), unit="line") as bar:
         for system in dict.fromkeys(line.system for line in lines):
             asker = open_system(system)
             try:
                 for key, _, setting, task in (x for x in lines if x.system == system):
                     bar.set_description(f"{system.name} {setting.label} {task.name}")
-                    samples = [
-                        store.get((key.task, key.length, key.seed, index))
-                        for index in range(wish.samples)
-                    ]
+                    samples = [store.get(k) for k in _sample_keys(key, wish.samples)]
                     figures = asker.ask(samples, setting)
                     line = {**key._asdict(), "group": task.group, **figures}
                     write_record(out, {**origin, **line})

@@ -17,9 +17,8 @@ from bench.quality.hf_decoding import Prefilled, equal_shapes, joined, packed
 from bench.quality.kvpress_decoding import generate, think
 from bench.quality.kvpress_prefill import prefill
 from bench.quality.kvpress_presses import observed_window, presses
-from bench.quality.samples import SampleKey
 from bench.quality.systems import FULL, FULL_PRESS, Setting
-from bench.quality.tasks.sample import LIKELIHOOD, Sample
+from bench.quality.tasks.sample import LIKELIHOOD, Sample, SampleKey
 
 
 class Label(NamedTuple):

@@ -29,13 +29,13 @@ from bench.quality.asking import TURN_REPLY, Answer, with_full_text
 from bench.quality.hf_decoding import load
 from bench.quality.kvpress_answers import WHOLE, Answering, Answers, Label, Prompt
 from bench.quality.kvpress_presses import presses
-from bench.quality.samples import SampleKey
 from bench.quality.systems import FULL_PRESS, Setting, System
 from bench.quality.tasks.sample import (
     ASK,
     DICTATED,
     TURNS,
     Sample,
+    SampleKey,
     encode,
     encode_parts,
     encode_turns,

@@ -11,10 +11,10 @@ from bench.quality.asking import Answer
 from bench.quality.deadline import Deadline, Share
 from bench.quality.plan import Todo, Wish, batches, blocks, todo
 from bench.quality.records import Results, pack
-from bench.quality.samples import SampleKey, SampleStore
+from bench.quality.samples import SampleStore
 from bench.quality.scoring import result
 from bench.quality.systems import Setting, System
-from bench.quality.tasks.sample import Sample
+from bench.quality.tasks.sample import Sample, SampleKey
 
 
 class Asker(Protocol):
@@ -182,7 +182,7 @@ class Runner:
 
 
 def _sample_key(cell: Todo, index: int) -> SampleKey:
-    return cell.key.task, cell.key.length, cell.key.seed, index
+    return SampleKey(cell.key.task, cell.key.length, cell.key.seed, index)
 
 
 def _remembered(asker: Asker, group: Sequence[Todo]) -> list[Todo]:

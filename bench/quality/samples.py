@@ -14,10 +14,8 @@ from typing import Any
 
 from bench.quality.tasks import TASKS, make_sample
 from bench.quality.tasks.corpus import Corpus
-from bench.quality.tasks.sample import Sample
+from bench.quality.tasks.sample import Sample, SampleKey
 
-SampleKey = tuple[str, int, int, int]
-"""Task, length, seed, index."""
 CHUNK = 8
 
 _made: dict[str, Any] = {}
@@ -32,11 +30,10 @@ def _open(model: str, data: Path) -> None:
 
 
 def _make(keys: list[SampleKey]) -> list[Sample]:
+    tools = _made["tokenizer"], _made["corpus"]
     return [
-        make_sample(
-            TASKS[task], length, seed, index, _made["tokenizer"], _made["corpus"]
-        )
-        for task, length, seed, index in keys
+        make_sample(TASKS[key.task], key.length, key.seed, key.number, *tools)
+        for key in keys
     ]
 
 

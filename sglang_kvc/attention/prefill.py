@@ -17,11 +17,12 @@ import torch.nn.functional as F
 
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.memory.kv_pool import ArenaKVPool
+from sglang_kvc.scheduling.step_plan import Fold
 
 FLASHINFER_WORKSPACE_BYTES = 256 << 20
 
-Folds = Sequence[tuple[int, int]]
-"""(logical tokens folded, tokens kept per head) of each request of a batch."""
+Folds = Sequence[Fold]
+"""Of each request of a batch."""
 
 PlanT = TypeVar("PlanT")
 

@@ -138,8 +138,8 @@ def table_width(lengths: list[int], folds: Folds, heads_per_page: int) -> int:
     One head may win all blocks of its request, but no more than there were tokens.
     """
     width = 1
-    for length, (fold, packed) in zip(lengths, folds, strict=True):
-        packed_blocks = min(fold, packed * heads_per_page) // PAGE_SIZE
-        tail_blocks = -((fold - length) // PAGE_SIZE)  # rounded up
+    for length, fold in zip(lengths, folds, strict=True):
+        packed_blocks = min(fold.tokens, fold.packed * heads_per_page) // PAGE_SIZE
+        tail_blocks = -((fold.tokens - length) // PAGE_SIZE)  # rounded up
         width = max(width, packed_blocks + tail_blocks)
     return width

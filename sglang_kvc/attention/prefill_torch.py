@@ -131,7 +131,7 @@ class TorchPrefill(PrefillKernel[tuple[Chunk, ...]]):
     def plan(self, batch: Any, folds: Folds) -> tuple[Chunk, ...]:
         """Bring the numbers of each request to the host."""
         slots = batch.req_pool_indices.tolist()
-        fold_lens = [fold for fold, _ in folds] if folds else [0] * len(slots)
+        fold_lens = [fold.tokens for fold in folds] if folds else [0] * len(slots)
         columns = (
             slots,
             batch.seq_lens_cpu.tolist(),

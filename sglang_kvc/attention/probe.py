@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_kvc.attention.step_context import forwards_with
+from sglang_kvc.scheduling.step_plan import Fold
 from sglang_kvc.upstream.batches import extend_batch
 
 if TYPE_CHECKING:
@@ -52,5 +53,6 @@ def run_probe(
     if (lora := getattr(model_runner, "lora_manager", None)) is not None:
         # The layers know the adapters of the chunk's batch, which has other rows.
         lora.prepare_lora_batch(batch)
-    with forwards_with(model_runner, [(decision.fold_old, decision.packed_old)]):
+    fold = Fold(decision.fold_old, decision.packed_old)
+    with forwards_with(model_runner, [fold]):
         model_runner.forward(batch)

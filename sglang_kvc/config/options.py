@@ -43,7 +43,7 @@ SWITCH = "kv_compress"
 class KVCompressOptions:
     """Server-wide settings. None stands for the default that the help text states.
 
-    See also `kernels.pool` (spread), `eviction.scorers` (metric), `kernels.distinct`,
+    See also `kernels.pool` (spread), `eviction.scorers` (metric), `kernels.novelty`,
     `scheduling.chunking` (chunks) and `attention.probe` (chunk_queries).
 
     Raises

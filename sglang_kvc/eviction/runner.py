@@ -16,9 +16,9 @@ import torch
 from sglang_kvc.config.pages import ceil_tokens, pages_of
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.eviction.scorers import ScoreContext, Scorer, get_scorer
-from sglang_kvc.kernels.distinct import add_distinct
-from sglang_kvc.kernels.key_similarity import key_similarity_scores
+from sglang_kvc.kernels.key_diff import key_diff
 from sglang_kvc.kernels.layout import PAGE_SIZE
+from sglang_kvc.kernels.novelty import add_novelty
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 from sglang_kvc.kernels.pool import Pooling, pool_scores
@@ -51,12 +51,12 @@ class PassSettings:
     ----------
     rule : who competes, as in `select_entries`.
     pooling : how scores of a prompt spread, as in `pool_scores`.
-    distinct : weight of what keys say, as in `add_distinct`; 0: nothing.
+    novelty : weight of what keys say, as in `add_novelty`; 0: nothing.
     """
 
     rule: SelectionRule
     pooling: Pooling
-    distinct: float = 0.0
+    novelty: float = 0.0
 
     @classmethod
     def of(cls, options: KVCompressOptions, rule: SelectionRule) -> PassSettings:
@@ -68,7 +68,7 @@ def run_pass(
     scorer: Scorer,
     context: ScoreContext,
     dest_pages: torch.Tensor,
-    units: torch.Tensor,
+    novelty_unit: torch.Tensor,
     settings: PassSettings,
 ) -> SelectedEntries:
     """Score, pool, select, pack and commit the requests of ``context.plan``.
@@ -78,7 +78,8 @@ def run_pass(
     scorer : which KVs are worth keeping.
     context : what it looks at; arena and tables are written.
     dest_pages : [pages kept] int64, fresh pages for the survivors in plan order.
-    units : [slots] fp32 of `add_distinct`; untouched if ``settings.distinct`` is 0.
+    novelty_unit : [slots] fp32 of `add_novelty`; untouched if ``settings.novelty``
+        is 0.
     settings : see `PassSettings`.
 
     Returns
@@ -89,21 +90,25 @@ def run_pass(
     scores = scorer.score(context)
     if scorer.pooled:
         scores = pool_scores(tables, plan, scores, pooling=settings.pooling)
-    if settings.distinct:
-        reward_distinct(context, scores, units, weight=settings.distinct)
+    if settings.novelty:
+        reward_novelty(context, scores, novelty_unit, weight=settings.novelty)
     selected = select_entries(tables, plan, scores, rule=settings.rule)
     pack_entries(arena, plan, selected, dest_pages)
     commit_tables(arena, tables, plan, selected, dest_pages, scores)
     return selected
 
 
-def reward_distinct(
-    context: ScoreContext, scores: torch.Tensor, units: torch.Tensor, *, weight: float
+def reward_novelty(
+    context: ScoreContext,
+    scores: torch.Tensor,
+    novelty_unit: torch.Tensor,
+    *,
+    weight: float,
 ) -> None:
-    """Run `add_distinct` in place, with the keys' unlikeness if the plan needs it."""
+    """Run `add_novelty` in place, with the keys' differences if the plan needs it."""
     arena, tables, plan = context.arena, context.tables, context.plan
-    unlike = key_similarity_scores(arena, tables, plan) if plan.any_pooled else None
-    add_distinct(tables, plan, scores, unlike, units, weight=weight)
+    diffs = key_diff(arena, tables, plan) if plan.any_pooled else None
+    add_novelty(tables, plan, scores, diffs, novelty_unit, weight=weight)
 
 
 def pooling(options: KVCompressOptions) -> Pooling:
@@ -278,9 +283,7 @@ class PassRunner:
             sm_scale=self.sm_scale,
         )
         settings = PassSettings.of(state.options, rule)
-        return run_pass(
-            self.scorer, context, dest_pages, state.distinct_units, settings
-        )
+        return run_pass(self.scorer, context, dest_pages, state.novelty_unit, settings)
 
 
 def _plan_request(decision: PassDecision, options: KVCompressOptions) -> PassRequest:

@@ -30,7 +30,7 @@ class DeviceState:
     tables : SGLang's request table and our block tables, a row a slot.
     query_ring : last queries, [slots, L, window, Hq, D].
     query_lse : log-sum-exp of each of them where it was decoded, fp32.
-    distinct_units : what an unlike key adds, a number a slot, fp32.
+    novelty_unit : what a key of mean novelty adds, a number a slot, fp32.
     device : where all of it lives.
     """
 
@@ -40,7 +40,7 @@ class DeviceState:
     tables: BlockTables
     query_ring: torch.Tensor
     query_lse: torch.Tensor
-    distinct_units: torch.Tensor
+    novelty_unit: torch.Tensor
     device: Any
 
     @property
@@ -99,6 +99,6 @@ def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceSt
         ),
         query_ring=torch.zeros(*ring, shape.head_dim, dtype=pool.dtype, device=device),
         query_lse=torch.zeros(ring, device=device),
-        distinct_units=torch.zeros(slots, device=device),
+        novelty_unit=torch.zeros(slots, device=device),
         device=device,
     )

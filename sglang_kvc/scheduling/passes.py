@@ -32,7 +32,7 @@ from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.reporting import Report
 from sglang_kvc.scheduling.request_state import PassInFlight, RequestState
 from sglang_kvc.scheduling.settling import settle_pass
-from sglang_kvc.scheduling.step_plan import StepPlan
+from sglang_kvc.scheduling.step_plan import Fold, StepPlan
 from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import Req, ScheduleBatch, Scheduler
 
@@ -108,7 +108,7 @@ class PassScheduler:
             if state is None:
                 state = self._new_state(req)
                 plan.reset_slots.append(state.slot)
-            plan.folds.append((state.fold, state.packed))
+            plan.folds.append(Fold(state.fold, state.packed))
             state.prefilled = end = _extend_end(req)
             prompt_len = len(req.full_untruncated_fill_ids)
             missing = prompt_len - end
@@ -116,7 +116,7 @@ class PassScheduler:
                 due.append((req, prompt_len))
             else:
                 self.unfinished.append(req)
-        if not any(fold for fold, _ in plan.folds):
+        if not any(fold.tokens for fold in plan.folds):
             plan.folds = []
         for req, prompt_len in due:
             length = _extend_end(req)

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sglang_kvc.scheduling.request_state import PassInFlight
+
+
+class Fold(NamedTuple):
+    """What a request holds as packed blocks.
+
+    Attributes
+    ----------
+    tokens : logical tokens that are folded.
+    packed : tokens kept per head, on average; they take as many of memory.
+    """
+
+    tokens: int
+    packed: int
 
 
 @dataclass
@@ -17,12 +31,12 @@ class StepPlan:
     reset_slots : slots whose owner changed.
     passes : eviction passes to run behind the forward.
     folds : in a prefill step with compressed prompts, each request's fold before the
-        step's passes and the packed tokens it stands for; empty otherwise.
+        step's passes; empty otherwise.
     """
 
     reset_slots: list[int] = field(default_factory=list)
     passes: list[PassInFlight] = field(default_factory=list)
-    folds: list[tuple[int, int]] = field(default_factory=list)
+    folds: list[Fold] = field(default_factory=list)
 
     def digest(self) -> int:
         """Return a number that differs, almost surely, if another rank plans otherwise.

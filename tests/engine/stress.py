@@ -16,7 +16,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,8 +31,36 @@ from tests.engine.tiny_model import VOCAB, write_tiny_model
 STRICT = "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"
 POOL = 1280
 PAGE = 16
-LOADS = [(o, r, f) for o in (True, False) for r in (True, False) for f in (False, True)]
 REQUESTS_PER_LOAD = 38
+
+
+class Load(NamedTuple):
+    """What is switched on while mixed requests are served."""
+
+    overlap: bool
+    radix: bool
+    retract: bool
+
+
+LOADS = [
+    Load(overlap, radix, retract)
+    for overlap in (True, False)
+    for radix in (True, False)
+    for retract in (False, True)
+]
+
+
+class Served(NamedTuple):
+    """What came of a request."""
+
+    ids: list[int]
+    deferred: int
+    retractions: int
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether a late pass or a restart saw other queries, by definition."""
+        return bool(self.deferred or self.retractions)
 
 
 def mixed_requests(
@@ -157,10 +185,10 @@ def run_loads(scheduler: InProcessScheduler, audit: PageAudit) -> dict[str, Any]
 
     names = ("requests", "aborted", "passes", "chunk_passes", "deferred", "retractions")
     total = dict.fromkeys((*names, "longer_than_pool"), 0)
-    for seed, (overlap, radix, retract) in enumerate(LOADS):
-        scheduler.set_radix(radix)
-        scheduler.set_overlap(overlap)
-        stock.TEST_RETRACT, stock.TEST_RETRACT_INTERVAL = retract, 9
+    for seed, load in enumerate(LOADS):
+        scheduler.set_radix(load.radix)
+        scheduler.set_overlap(load.overlap)
+        stock.TEST_RETRACT, stock.TEST_RETRACT_INTERVAL = load.retract, 9
         requests = mixed_requests(
             random.Random(seed), REQUESTS_PER_LOAD, aborts=True, longs=True
         )
@@ -204,22 +232,18 @@ def run_equal_outputs(
         outputs = scheduler.serve(requests)
         results.append(
             {
-                rid: (out.ids, out.kv[-1]["deferred_passes"], out.retractions)
+                rid: Served(out.ids, out.kv[-1]["deferred_passes"], out.retractions)
                 for rid, out in outputs.items()
             }
         )
     runtime.chunk_rule = rule
     different: dict[str, Any] = {}
     compared = 0
-    for name, other in (("overlap off", results[1]), ("radix off", results[2])):
-        # A late pass or a restart sees other queries, by definition.
-        same = [
-            rid
-            for rid, (_, deferred, retracted) in other.items()
-            if not (deferred or retracted or any(results[0][rid][1:]))
-        ]
+    first, *others = results
+    for name, other in zip(("overlap off", "radix off"), others, strict=True):
+        same = [r for r in other if not (other[r].disturbed or first[r].disturbed)]
         compared += len(same)
-        different[name] = [r for r in same if other[r][0] != results[0][r][0]]
+        different[name] = [r for r in same if other[r].ids != first[r].ids]
     return {**different, "compared": compared}
 
 

@@ -59,7 +59,15 @@ def compile_only(
 def launch_decode(heads: int, group: int, dim: int) -> None:
     """Call the decode wrappers, which plan too, once."""
     lengths = [5000, 333]
-    case = make_case(2, 2, heads, group, dim, lengths, [256, 128], dtype=torch.bfloat16)
+    case = make_case(
+        lengths,
+        [256, 128],
+        layers=2,
+        kv_heads=heads,
+        group=group,
+        head_dim=dim,
+        dtype=torch.bfloat16,
+    )
     q = torch.randn(2, heads * group, dim, dtype=torch.bfloat16)
     slots, seq_lens = torch.tensor(case.slots), torch.tensor(lengths)
     decode_attention_triton(
@@ -70,7 +78,15 @@ def launch_decode(heads: int, group: int, dim: int) -> None:
 def launch_step(heads: int, group: int, dim: int, **switches: Any) -> None:
     """Call the decode wrappers as servers do: new tokens, rings, maybe switches."""
     lengths = [5000, 333]
-    case = make_case(2, 2, heads, group, dim, lengths, [256, 128], dtype=torch.bfloat16)
+    case = make_case(
+        lengths,
+        [256, 128],
+        layers=2,
+        kv_heads=heads,
+        group=group,
+        head_dim=dim,
+        dtype=torch.bfloat16,
+    )
     q = torch.randn(2, heads * group, dim, dtype=torch.bfloat16)
     slots, seq_lens = torch.tensor(case.slots), torch.tensor(lengths)
     decode_attention_triton(
@@ -91,7 +107,15 @@ def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> No
     """Call every op's kernels."""
     kind = {"dtype": torch.bfloat16, "window": window}
     for folds in ([256, 128], None):
-        case = make_case(2, layers, heads, group, dim, [5000, 333], folds, **kind)
+        case = make_case(
+            [5000, 333],
+            folds,
+            layers=layers,
+            kv_heads=heads,
+            group=group,
+            head_dim=dim,
+            **kind,
+        )
         for op in OPS:
             for args, settings in op.make_calls(case):
                 op.kernel(*args, **settings)

@@ -5,6 +5,7 @@ Python loops, arithmetic is in float64.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -139,6 +140,14 @@ def query_lse(case: Case, scale: float, query_start: int = 0) -> torch.Tensor:
     return found.to(ring.device)
 
 
+class Survivors(NamedTuple):
+    """`SelectedEntries` as lists: of all requests, but offsets of each."""
+
+    source_rows: list[int]
+    scores: list[float]
+    block_offsets: list[list[int]]
+
+
 def select(
     case: Case,
     scores: torch.Tensor,
@@ -149,8 +158,8 @@ def select(
     groups: int = 1,
     floor_blocks: int = 0,
     bounds: tuple[int, list[int]] | None = None,
-) -> tuple[list[int], list[float], list[list[int]]]:
-    """Literal Algorithm 1: (source rows, scores, block offsets), lists and sorts.
+) -> Survivors:
+    """Literal Algorithm 1, with lists and sorts.
 
     It runs once for each group of heads. `bounds`: so many other groups, and the most
     blocks that they may lose together, by request, in equal parts.
@@ -158,9 +167,7 @@ def select(
     heads = case.arena.heads_per_page
     values = scores.tolist()
     start = 0
-    out_rows: list[int] = []
-    out_scores: list[float] = []
-    out_offsets: list[list[int]] = []
+    found = Survivors([], [], [])
     for r in range(len(case.slots)):
         held, prices, total = [], [], 0
         for lh in range(heads):
@@ -193,11 +200,11 @@ def select(
         for lh, (rows, own, ranked) in enumerate(held):
             lost = {i for _, i in ranked[: S * gone.count(lh)]}
             kept = [i for i in range(len(rows)) if i not in lost]
-            out_rows += [rows[i] for i in kept]
-            out_scores += [own[i] for i in kept]
+            found.source_rows.extend(rows[i] for i in kept)
+            found.scores.extend(own[i] for i in kept)
             offsets.append(offsets[-1] + len(kept) // S)
-        out_offsets.append(offsets)
-    return out_rows, out_scores, out_offsets
+        found.block_offsets.append(offsets)
+    return found
 
 
 def assert_arith(

@@ -68,7 +68,14 @@ def test_equals_reference(
     device: str,
 ) -> None:
     case = make_case(
-        2, 3, heads, group, dim, [90, 30], dtype=dtype, device=device, window=24
+        [90, 30],
+        layers=3,
+        kv_heads=heads,
+        group=group,
+        head_dim=dim,
+        dtype=dtype,
+        device=device,
+        window=24,
     )
     k, v, q, cells, rows = make_inputs(case, tokens, fused, padding=0)
     arena, ring = copy(case)
@@ -82,7 +89,7 @@ def test_equals_reference(
 
 @pytest.mark.interpreter
 def test_padding_rows_touch_only_the_padding_page(device: str) -> None:
-    case = make_case(2, 2, 2, 2, 64, [40, 30], device=device, window=24)
+    case = make_case([40, 30], layers=2, group=2, head_dim=64, device=device, window=24)
     k, v, q, cells, rows = make_inputs(case, 9, True, padding=5)
     arena, ring = copy(case)
     expected, expected_ring = copy(case)
@@ -95,7 +102,9 @@ def test_padding_rows_touch_only_the_padding_page(device: str) -> None:
 
 
 def test_reference_against_a_loop() -> None:
-    case = make_case(2, 2, 2, 3, 64, [40, 30], dtype=torch.bfloat16, window=24)
+    case = make_case(
+        [40, 30], layers=2, group=3, head_dim=64, dtype=torch.bfloat16, window=24
+    )
     k, v, q, cells, rows = make_inputs(case, 20, True, padding=0)
     arena, ring = copy(case)
     append_kv(arena, k, v, q, cells, ring, rows, layer=1)
@@ -118,7 +127,14 @@ def test_reference_against_a_loop() -> None:
 def test_long_prefill_beyond_int32(device: str) -> None:
     # 40,000 pages x 4 x 8 x 16 x 128 = 2.6e9 elements of K and as many of V.
     case = make_case(
-        1, 4, 8, 4, 128, [64], dtype=torch.bfloat16, device=device, spare_pages=40_000
+        [64],
+        layers=4,
+        kv_heads=8,
+        group=4,
+        head_dim=128,
+        dtype=torch.bfloat16,
+        device=device,
+        spare_pages=40_000,
     )
     k, v, q, cells, rows = make_inputs(case, 8192, True, padding=0)
     last = torch.tensor([case.arena.k.shape[0] * 16 - 1], device=device)

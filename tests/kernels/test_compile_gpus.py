@@ -58,8 +58,8 @@ def test_kernels_compile_and_spill_nothing_unawares(
     assert runs[capability].returncode == 0, err[-3000:]
     kernels = [json.loads(line) for line in out.splitlines()]
     names = {kernel["kernel"] for kernel in kernels}
-    # append 1, decode 2, observe 3, pool 1, distinct 2, select 3, pack 3, head table 1,
-    # key similarity 2, positional 2.
+    # append 1, decode 2, observe 3, pool 1, novelty 2, select 3, pack 3, head table 1,
+    # key diff 2, positional 2.
     assert len(names) == 20, names
     for kernel in kernels:
         capped = kernel["registers"] == CAPPED_REGISTERS

@@ -57,7 +57,14 @@ def test_close_to_truth(
     device: str,
 ) -> None:
     case = make_case(
-        len(seq_lens), 2, heads, group, dim, seq_lens, folds, dtype=dtype, device=device
+        seq_lens,
+        folds,
+        layers=2,
+        kv_heads=heads,
+        group=group,
+        head_dim=dim,
+        dtype=dtype,
+        device=device,
     )
     config = DecodeConfig(programs_per_sm=programs)
     check(case, layer=1, padding=len(seq_lens) % 3, config=config)
@@ -68,7 +75,14 @@ def test_close_to_truth(
 @pytest.mark.parametrize("group", range(1, 17))
 def test_groups(group: int, device: str) -> None:
     case = make_case(
-        2, 1, 1, group, 64, [100, 16], [64, 0], dtype=torch.float16, device=device
+        [100, 16],
+        [64, 0],
+        layers=1,
+        kv_heads=1,
+        group=group,
+        head_dim=64,
+        dtype=torch.float16,
+        device=device,
     )
     check(case, config=DecodeConfig(tile=32, programs_per_sm=2))
 
@@ -103,20 +117,20 @@ def test_groups(group: int, device: str) -> None:
 def test_shares(
     seq_lens: list[int], programs: int, min_share: int, switches: dict, device: str
 ) -> None:
-    case = make_case(len(seq_lens), 1, 2, 2, 64, seq_lens, device=device)
+    case = make_case(seq_lens, layers=1, group=2, head_dim=64, device=device)
     config = DecodeConfig(16, programs_per_sm=programs, min_share=min_share, **switches)
     check(case, config=config)
 
 
 @pytest.mark.interpreter
 def test_default_programs(device: str) -> None:
-    case = make_case(2, 1, 2, 2, 64, [150, 20], [96, 0], device=device)
+    case = make_case([150, 20], [96, 0], layers=1, group=2, head_dim=64, device=device)
     check(case)
 
 
 @pytest.mark.interpreter
 def test_strided_query_and_given_output(device: str) -> None:
-    case = make_case(2, 2, 2, 3, 64, [90, 40], [32, 0], device=device)
+    case = make_case([90, 40], [32, 0], layers=2, group=3, head_dim=64, device=device)
     q, slots, seq_lens = make_batch(case)
     fused = torch.randn(2, 10, 64, device=device)
     fused[:, 2:8] = q
@@ -133,7 +147,7 @@ def test_strided_query_and_given_output(device: str) -> None:
 
 
 def test_reference_against_plain_python() -> None:
-    case = make_case(2, 2, 2, 2, 16, [52, 19], [32, 0])
+    case = make_case([52, 19], [32, 0], layers=2, group=2, head_dim=16)
     q, slots, seq_lens = make_batch(case)
     args = (case.arena, case.tables, q, slots, seq_lens)
     out = decode_attention(*args, layer=1, sm_scale=0.25)
@@ -190,13 +204,11 @@ def test_gpu_sweep(
     device: str,
 ) -> None:
     case = make_case(
-        len(seq_lens),
-        2,
-        2,
-        group,
-        dim,
         seq_lens,
         folds,
+        layers=2,
+        group=group,
+        head_dim=dim,
         skew=4.0,
         dtype=dtype,
         device=device,
@@ -211,13 +223,11 @@ def test_gpu_sweep(
 @pytest.mark.gpu
 def test_graph_replay_follows_new_lengths(device: str) -> None:
     case = make_case(
-        4,
-        2,
-        2,
-        4,
-        128,
         [700, 90, 16, 300],
         [512, 0, 0, 0],
+        layers=2,
+        group=4,
+        head_dim=128,
         dtype=torch.bfloat16,
         device=device,
     )
@@ -255,13 +265,12 @@ def test_gpu_skewed_lengths_have_no_race(tile: int, device: str) -> None:
         (n - 1) // 16 * 16 // (1 + i % 2) // 16 * 16 for i, n in enumerate(seq_lens)
     ]
     case = make_case(
-        64,
-        1,
-        8,
-        4,
-        128,
         seq_lens,
         folds,
+        layers=1,
+        kv_heads=8,
+        group=4,
+        head_dim=128,
         skew=4.0,
         dtype=torch.bfloat16,
         device=device,

@@ -53,7 +53,7 @@ def test_new_tokens_are_stored_and_seen(
     device: str,
 ) -> None:
     case = make_case(
-        len(seq_lens), 2, 2, group, dim, seq_lens, folds, dtype=dtype, device=device
+        seq_lens, folds, layers=2, group=group, head_dim=dim, dtype=dtype, device=device
     )
     config = DecodeConfig(16, programs_per_sm=programs, **switches)
     check_new_tokens(case, layer=1, padding=padding, config=config)
@@ -63,13 +63,23 @@ def test_new_tokens_are_stored_and_seen(
 @pytest.mark.usefixtures("one_sm")
 def test_new_token_of_a_head_without_others(device: str) -> None:
     """Head 0 kept nothing, and the tail begins with the newest token."""
-    case = make_case(2, 1, 2, 2, 64, [33, 65], [32, 64], [2, 3], device=device)
+    case = make_case(
+        [33, 65],
+        [32, 64],
+        layers=1,
+        group=2,
+        head_dim=64,
+        packed_pages=[2, 3],
+        device=device,
+    )
     case.tables.block_offsets[case.slots, 1] = 0
     check_new_tokens(case, config=DecodeConfig(16, programs_per_sm=4))
 
 
 def test_reference_stores_new_tokens() -> None:
-    case = make_case(2, 2, 2, 2, 16, [52, 19], [32, 0], dtype=torch.bfloat16)
+    case = make_case(
+        [52, 19], [32, 0], layers=2, group=2, head_dim=16, dtype=torch.bfloat16
+    )
     q, slots, seq_lens = make_batch(case, padding=1)
     new = make_new_tokens(case, slots)
     args = (case.arena, case.tables, q, slots, seq_lens)
@@ -86,7 +96,7 @@ def test_reference_stores_new_tokens() -> None:
 
 @pytest.mark.interpreter
 def test_rings_of_other_lengths_are_refused(device: str) -> None:
-    case = make_case(1, 1, 1, 1, 16, [20], device=device)
+    case = make_case([20], layers=1, kv_heads=1, group=1, head_dim=16, device=device)
     q, slots, seq_lens = make_batch(case)
     new = make_new_tokens(case, slots)
     args = (case.arena, case.tables, q, slots, seq_lens)
@@ -104,7 +114,9 @@ def test_gpu_graph_of_layers_with_new_tokens(tokens: int, device: str) -> None:
     """
     layers, batch = 6, 16
     shape = {"dtype": torch.bfloat16, "device": device}
-    case = make_case(batch, layers, 8, 4, 128, [tokens] * batch, **shape)
+    case = make_case(
+        [tokens] * batch, layers=layers, kv_heads=8, group=4, head_dim=128, **shape
+    )
     q, slots, seq_lens = make_batch(case, padding=3)
     cells = make_new_tokens(case, slots).out_cache_loc
     ring_index = slots * 8 + (seq_lens.long() - 1) % 8

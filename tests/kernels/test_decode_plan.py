@@ -91,7 +91,9 @@ def test_plan(
     """Skewed rows, rows of one token, padding; prefix sums in several chunks."""
     monkeypatch.setattr(decode_plan, "_PLAN_CHUNK", chunk)
     seq_lens, folds = [1, 60, 1, 2000, 333, 16, 17], [0, 0, 0, 1600, 320, 0, 16]
-    case = make_case(7, 2, 2, 1, 16, seq_lens, folds, skew=4.0, device=device)
+    case = make_case(
+        seq_lens, folds, layers=2, group=1, head_dim=16, skew=4.0, device=device
+    )
     _, slots, lengths = make_batch(case, padding=2)
     config = DecodeConfig(
         programs_per_sm=programs,
@@ -128,7 +130,9 @@ def test_idle_multiprocessors_limit_max_parts(
 ) -> None:
     """A row of 40 tiles and one of 8 on 12 multiprocessors: no 2 parts of 20 tiles."""
     monkeypatch.setattr(decode_schedule, "_num_sms", lambda device: 12)
-    case = make_case(2, 1, 1, 1, 16, [640, 128], device=device)
+    case = make_case(
+        [640, 128], layers=1, kv_heads=1, group=1, head_dim=16, device=device
+    )
     _, slots, lengths = make_batch(case)
     for max_parts, share in ((None, 2), (20, 2), (13, 4), (2, 4)):
         config = DecodeConfig(16, max_parts=max_parts, row_slack=None)
@@ -143,7 +147,9 @@ def test_idle_multiprocessors_limit_max_parts(
 @pytest.mark.usefixtures("one_sm")
 @pytest.mark.parametrize("programs", [5, 16])
 def test_one_plan_serves_all_layers(programs: int, device: str) -> None:
-    case = make_case(3, 3, 2, 2, 64, [200, 70, 30], [192, 48, 0], device=device)
+    case = make_case(
+        [200, 70, 30], [192, 48, 0], layers=3, group=2, head_dim=64, device=device
+    )
     config = DecodeConfig(16, programs_per_sm=programs)
     q, slots, seq_lens = make_batch(case)
     workspace = make_workspace(case, 3, config)
@@ -159,7 +165,7 @@ def test_one_plan_serves_all_layers(programs: int, device: str) -> None:
 
 
 def test_plan_of_the_reference_path_does_nothing() -> None:
-    case = make_case(1, 1, 1, 1, 16, [20])
+    case = make_case([20], layers=1, kv_heads=1, group=1, head_dim=16)
     _, slots, seq_lens = make_batch(case)
     workspace = make_workspace(case, 1)
     before = workspace.cu_tiles.clone()
@@ -180,7 +186,7 @@ def test_plan_of_the_reference_path_does_nothing() -> None:
     ],
 )
 def test_unfit_workspace_is_refused(changed: dict, message: str, device: str) -> None:
-    case = make_case(9, 3, 2, 2, 64, [90, *[17] * 8], device=device)
+    case = make_case([90, *[17] * 8], layers=3, group=2, head_dim=64, device=device)
     q, slots, seq_lens = make_batch(case)
     shape = {
         "max_batch": 9,

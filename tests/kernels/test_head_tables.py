@@ -16,7 +16,13 @@ from tests.kernels import oracles
 def awkward_case(device: str) -> Case:
     """Never compressed, a one-token tail, a full last page, skewed heads."""
     return make_case(
-        4, 3, 2, 2, 16, [50, 97, 80, 400], [0, 96, 48, 320], device=device, skew=4.0
+        [50, 97, 80, 400],
+        [0, 96, 48, 320],
+        layers=3,
+        group=2,
+        head_dim=16,
+        device=device,
+        skew=4.0,
     )
 
 

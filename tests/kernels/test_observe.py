@@ -80,40 +80,44 @@ def test_close_to_truth(
     device: str,
 ) -> None:
     case = make_case(
-        len(seq_lens),
-        layers,
-        heads,
-        group,
-        dim,
         seq_lens,
         folds,
+        layers=layers,
+        kv_heads=heads,
+        group=group,
+        head_dim=dim,
         dtype=dtype,
         device=device,
         window=window,
+        # Lanes without an entry point there: they must not read it.
+        poison_padding=True,
     )
-    # Lanes without an entry point at the padding page: they must not read it.
-    for cells in case.arena:
-        cells[0] = torch.nan
     check(case, power=1 if dim == 128 else 2)
     check(case, power=2, value_norms=True)
 
 
 @pytest.mark.interpreter
 def test_only_new_queries_count(device: str) -> None:
-    case = make_case(1, 1, 2, 2, 64, [84], [64], device=device, window=16)
+    case = make_case(
+        [84], [64], layers=1, group=2, head_dim=64, device=device, window=16
+    )
     check(case, power=2, query_start=79)
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("recorded", [[True, False, True], [True, True, True]])
 def test_recorded_log_sum_exps_are_taken(recorded: list[bool], device: str) -> None:
-    case = make_case(3, 2, 2, 3, 64, [84, 37, 200], [64, 16, 96], device=device)
+    case = make_case(
+        [84, 37, 200], [64, 16, 96], layers=2, group=3, head_dim=64, device=device
+    )
     check(case, power=2, recorded=recorded)
 
 
 @pytest.mark.interpreter
 def test_a_recorded_log_sum_exp_is_believed(device: str) -> None:
-    case = make_case(1, 1, 1, 2, 64, [100], [48], device=device)
+    case = make_case(
+        [100], [48], layers=1, kv_heads=1, group=2, head_dim=64, device=device
+    )
     plan = make_plan(case, recorded=[True])._replace(
         is_first=torch.ones(1, device=device).long()
     )
@@ -134,7 +138,9 @@ def test_a_recorded_log_sum_exp_is_believed(device: str) -> None:
 def test_repeated_queries_do_not_add_up(window: int, device: str) -> None:
     """The larger of the two scores, where earlier passes saw the same queries."""
     lens, folds = [100, 90, 21], [48, 64, 0]
-    case = make_case(3, 1, 2, 3, 64, lens, folds, device=device, window=window)
+    case = make_case(
+        lens, folds, layers=1, group=3, head_dim=64, device=device, window=window
+    )
     case.arena.score.uniform_(0, 5e-3 * window / 8)
     plans = [make_plan(case, repeated=flags) for flags in ([True, False, True], None)]
     where, rings = (case.arena, case.tables), (case.query_ring, case.query_lse)
@@ -162,14 +168,23 @@ def test_all_tile_shapes(
     tiles = ObserveConfig(64, 32, 64, 32, 4, 2)
     monkeypatch.setattr("sglang_kvc.kernels.observe._WIDE_CONFIG", tiles)
     case = make_case(
-        2, 1, 1, group, 32, [290, 75], [128, 0], device=device, window=window
+        [290, 75],
+        [128, 0],
+        layers=1,
+        kv_heads=1,
+        group=group,
+        head_dim=32,
+        device=device,
+        window=window,
     )
     check(case, power=2)
 
 
 @pytest.mark.interpreter
 def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    case = make_case(3, 1, 2, 2, 64, [50, 33, 80], [32, 0, 32], device=device)
+    case = make_case(
+        [50, 33, 80], [32, 0, 32], layers=1, group=2, head_dim=64, device=device
+    )
     args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
     whole = observe_scores_triton(*args, **HOW)
     monkeypatch.setattr("sglang_kvc.kernels.plan_heads.MAX_PARTIAL", 1)
@@ -177,7 +192,7 @@ def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> N
 
 
 def test_reference_against_loops() -> None:
-    case = make_case(2, 2, 2, 2, 16, [52, 21], [32, 0], window=8)
+    case = make_case([52, 21], [32, 0], layers=2, group=2, head_dim=16, window=8)
     args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
     for power in (1, 2):
         out = observe_scores(*args, sm_scale=0.25, power=power)
@@ -186,7 +201,7 @@ def test_reference_against_loops() -> None:
 
 
 def test_bad_powers_are_named() -> None:
-    case = make_case(1, 1, 1, 1, 16, [20])
+    case = make_case([20], layers=1, kv_heads=1, group=1, head_dim=16)
     args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
     with pytest.raises(ValueError, match="power must be 1 or 2, got 3"):
         observe_scores(*args, sm_scale=0.25, power=3)
@@ -212,13 +227,11 @@ def test_gpu_sizes(
 ) -> None:
     heads = 64 if len(seq_lens) == 1 else 6
     case = make_case(
-        len(seq_lens),
-        heads // 2,
-        2,
-        group,
-        dim,
         seq_lens,
         folds,
+        layers=heads // 2,
+        group=group,
+        head_dim=dim,
         dtype=torch.bfloat16,
         device=device,
         window=window,

@@ -26,7 +26,9 @@ def case(
 ) -> Case:
     """Three requests; the last one has a partly filled page."""
     lengths = [70, 160, 227]
-    return make_case(3, 2, 2, group, head_dim, lengths, folds, device=device)
+    return make_case(
+        lengths, folds, layers=2, group=group, head_dim=head_dim, device=device
+    )
 
 
 def test_every_op_with_a_kernel_is_listed() -> None:

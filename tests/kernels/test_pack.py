@@ -86,14 +86,21 @@ def test_equals_reference(
     device: str,
 ) -> None:
     case = make_case(
-        len(seq_lens), 2, 3, 1, dim, seq_lens, folds, dtype=dtype, device=device
+        seq_lens,
+        folds,
+        layers=2,
+        kv_heads=3,
+        group=1,
+        head_dim=dim,
+        dtype=dtype,
+        device=device,
     )
     check_twins(case, fold_new)
 
 
 @pytest.mark.parametrize("fold_new", [None, [96, 16, 32]])
 def test_reference_against_entries(fold_new: list[int] | None) -> None:
-    before = make_case(3, 2, 2, 1, 16, [100, 30, 33], [64, 0, 32])
+    before = make_case([100, 30, 33], [64, 0, 32], layers=2, group=1, head_dim=16)
     plan, scores, selected, fresh = plan_pass(before, fold_new)
     after = copy(before)
     pack_entries(after.arena, plan, selected, fresh)
@@ -134,7 +141,7 @@ def test_reference_against_entries(fold_new: list[int] | None) -> None:
 
 
 def test_keeping_everything_changes_no_attention() -> None:
-    before = make_case(2, 2, 2, 2, 32, [100, 37], [64, 0])
+    before = make_case([100, 37], [64, 0], layers=2, group=2, head_dim=32)
     held = [before.packed_pages[0] + 2, 2]
     plan = make_plan(before, keep_pages=held)
     scores = torch.rand(plan.num_entries)
@@ -159,13 +166,11 @@ def test_keeping_everything_changes_no_attention() -> None:
 def test_gpu_long_first_pass(device: str) -> None:
     check_twins(
         make_case(
-            2,
-            32,
-            2,
-            1,
-            128,
             [20_000, 3000],
             [0, 2048],
+            layers=32,
+            group=1,
+            head_dim=128,
             dtype=torch.bfloat16,
             device=device,
             skew=4.0,

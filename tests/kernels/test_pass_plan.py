@@ -67,7 +67,9 @@ def test_a_planned_request_is_a_column_of_the_plan() -> None:
 
 
 def test_totals_match_the_entries_of_a_case() -> None:
-    case = make_case(3, 2, 3, 1, 8, [100, 33, 16], [64, 0, 0])
+    case = make_case(
+        [100, 33, 16], [64, 0, 0], layers=2, kv_heads=3, group=1, head_dim=8
+    )
     plan = make_plan(case)
     padded = [-(-n // 16) * 16 for n in case.seq_lens]
     total = sum(

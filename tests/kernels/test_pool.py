@@ -25,7 +25,9 @@ from sglang_kvc.kernels.testing import make_case, make_plan
     ],
 )
 def test_pooling_equals_reference(pooling: Pooling, device: str) -> None:
-    case = make_case(3, 2, 2, 1, 16, [37, 90, 16], [0, 48, 0], device=device)
+    case = make_case(
+        [37, 90, 16], [0, 48, 0], layers=2, group=1, head_dim=16, device=device
+    )
     plan = make_plan(case)
     scores = torch.rand(plan.num_entries, device=device)
     args = (case.tables, plan, scores)
@@ -37,7 +39,7 @@ def test_pooling_equals_reference(pooling: Pooling, device: str) -> None:
 @pytest.mark.parametrize(("decay", "gain"), [(1.0, 1.0), (0.75, 1.0), (0.75, 0.5)])
 def test_pooling_reference_against_a_loop(decay: float, gain: float) -> None:
     """Tails of requests 0 and 2 are pooled; packed entries and request 1 are copied."""
-    case = make_case(3, 1, 2, 1, 16, [37, 40, 75], [0, 16, 32])
+    case = make_case([37, 40, 75], [0, 16, 32], layers=1, group=1, head_dim=16)
     plan = make_plan(case)
     assert plan.pool_tail.tolist() == [1, 0, 1]
     scores = torch.rand(plan.num_entries)

@@ -7,6 +7,7 @@ import torch
 
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.kernels.testing import make_case
+from sglang_kvc.scheduling.step_plan import Fold
 from tests.kernels import oracles
 
 HEADS, GROUP, DIM, LAYERS = 2, 4, 128, 3
@@ -97,7 +98,14 @@ def make_packed(device: str, dtype: torch.dtype):
     """A case with skewed heads as a pool, its batch look-alike, and queries."""
     lens, folds, new = (list(column) for column in zip(*PACKED, strict=True))
     case = make_case(
-        len(PACKED), LAYERS, HEADS, GROUP, DIM, lens, folds, dtype=dtype, device=device
+        lens,
+        folds,
+        layers=LAYERS,
+        kv_heads=HEADS,
+        group=GROUP,
+        head_dim=DIM,
+        dtype=dtype,
+        device=device,
     )
     # Unowned cells hold NaN; FA3 loads whole pages and masks by length.
     for cells in (case.arena.k, case.arena.v):
@@ -113,7 +121,7 @@ def make_packed(device: str, dtype: torch.dtype):
     )
     q = torch.randn(sum(new), HEADS * GROUP, DIM, device=device, dtype=dtype)
     layer = SimpleNamespace(layer_id=2, scaling=DIM**-0.5)
-    return case, pool, batch, list(zip(folds, budgets, strict=True)), q, layer
+    return case, pool, batch, list(map(Fold, folds, budgets)), q, layer
 
 
 def packed_dense(case, q, layer, dtype: torch.dtype) -> torch.Tensor:
@@ -163,8 +171,8 @@ def test_fa3_attends_to_packed_blocks_and_the_causal_tail() -> None:
 def test_no_head_has_more_blocks_than_the_table_has_columns() -> None:
     from sglang_kvc.attention.prefill_packed import table_width
 
-    assert table_width([50], [(0, 0)], 64) == 4
+    assert table_width([50], [Fold(0, 0)], 64) == 4
     # 1,040 folded tokens are 65 blocks; 4 pages of 64 heads are more.
-    assert table_width([1050], [(1040, 64)], 64) == 65 + 1
+    assert table_width([1050], [Fold(1040, 64)], 64) == 65 + 1
     # One page of 4 heads is 4 blocks, whoever wins them.
-    assert table_width([1050, 20], [(1040, 16), (0, 0)], 4) == 4 + 1
+    assert table_width([1050, 20], [Fold(1040, 16), Fold(0, 0)], 4) == 4 + 1

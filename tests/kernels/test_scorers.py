@@ -1,14 +1,14 @@
-"""`key_similarity_scores`: arithmetic."""
+"""`key_diff`: arithmetic."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from sglang_kvc.kernels.key_similarity import (
-    key_similarity_scores,
-    key_similarity_scores_ref,
-    key_similarity_scores_triton,
+from sglang_kvc.kernels.key_diff import (
+    key_diff,
+    key_diff_ref,
+    key_diff_triton,
 )
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
 from tests.kernels import oracles
@@ -36,21 +36,19 @@ Shape = tuple[list[int], list[int], int, int, int, torch.dtype]
 def build(shape: Shape, device: str) -> Case:
     seq_lens, folds, layers, heads, dim, dtype = shape
     case = make_case(
-        len(seq_lens),
-        layers,
-        heads,
-        1,
-        dim,
         # Every request is made with a tail, which is cut off again.
         [max(n, fold + 1) for n, fold in zip(seq_lens, folds, strict=True)],
         folds,
+        layers=layers,
+        kv_heads=heads,
+        group=1,
+        head_dim=dim,
         skew=4.0,
         dtype=dtype,
         device=device,
+        # Lanes without an entry point there: they must not read it.
+        poison_padding=True,
     )
-    # Lanes without an entry point at the padding page: they must not read it.
-    for cells in case.arena:
-        cells[0] = torch.nan
     return case._replace(seq_lens=seq_lens)
 
 
@@ -74,7 +72,7 @@ def padding(case: Case) -> torch.Tensor:
     return workspace(case, lambda r, lh, rows: torch.ones(len(rows)).to(device)) == 0
 
 
-def similarity_truth(case: Case) -> torch.Tensor:
+def key_diff_truth(case: Case) -> torch.Tensor:
     keys = case.arena.k.view(-1, case.arena.head_dim)
 
     def head_scores(r: int, lh: int, rows: list[int]) -> torch.Tensor:
@@ -98,9 +96,9 @@ def check_all(case: Case) -> None:
     """Compare every kernel with its reference and both with the truth."""
     plan = make_plan(case)
     args = (case.arena, case.tables, plan)
-    found = key_similarity_scores_triton(*args)
-    ref = key_similarity_scores_ref(*args)
-    check_arithmetic(case, found, ref, similarity_truth(case))
+    found = key_diff_triton(*args)
+    ref = key_diff_ref(*args)
+    check_arithmetic(case, found, ref, key_diff_truth(case))
 
 
 @pytest.mark.interpreter
@@ -136,8 +134,8 @@ def test_references_against_loops(shape: Shape) -> None:
     case = build(shape, "cpu")
     plan = make_plan(case)
     args = (case.arena, case.tables, plan)
-    scores = key_similarity_scores(*args)
-    torch.testing.assert_close(scores.double(), similarity_truth(case), **NEAR)
+    scores = key_diff(*args)
+    torch.testing.assert_close(scores.double(), key_diff_truth(case), **NEAR)
 
 
 @pytest.mark.interpreter
@@ -148,22 +146,26 @@ def test_heads_are_shared_by_programs(
     """More tiles than programs, and programs without a tile."""
     name = "sglang_kvc.kernels.plan_heads.programs_per_head"
     monkeypatch.setattr(name, lambda rows, items: programs)
-    check_all(make_case(2, 1, 2, 1, 64, [450, 20], [64, 0], device=device))
+    check_all(
+        make_case([450, 20], [64, 0], layers=1, group=1, head_dim=64, device=device)
+    )
 
 
 @pytest.mark.interpreter
 def test_launches_are_chunked(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    case = make_case(3, 1, 2, 1, 64, [50, 33, 80], [32, 0, 32], device=device)
+    case = make_case(
+        [50, 33, 80], [32, 0, 32], layers=1, group=1, head_dim=64, device=device
+    )
     args = (case.arena, case.tables, make_plan(case))
-    whole = key_similarity_scores_triton(*args)
+    whole = key_diff_triton(*args)
     monkeypatch.setattr("sglang_kvc.kernels.plan_heads.MAX_PARTIAL", 1)
-    assert torch.equal(key_similarity_scores_triton(*args), whole)
+    assert torch.equal(key_diff_triton(*args), whole)
 
 
 @pytest.mark.interpreter
 def test_extreme_keys_have_a_cosine(device: str) -> None:
     """A key of length 0 has none with the anchor; equal and opposite ones are 0, 2."""
-    case = make_case(1, 1, 1, 1, 64, [24], device=device)
+    case = make_case([24], layers=1, kv_heads=1, group=1, head_dim=64, device=device)
     rows = [row for row, _ in oracles.entries(case, 0, 0)]
     keys = case.arena.k.view(-1, 64)
     keys[rows] = keys[rows[1]].clone()
@@ -172,12 +174,12 @@ def test_extreme_keys_have_a_cosine(device: str) -> None:
     expected = torch.zeros(32, device=device)
     expected[5], expected[7] = 2, 1
     args = (case.arena, case.tables, make_plan(case))
-    for op in (key_similarity_scores_triton, key_similarity_scores_ref):
+    for op in (key_diff_triton, key_diff_ref):
         scores = op(*args)
         assert (scores >= 0).all()
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
         assert scores[7] == 1
     # An anchor of length 0: every cosine is 0.
     keys[rows] = 0
-    for op in (key_similarity_scores_triton, key_similarity_scores_ref):
+    for op in (key_diff_triton, key_diff_ref):
         assert op(*args).tolist() == [1.0] * 24 + [0.0] * 8

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sglang_kvc.config.metrics import ATTENTION_METRICS, METRICS
 from sglang_kvc.eviction.scorers import SCORERS, ScoreContext, Scorer
 from sglang_kvc.kernels.layout import PassPlan
 from sglang_kvc.kernels.ops import OPS
@@ -36,7 +37,15 @@ def scorer(request: pytest.FixtureRequest) -> Scorer:
 def batch(device: str) -> Case:
     """A new request, a packed one without a tail, one with both; head_dim 80."""
     case = make_case(
-        3, 1, 3, 2, 80, [19, 33, 67], FOLDS, skew=4.0, device=device, window=WINDOW
+        [19, 33, 67],
+        FOLDS,
+        layers=1,
+        kv_heads=3,
+        group=2,
+        head_dim=80,
+        skew=4.0,
+        device=device,
+        window=WINDOW,
     )
     return case._replace(seq_lens=[19, 32, 67])
 
@@ -114,13 +123,14 @@ def test_stored_scores_count_as_declared(scorer: Scorer, device: str) -> None:
         torch.testing.assert_close(scores[later].double(), expected[later])
 
 
-@pytest.mark.parametrize("name", ["l1", "l2", "value_norm", "value_norm_l1"])
+@pytest.mark.parametrize("name", ATTENTION_METRICS)
 def test_attention_is_that_of_the_window(name: str, device: str) -> None:
-    case = batch(device)
-    power = 1 if name.endswith("l1") else 2
+    case, metric = batch(device), METRICS[name]
+    assert metric.power is not None
     scores = SCORERS[name].score(context(case))
-    norms = name.startswith("value_norm")
-    truth = oracles.observe(case, 80**-0.5, power, value_norms=norms)
+    truth = oracles.observe(
+        case, 80**-0.5, metric.power, value_norms=metric.value_norms
+    )
     torch.testing.assert_close(scores.double(), truth, rtol=1e-5, atol=1e-6)
 
 

@@ -93,7 +93,9 @@ def test_chunks_of_a_prompt_add_up() -> None:
 @pytest.mark.parametrize("power", [1, 2])
 def test_a_window_of_everything_observes_the_same(power: int, device: str) -> None:
     """Without a buffer KVC-full is what `observe_scores` finds with all queries."""
-    case = make_case(1, 2, 3, 2, 32, [45], window=45, device=device)
+    case = make_case(
+        [45], layers=2, kv_heads=3, group=2, head_dim=32, window=45, device=device
+    )
     args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
     how = {"sm_scale": 0.25, "power": power}
     observed = observe_scores(*args, **how).view(2, 3, 48)[..., :45]

@@ -127,7 +127,9 @@ def test_heads_are_shared_by_programs(
     """More tiles than programs, and programs without a tile."""
     name = "sglang_kvc.kernels.positional.programs_per_head"
     monkeypatch.setattr(name, lambda rows, items: 2)
-    check_all(make_case(2, 1, 2, 1, 16, [2700, 20], [64, 0], device=device))
+    check_all(
+        make_case([2700, 20], [64, 0], layers=1, group=1, head_dim=16, device=device)
+    )
 
 
 def run_pass(case: Case, keep: int, name: str, sinks: int, groups: int) -> None:
@@ -150,7 +152,7 @@ def two_passes(name: str, sinks: int, groups: int) -> tuple[Case, list[list]]:
 
     Entries are (position, stored score); a value's first element is its position.
     """
-    case = make_case(1, 1, 3, 1, 16, [200])
+    case = make_case([200], layers=1, kv_heads=3, group=1, head_dim=16)
     case.arena.score.zero_()
     values = case.arena.v.view(-1, 16)
     for lh in range(3):
@@ -189,7 +191,7 @@ def test_random_keeps_a_uniform_sample() -> None:
 
 
 def test_the_next_request_of_a_slot_draws_otherwise() -> None:
-    case = make_case(1, 1, 1, 1, 16, [64])
+    case = make_case([64], layers=1, kv_heads=1, group=1, head_dim=16)
     draws = []
     for seq_len in (63, 64):
         plan = make_plan(case._replace(seq_lens=[seq_len]))
@@ -198,7 +200,7 @@ def test_the_next_request_of_a_slot_draws_otherwise() -> None:
 
 
 def test_draws_are_uniform_and_unrelated() -> None:
-    case = make_case(2, 2, 4, 1, 16, [4096, 4096])
+    case = make_case([4096, 4096], layers=2, kv_heads=4, group=1, head_dim=16)
     plan = make_plan(case)
     draws, again = (
         random_scores(case.arena, case.tables, plan, seed=seed).view(16, 4096)
@@ -217,7 +219,7 @@ def test_draws_are_uniform_and_unrelated() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**31])
 def test_bad_seeds_are_named(seed: int) -> None:
-    case = make_case(1, 1, 1, 1, 16, [20])
+    case = make_case([20], layers=1, kv_heads=1, group=1, head_dim=16)
     message = rf"seed must be in \[0, 2147483648\), got {seed}"
     with pytest.raises(ValueError, match=message):
         random_scores(case.arena, case.tables, make_plan(case), seed=seed)

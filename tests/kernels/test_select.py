@@ -57,10 +57,14 @@ def test_equals_reference(
     levels: int,
     device: str,
 ) -> None:
-    case = make_case(len(seq_lens), 2, 2, 1, 16, seq_lens, folds, device=device)
+    case = make_case(seq_lens, folds, layers=2, group=1, head_dim=16, device=device)
     plan = make_plan(case, keep, protected=protected)
     scores = make_scores(plan.num_entries, levels, device)
     check_equal(case, plan, scores, SelectionRule(sinks))
+
+
+def as_lists(selected: SelectedEntries) -> oracles.Survivors:
+    return oracles.Survivors._make(part.tolist() for part in selected)
 
 
 GROUP_CASES = [
@@ -89,7 +93,14 @@ def select_by_all(
     """
     seq_lens, folds, packed, keep = shape
     case = make_case(
-        len(seq_lens), 3, 2, 1, 16, seq_lens, folds, packed, skew=0, device=device
+        seq_lens,
+        folds,
+        layers=3,
+        group=1,
+        head_dim=16,
+        packed_pages=packed,
+        skew=0,
+        device=device,
     )
     plan = make_plan(case, keep, spare=spare)
     scores = make_scores(plan.num_entries, levels, device)
@@ -100,12 +111,10 @@ def select_by_all(
     selected = check_equal(case, plan, scores, rule)
     fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
     bounds = (bound_groups, plan.evict_most.tolist()) if bound_groups else None
-    rows, kept, offsets = oracles.select(
+    survivors = oracles.select(
         case, scores, fold_new, keep, 8, 2, bounds=bounds, **options
     )
-    assert selected.source_rows.tolist() == rows
-    assert selected.scores.tolist() == kept
-    assert selected.block_offsets.tolist() == offsets
+    assert as_lists(selected) == survivors
     return selected, plan
 
 
@@ -157,7 +166,7 @@ def test_bounded_groups(
 
 @pytest.mark.interpreter
 def test_ties_are_dealt_across_scan_blocks(device: str) -> None:
-    case = make_case(1, 67, 1, 1, 8, [32], device=device)
+    case = make_case([32], layers=67, kv_heads=1, group=1, head_dim=8, device=device)
     plan = make_plan(case, [1], protected=0)
     # 67 blocks go: 60 of heads 0 to 29, then 7 of the 10 tied ones of heads 62 to 66.
     scores = torch.full((67, 32), 2.0, device=device)
@@ -177,7 +186,9 @@ def test_ties_are_dealt_across_scan_blocks(device: str) -> None:
 def test_more_than_one_block_of_a_scan(
     layers: int, seq_len: int, keep: int, device: str
 ) -> None:
-    case = make_case(1, layers, 1, 1, 8, [seq_len], device=device)
+    case = make_case(
+        [seq_len], layers=layers, kv_heads=1, group=1, head_dim=8, device=device
+    )
     plan = make_plan(case, [keep], protected=0)
     # Far apart magnitudes reach every digit, 0 and the smallest subnormals included.
     scores = 10.0 ** -(torch.rand(plan.num_entries, device=device) * 44)
@@ -195,19 +206,17 @@ def test_reference_against_literal_algorithm(
     sinks: int,
     levels: int,
 ) -> None:
-    case = make_case(len(seq_lens), 3, 2, 1, 8, seq_lens, folds)
+    case = make_case(seq_lens, folds, layers=3, group=1, head_dim=8)
     plan = make_plan(case, keep, protected=protected)
     scores = make_scores(plan.num_entries, levels, "cpu")
     selected = select_entries(case.tables, plan, scores, rule=SelectionRule(sinks))
     fold_new = [n // PAGE_SIZE * PAGE_SIZE for n in seq_lens]
-    rows, kept, offsets = oracles.select(case, scores, fold_new, keep, protected, sinks)
-    assert selected.source_rows.tolist() == rows
-    assert selected.scores.tolist() == kept
-    assert selected.block_offsets.tolist() == offsets
+    survivors = oracles.select(case, scores, fold_new, keep, protected, sinks)
+    assert as_lists(selected) == survivors
 
 
 def test_what_is_forced_stays() -> None:
-    case = make_case(1, 1, 2, 1, 8, [160], [0])
+    case = make_case([160], [0], layers=1, group=1, head_dim=8)
     plan = make_plan(case, [2], protected=5)
     scores = torch.ones(plan.num_entries)
     for head in range(2):
@@ -223,13 +232,11 @@ def test_what_is_forced_stays() -> None:
 def long_case(device: str) -> Case:
     """Compressed and first passes, skewed, 64 heads."""
     return make_case(
-        3,
-        32,
-        2,
-        1,
-        16,
         [20_000, 6000, 3000],
         [0, 4096, 2048],
+        layers=32,
+        group=1,
+        head_dim=16,
         skew=4.0,
         device=device,
         spare_pages=0,
@@ -249,7 +256,9 @@ def test_gpu_long(levels: int, device: str) -> None:
 @pytest.mark.parametrize("groups", [1, 32, 64])
 def test_gpu_groups(groups: int, device: str) -> None:
     lengths = [20_000, 6000, 3000]
-    case = make_case(3, 32, 2, 1, 16, lengths, device=device, spare_pages=0)
+    case = make_case(
+        lengths, layers=32, group=1, head_dim=16, device=device, spare_pages=0
+    )
     plan = make_plan(case, [128, 64, 100], protected=32)
     scores = make_scores(plan.num_entries, 0, device)
     check_equal(case, plan, scores, SelectionRule(4, groups, floor_blocks=3))

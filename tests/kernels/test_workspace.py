@@ -25,6 +25,7 @@ def test_selection_takes_what_it_is_charged(heads: int, groups: int) -> None:
 @pytest.mark.parametrize("values", [64, 256, 16 * MAX_WINDOW])
 def test_partial_results_fit(requests: int, heads: int, values: int) -> None:
     """Head dimensions, and rows of the longest window with 16 query heads a KV head."""
-    plan = make_plan(make_case(requests, 1, 1, 1, 1, [100_000] + [16] * (requests - 1)))
+    lengths = [100_000] + [16] * (requests - 1)
+    plan = make_plan(make_case(lengths, layers=1, kv_heads=1, group=1, head_dim=1))
     splits = split_heads(plan, heads, entries=512, values=values)
     assert 4 * heads * values * splits.programs * splits.requests <= PARTIAL_BYTES

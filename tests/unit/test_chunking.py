@@ -22,6 +22,7 @@ from sglang_kvc.scheduling.passes import (
 )
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.scheduling.step_plan import Fold
 from tests.doubles import request_fields
 
 POOL = 20_480
@@ -192,7 +193,7 @@ def test_page_lists_of_a_folded_step_stay_within_what_is_set_aside(
     while _has_lists_for_one_more(adder, server):
         adder.can_run_list.append(request(100, 0, make_policy()))
     assert len(adder.can_run_list) == 1 + others
-    width = table_width([8_192], [(4_096, 1_024)], 256)
+    width = table_width([8_192], [Fold(4_096, 1_024)], 256)
     assert len(adder.can_run_list) * width <= context // 16
     # Without a folded prompt there are no lists.
     adder.can_run_list = adder.can_run_list[1:] or [request(100, 0, make_policy())]

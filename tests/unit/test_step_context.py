@@ -13,9 +13,10 @@ from sglang.srt.model_executor.forward_context import (
 )
 
 from sglang_kvc.attention.step_context import folds_of_forward, forwards_with
+from sglang_kvc.scheduling.step_plan import Fold
 
 RUNNER = SimpleNamespace(attn_backend=object())
-FOLDS = [(320, 64), (0, 0)]
+FOLDS = [Fold(320, 64), Fold(0, 0)]
 
 
 def test_inside_the_backend_is_found_as_ever() -> None:

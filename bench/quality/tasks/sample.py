@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.quality.tasks.corpus import Corpus
 
@@ -18,6 +18,15 @@ DICTATED = "dictated"
 LIKELIHOOD = "likelihood"
 """One request that decodes a given text: log-probabilities instead of an answer."""
 MODES = (ASK, TURNS, DICTATED, LIKELIHOOD)
+
+
+class SampleKey(NamedTuple):
+    """What determines a sample; `number` is its `index` (tuples have one already)."""
+
+    task: str
+    length: int
+    seed: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -76,9 +85,9 @@ class Sample:
             raise ValueError(f"{self.task}: the question is not the prompt's end")
 
     @property
-    def key(self) -> tuple[str, int, int, int]:
-        """Task, length, seed and index."""
-        return self.task, self.length, self.seed, self.index
+    def key(self) -> SampleKey:
+        """What determines the rest."""
+        return SampleKey(self.task, self.length, self.seed, self.index)
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,20 @@
 """Ways to score KVs, by name. Imports no SGLang."""
 
+from sglang_kvc.config.metrics import ATTENTION_METRICS, METRICS
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.eviction.scorers.attention import AttentionScorer
 from sglang_kvc.eviction.scorers.base import ScoreContext, Scorer
-from sglang_kvc.eviction.scorers.key_similarity import KeySimilarityScorer
+from sglang_kvc.eviction.scorers.key_diff import KeyDiffScorer
 from sglang_kvc.eviction.scorers.random import RandomScorer
 from sglang_kvc.eviction.scorers.recency import RecencyScorer
-from sglang_kvc.eviction.scorers.value_norm import ValueNormScorer
 
 __all__ = ["SCORERS", "ScoreContext", "Scorer", "get_scorer"]
 
 SCORERS: dict[str, Scorer] = {
     scorer.name: scorer
     for scorer in (
-        AttentionScorer("l2", power=2),
-        AttentionScorer("l1", power=1),
-        ValueNormScorer("value_norm", power=2),
-        ValueNormScorer("value_norm_l1", power=1),
-        KeySimilarityScorer("key_similarity"),
+        *(AttentionScorer.of(METRICS[name]) for name in ATTENTION_METRICS),
+        KeyDiffScorer("key_similarity"),
         RecencyScorer("recency"),
         RandomScorer("random"),
     )

@@ -31,7 +31,7 @@ class EntryScores:
         # Where the last pass folded, and how long the request was at it.
         self._fold = self._scored = 0
         # By rank: each deals out its own.
-        self._units = [0.0] * tokens.model.ranks
+        self._novelty_unit = [0.0] * tokens.model.ranks
 
     def update(self, prompt: bool, repeated: bool) -> torch.Tensor:
         """The scores at a pass, [L * H, length].
@@ -47,7 +47,7 @@ class EntryScores:
             if prompt:
                 self._pool()
             if self.options.distinct_weight:
-                self._add_distinct(prompt)
+                self._add_novelty(prompt)
         else:
             self._score_entries()
         self._fold, self._scored = length // BLOCK * BLOCK, length
@@ -84,26 +84,26 @@ class EntryScores:
             share = torch.tensor(factors)
             self._scores[:, self._fold + p] = (near * share).max(dim=1).values
 
-    def _add_distinct(self, prompt: bool) -> None:
+    def _add_novelty(self, prompt: bool) -> None:
         """What is folded now gains by its key if it is prompt, else by the mean."""
         for rank in range(self.tokens.model.ranks):
             own = self.tokens.model.heads_of(rank)
-            self._scores[own] = self._with_distinct(rank, own, prompt)
+            self._scores[own] = self._with_novelty(rank, own, prompt)
 
-    def _with_distinct(self, rank: int, own: list[int], prompt: bool) -> torch.Tensor:
+    def _with_novelty(self, rank: int, own: list[int], prompt: bool) -> torch.Tensor:
         new = slice(self._fold, self.tokens.length // BLOCK * BLOCK)
         scores = self._scores[own]
         if not prompt:
-            scores[:, new] += self._units[rank]
+            scores[:, new] += self._novelty_unit[rank]
             return scores
         visible = self.tokens.visible[own]
-        unlike = torch.zeros_like(scores)
+        diffs = torch.zeros_like(scores)
         for row, (h, seen) in enumerate(zip(own, visible, strict=True)):
             places = seen.nonzero().flatten().tolist()
-            unlike[row, places] = torch.tensor(self._unlike(h, places))
+            diffs[row, places] = torch.tensor(self._key_diff(h, places))
         mean = scores[visible].double().mean()
-        self._units[rank] = float(self.options.distinct_weight * mean)
-        gain = self._units[rank] * unlike / unlike[visible].double().mean()
+        self._novelty_unit[rank] = float(self.options.distinct_weight * mean)
+        gain = self._novelty_unit[rank] * diffs / diffs[visible].double().mean()
         scores[:, new] += gain[:, new].float()
         return scores
 
@@ -113,7 +113,7 @@ class EntryScores:
         for h, seen in enumerate(self.tokens.visible):
             entries = seen.nonzero().flatten().tolist()
             if metric == "key_similarity":
-                score = self._unlike(h, entries)
+                score = self._key_diff(h, entries)
             elif metric == "recency":
                 score = [1 / (len(entries) - i) for i in range(len(entries))]
             elif metric == "random":
@@ -124,8 +124,8 @@ class EntryScores:
                 raise ValueError(f"the oracle knows no metric {metric!r}")
             self._scores[h, entries] = torch.tensor(score, dtype=torch.float32)
 
-    def _unlike(self, head: int, entries: list[int]) -> list[float]:
-        """How unlike their mean direction keys of a head are, by KeyDiff."""
+    def _key_diff(self, head: int, entries: list[int]) -> list[float]:
+        """How far keys of a head are from their mean direction, by KeyDiff."""
         layer, place = divmod(head, self.tokens.model.heads)
         own = self.tokens.keys[layer][place, entries].double()
         own /= own.norm(dim=1, keepdim=True)

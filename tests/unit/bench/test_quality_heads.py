@@ -16,7 +16,7 @@ from bench.quality.plan import Wish
 from bench.quality.records import read
 from bench.quality.systems import Setting, parse_setting, parse_systems
 from bench.quality.tasks import TASKS
-from bench.quality.tasks.sample import DICTATED, TURNS, Sample
+from bench.quality.tasks.sample import DICTATED, TURNS, Sample, SampleKey
 from tests.unit.bench.quality_fixtures import WordTokenizer
 
 LAYERS, HEADS, PAGE = 3, 2, 16
@@ -86,9 +86,9 @@ class Store:
     def start(self, keys: Any) -> None:
         self.started += keys
 
-    def get(self, key: tuple[str, int, int, int]) -> Sample:
+    def get(self, key: SampleKey) -> Sample:
         assert key in self.started
-        return sample(key[3])
+        return sample(key.number)
 
 
 def test_fractions_count_what_lies_behind_the_last_page() -> None:

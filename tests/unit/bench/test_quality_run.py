@@ -17,7 +17,7 @@ from bench.quality.records import Key, Results, merge, pack, read, unpack
 from bench.quality.run import Runner
 from bench.quality.systems import FULL, Setting, parse_setting, parse_systems
 from bench.quality.tasks import OWN_LENGTH, TASKS
-from bench.quality.tasks.sample import Sample
+from bench.quality.tasks.sample import Sample, SampleKey
 
 RATES = [parse_setting(word) for word in ("1", "8", "2")]
 
@@ -144,7 +144,7 @@ class FakeStore:
     def start(self, keys: Any) -> None:
         self.started = list(keys)
 
-    def get(self, key: tuple[str, int, int, int]) -> Sample:
+    def get(self, key: SampleKey) -> Sample:
         task, length, seed, index = key
         return Sample(
             task, "g", index, length, seed, "p", ("gold",), 4, "found", question="p"

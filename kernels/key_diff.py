@@ -37,10 +37,8 @@ from sglang_kvc.kernels.plan_heads import (
 TINY = tl.constexpr(1e-12)
 
 
-def key_similarity_scores_ref(
-    arena: Arena, tables: BlockTables, plan: PassPlan
-) -> torch.Tensor:
-    """Plain torch form of `key_similarity_scores`; one head at a time."""
+def key_diff_ref(arena: Arena, tables: BlockTables, plan: PassPlan) -> torch.Tensor:
+    """Plain torch form of `key_diff`; one head at a time."""
     normalize = torch.nn.functional.normalize
     keys = arena.k.view(-1, arena.head_dim)
     scores = torch.zeros(plan.num_entries, dtype=torch.float32, device=arena.k.device)
@@ -100,7 +98,7 @@ def anchor_kernel(
 
 
 @triton.jit(do_not_specialize=["first_request"])
-def similarity_kernel(
+def key_diff_kernel(
     arena_k,
     walk,
     partial,
@@ -149,10 +147,8 @@ def similarity_kernel(
         tl.store(scores + first_cell + entry, score, mask=entry < size)
 
 
-def key_similarity_scores_triton(
-    arena: Arena, tables: BlockTables, plan: PassPlan
-) -> torch.Tensor:
-    """Triton form of `key_similarity_scores`; two launches, more for many requests."""
+def key_diff_triton(arena: Arena, tables: BlockTables, plan: PassPlan) -> torch.Tensor:
+    """Triton form of `key_diff`; two launches, more for many requests."""
     tile = 64
     num_requests, heads = plan.slots.shape[0], arena.heads_per_page
     # Several tiles a program, so that merging costs less than summing.
@@ -175,13 +171,11 @@ def key_similarity_scores_triton(
     for first in range(0, num_requests, chunk):
         grid = (min(chunk, num_requests - first) * heads, splits)
         anchor_kernel[grid](*inputs, *tables.row_strides, first, **axes)
-        similarity_kernel[grid](*inputs, scores, *tables.row_strides, first, **axes)
+        key_diff_kernel[grid](*inputs, scores, *tables.row_strides, first, **axes)
     return scores
 
 
-def key_similarity_scores(
-    arena: Arena, tables: BlockTables, plan: PassPlan
-) -> torch.Tensor:
+def key_diff(arena: Arena, tables: BlockTables, plan: PassPlan) -> torch.Tensor:
     """Score every resident KV of the plan's requests by its key alone.
 
     Parameters
@@ -192,5 +186,5 @@ def key_similarity_scores(
     -------
     torch.Tensor : [plan.num_entries] fp32, every element written.
     """
-    triton_op, ref_op = key_similarity_scores_triton, key_similarity_scores_ref
+    triton_op, ref_op = key_diff_triton, key_diff_ref
     return (triton_op if use_triton(arena.k) else ref_op)(arena, tables, plan)

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 
 from sglang_kvc.eviction.scorers.base import ScoreContext, Scorer
-from sglang_kvc.kernels.key_similarity import key_similarity_scores
+from sglang_kvc.kernels.key_diff import key_diff
 
 
 @dataclass(frozen=True)
-class KeySimilarityScorer(Scorer):
+class KeyDiffScorer(Scorer):
     """1 - cosine with the head's mean direction, anew in every pass.
 
     Not pooled: a neighbour of an unusual key is not unusual for it.
@@ -21,4 +21,4 @@ class KeySimilarityScorer(Scorer):
     pooled: ClassVar[bool] = False
 
     def score(self, ctx: ScoreContext) -> torch.Tensor:
-        return key_similarity_scores(ctx.arena, ctx.tables, ctx.plan)
+        return key_diff(ctx.arena, ctx.tables, ctx.plan)
