@@ -1,6 +1,6 @@
 """The pages: links lead somewhere, the README is short, the flags are today's.
 
-``python tests/unit/test_docs.py --write`` writes the table of flags into the guide.
+``python -m tests.unit.test_docs --write`` writes the table of flags into the guide.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_readme_is_short() -> None:
 
 def test_guide_has_todays_flags() -> None:
     text = GUIDE.read_text()
-    assert text == with_flags(text), "run python tests/unit/test_docs.py --write"
+    assert text == with_flags(text), "run python -m tests.unit.test_docs --write"
 
 
 def test_every_page_of_docs_is_named_by_the_readme() -> None:
