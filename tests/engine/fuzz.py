@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_kvc.upstream.generation import UPSTREAM, Generation22
 from tests.engine.inprocess import (
     InProcessScheduler,
     Output,
@@ -46,6 +47,8 @@ class Setting:
     priority: bool = False
     retract: bool = False
     pause: bool = False
+    turns: int = 0
+    """Decode steps between two prefills, SGLang's --prefill-decode-interval."""
 
 
 SETTINGS = {
@@ -66,6 +69,9 @@ SETTINGS = {
     ),
     "priority never": Setting(chunks="never", chunk=512, priority=True, overlap=False),
 }
+if isinstance(UPSTREAM, Generation22):
+    SETTINGS["turns"] = Setting(turns=1)
+    SETTINGS["turns of chunks"] = Setting(turns=3, chunk=64, chunks="always")
 
 
 def draw(rng: random.Random, name: str, setting: Setting) -> list[Request]:
@@ -143,6 +149,8 @@ def apply(server: InProcessScheduler, setting: Setting) -> None:
     server.set_overlap(setting.overlap)
     server.set_priority(setting.priority)
     server.set_chunk(setting.chunk, setting.chunks)
+    server.sch.prefill_decode_interval = setting.turns
+    server.sch.prefill_decode_interval_min_bs = 1
     stock.TEST_RETRACT, stock.TEST_RETRACT_INTERVAL = setting.retract, 7
     runtime = server.allocator.get_kvcache().runtime
     options = dataclasses.replace(runtime.options, interval=setting.interval)
