@@ -48,6 +48,8 @@ SCHEDULER = (
     "schedule_policy__preempt_to_schedule",
     "scheduler__get_prefill_adder_class",
     "scheduler__get_new_batch_prefill",
+    "scheduler__get_new_batch_prefill_raw",
+    "scheduler__should_defer_prefill",
     # Out of memory.
     "schedule_batch__retract_decode",
     "schedule_batch__get_decode_retraction_order",

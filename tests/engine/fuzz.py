@@ -47,7 +47,7 @@ class Setting:
     priority: bool = False
     retract: bool = False
     pause: bool = False
-    turns: int = 0
+    turns: int = 1
     """Decode steps between two prefills, SGLang's --prefill-decode-interval."""
 
 
@@ -70,7 +70,7 @@ SETTINGS = {
     "priority never": Setting(chunks="never", chunk=512, priority=True, overlap=False),
 }
 if isinstance(UPSTREAM, Generation22):
-    SETTINGS["turns"] = Setting(turns=1)
+    SETTINGS["no turns"] = Setting(turns=0)
     SETTINGS["turns of chunks"] = Setting(turns=3, chunk=64, chunks="always")
 
 
@@ -150,7 +150,6 @@ def apply(server: InProcessScheduler, setting: Setting) -> None:
     server.set_priority(setting.priority)
     server.set_chunk(setting.chunk, setting.chunks)
     server.sch.prefill_decode_interval = setting.turns
-    server.sch.prefill_decode_interval_min_bs = 1
     stock.TEST_RETRACT, stock.TEST_RETRACT_INTERVAL = setting.retract, 7
     runtime = server.allocator.get_kvcache().runtime
     options = dataclasses.replace(runtime.options, interval=setting.interval)

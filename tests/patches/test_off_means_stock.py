@@ -84,6 +84,8 @@ def calls(pool: object) -> dict[str, Call]:
         "schedule_policy__preempt_to_schedule": ((holder, req), {}),
         "scheduler__get_prefill_adder_class": ((holder,), {}),
         "scheduler__get_new_batch_prefill": ((holder, batch), {}),
+        "scheduler__get_new_batch_prefill_raw": ((holder, None, batch), {}),
+        "scheduler__should_defer_prefill": ((holder, batch), {}),
         "schedule_batch__retract_decode": ((holder,), {}),
         "schedule_batch__get_decode_retraction_order": (([req, req],), {}),
         "xgrammar_backend__allocate_token_bitmask": ((100, 2), {}),

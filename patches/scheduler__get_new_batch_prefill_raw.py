@@ -1,0 +1,38 @@
+"""Decode once before the next prefill, on SGLang 0.5.17."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kvc.patches.runtimes import of_holder
+from sglang_kvc.scheduling.turns import decode_first
+from sglang_kvc.upstream.patch import HookType, Patch
+
+PATCH = Patch(
+    target="sglang.srt.managers.scheduler:Scheduler._get_new_batch_prefill_raw",
+    hook_type=HookType.AROUND,
+    expected_params=("self", "prefill_delayer_single_pass", "running_batch"),
+    reason=(
+        "SGLang prefills until no prompt waits. One client that sends prompts as fast "
+        "as it can makes everybody wait for their next token."
+    ),
+    upstream_link="managers/scheduler.py:3093",
+    remove_when="0.5.22, which has --prefill-decode-interval.",
+    runtime_from=of_holder,
+    until="0.5.22",
+)
+
+
+def hook(
+    original: Any,
+    runtime: Any,
+    scheduler: Any,
+    prefill_delayer_single_pass: Any,
+    running_batch: Any,
+) -> Any:
+    """No prefill in this step if the last step was one and somebody decodes."""
+    if decode_first(scheduler, running_batch):
+        # A started prompt is in no batch now; the busy check has to know of it.
+        runtime.pass_scheduler.waiting_prompt = scheduler.chunked_req
+        return None, running_batch
+    return original(scheduler, prefill_delayer_single_pass, running_batch)
