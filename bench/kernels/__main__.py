@@ -1,9 +1,11 @@
 """Every kernel against its reference and the bytes that it must move, on one GPU.
 
     python -m bench.kernels [--only decode,append,pass,prefill] [--quick] [--tune]
+    python -m bench.kernels --only decode --quick --shape 32x4x64x256
 
 Needs torch, triton and one Hopper GPU; with SGLang's FlashAttention-3 (FA3), decode and
-prefill are compared with it. Shapes are those of Llama-3.1-8B in bf16. A kernel is
+prefill are compared with it. Without ``--shape`` it is that of Llama-3.1-8B; bf16. The
+arena has 8 KV heads of 128 in mind: KV heads x head size should be 1,024. A kernel is
 first compared with its reference and gets no number if it differs. Numbers are medians
 of replayed CUDA graphs, L2 cold; "floor us" is the time to move the least bytes at
 4.3 TB/s, what a copy reaches on an H200. Everything is appended to ``--out``.
@@ -71,12 +73,30 @@ def arena_pages(sections: list[str]) -> int:
     return max(needs.get(section, SMALL_ARENA_PAGES) for section in sections)
 
 
+def parse_shape(text: str) -> Shape:
+    """``32x8x32x128``: layers, KV heads, query heads, head size."""
+    try:
+        layers, kv_heads, qo_heads, head_dim = map(int, text.split("x"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 32x8x32x128") from error
+    if qo_heads % kv_heads:
+        raise argparse.ArgumentTypeError(f"{text}: KV heads do not divide query heads")
+    return Shape(layers, kv_heads, qo_heads, head_dim)
+
+
 def main() -> None:
     """Run the sections, each on its own; exit with 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=",".join(SECTIONS))
     parser.add_argument("--out", type=Path, default=Path("bench/results/kernels.jsonl"))
     parser.add_argument("--quick", action="store_true", help="few cases and replays")
+    parser.add_argument(
+        "--shape",
+        type=parse_shape,
+        default=Shape(),
+        metavar="LAYERSxKVxQOxDIM",
+        help="layers, KV heads, query heads, head size",
+    )
     parser.add_argument("--tune", action="store_true", help="sweep decode instead")
     parser.add_argument("--tune-seconds", type=float, default=TUNE_SECONDS)
     args = parser.parse_args()
@@ -86,7 +106,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no GPU: nothing can be measured here")
 
-    shape = Shape()
+    shape = args.shape
     pages = arena_pages(["decode"] if args.tune else sections)
     settings = {**vars(args), "out": args.out.name, "pages": pages}
     common = {**environment(), "args": settings, "shape": shape._asdict()}

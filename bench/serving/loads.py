@@ -14,7 +14,9 @@ from typing import Any
 STOCK, ABSENT, OURS = "stock", "absent", "kvc"
 """Plugin not loaded; plugin loaded, flag not given; flag given."""
 SMALL_GROUP, ALL_GROUP, FLAG_GROUP = "small", "all", "flag"
-GROUPS = (SMALL_GROUP, ALL_GROUP, FLAG_GROUP)
+LARGE_GROUP = "70b"
+"""For ``bench/shapes/llama-3.1-70b-fp8``; not in "every"."""
+GROUPS = (SMALL_GROUP, ALL_GROUP, FLAG_GROUP, LARGE_GROUP)
 PAPER_MIN_BUDGET = 128
 DEFAULT_MIN_BUDGET = 512
 
@@ -192,6 +194,40 @@ LOADS: dict[str, Load] = {
             rates=(8,),
             seconds={0: 2, 8: 8},
         ),
+        # What a decode step between two prefills costs where it helps nobody.
+        _paper(
+            "6000x1@20480",
+            64,
+            (6000, 1),
+            20480,
+            rates=(8,),
+            seconds={0: 10, 8: 10},
+            targets={8: 0.98},
+        ),
+        _paper(
+            "256x128@20480",
+            256,
+            (256, 128),
+            20480,
+            rates=(1,),
+            seconds={0: 8, 1: 8},
+            targets={1: 0.98},
+        ),
+        # The paper's second table.
+        Load(
+            "70b-6000x500@20480",
+            40,
+            6000,
+            500,
+            20480,
+            rates=(8, 64, 1),
+            stock_prompts=9,
+            rate_prompts={1: 9},
+            group=LARGE_GROUP,
+            min_budget=PAPER_MIN_BUDGET,
+            seconds={0: 50, 1: 50, 8: 60, 64: 55},
+            targets={1: 0.98, 8: 2.2, 64: 3.0},
+        ),
         # Stock with a pool as large as ours and what we keep beside it, 8,254 tokens.
         _paper(
             "6000x500@28736",
@@ -296,5 +332,9 @@ def choose(group: str, ids: Iterable[str] = ()) -> list[Load]:
     return [
         load
         for load in LOADS.values()
-        if (load.id in wanted if wanted else group in (load.group, "every"))
+        if (
+            load.id in wanted
+            if wanted
+            else group == load.group or (group == "every" and load.group != LARGE_GROUP)
+        )
     ]

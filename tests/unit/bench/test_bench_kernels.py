@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from bench.kernels import append, decode, decode_tune, passes, prefill
-from bench.kernels.__main__ import arena_pages
+from bench.kernels.__main__ import arena_pages, parse_shape
 from bench.kernels.batches import Batch, Shape, fold_by_head, head_blocks, make_arena
 from bench.kernels.checks import POOL, POWER, SINKS, WINDOW, check_pass, small_case
 from bench.kernels.decode_case import ARENA_PAGES, ROWS, Decode, Row, row_batch
@@ -325,3 +326,10 @@ def test_tuning_runs_on_the_cpu(
     assert len(report.rows) == 2 * decode_tune.SHOWN
     decode_tune.tune_decode(*base, -1.0)
     assert "out of time" in capsys.readouterr().out
+
+
+def test_a_shape_is_four_numbers() -> None:
+    assert parse_shape("32x4x64x256") == Shape(32, 4, 64, 256)
+    for wrong in ("32x4x64", "32x4x64x256x1x1", "a", "32x3x64x128"):
+        with pytest.raises(argparse.ArgumentTypeError, match=wrong):
+            parse_shape(wrong)
