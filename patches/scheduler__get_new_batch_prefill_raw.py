@@ -1,11 +1,10 @@
-"""Decode once before the next prefill, on SGLang 0.5.17."""
+"""Decode before the next prefill, on SGLang 0.5.17."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sglang_kvc.patches.runtimes import of_holder
-from sglang_kvc.scheduling.turns import decode_first
 from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
@@ -17,7 +16,7 @@ PATCH = Patch(
         "as it can makes everybody wait for their next token."
     ),
     upstream_link="managers/scheduler.py:3093",
-    remove_when="0.5.22, which has --prefill-decode-interval.",
+    remove_when="0.5.22, which has a method for it (scheduler__should_defer_prefill).",
     runtime_from=of_holder,
     until="0.5.22",
 )
@@ -30,8 +29,9 @@ def hook(
     prefill_delayer_single_pass: Any,
     running_batch: Any,
 ) -> Any:
-    """No prefill in this step if the last step was one and somebody decodes."""
-    if decode_first(scheduler, running_batch):
+    """No prefill in this step if it is the turn of the answers."""
+    steps = runtime.options.turns
+    if runtime.turns.decode_first(scheduler, running_batch, steps):
         # A started prompt is in no batch now; the busy check has to know of it.
         runtime.pass_scheduler.waiting_prompt = scheduler.chunked_req
         return None, running_batch

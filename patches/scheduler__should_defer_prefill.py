@@ -1,30 +1,29 @@
-"""Do not decode between two prefills if that gives nobody a token."""
+"""Decode before the next prefill, on SGLang 0.5.22 and later."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sglang_kvc.patches.runtimes import of_holder
-from sglang_kvc.scheduling.turns import answers_wait
 from sglang_kvc.upstream.patch import HookType, Patch
 
 PATCH = Patch(
     target="sglang.srt.managers.scheduler:Scheduler._should_defer_prefill",
-    hook_type=HookType.AROUND,
+    hook_type=HookType.AFTER,
     expected_params=("self", "running_batch"),
     reason=(
-        "With --prefill-decode-interval SGLang decodes also if nothing runs, or only "
-        "requests that their token on its way completes."
+        "SGLang prefills until no prompt waits, or with --prefill-decode-interval "
+        "decodes between two prefills also where many wait and few decode."
     ),
     upstream_link="managers/scheduler.py:1400",
-    remove_when="SGLang counts who has a token to come.",
+    remove_when="--prefill-decode-interval weighs who waits against who decodes.",
     runtime_from=of_holder,
     since="0.5.22",
 )
 
 
-def hook(original: Any, runtime: Any, scheduler: Any, running_batch: Any) -> bool:
-    """Ask SGLang, which counts the steps, then look whether anybody waits."""
-    del runtime
-    defer: bool = original(scheduler, running_batch)
-    return defer and answers_wait(running_batch)
+def hook(result: bool, runtime: Any, scheduler: Any, running_batch: Any) -> bool:
+    """As SGLang says, or if it is the turn of the answers."""
+    steps = runtime.options.turns
+    answers = runtime.turns.decode_first(scheduler, running_batch, steps)
+    return result or answers

@@ -20,6 +20,7 @@ from sglang_kvc.memory.kv_pool import ArenaKVPool
 from sglang_kvc.memory.metadata import metadata_bytes
 from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.passes import PassScheduler
+from sglang_kvc.scheduling.turns import Turns
 from sglang_kvc.upstream.ranks import checks_every_step
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class KVCompressRuntime:
             req_to_token.shape[0],
             probes=options.chunk_queries == "prompt" and observes,
         )
+        self.turns = Turns()
         self.chunk_rule = ChunkRule(
             mode=options.chunks,
             pool_tokens=pool.size,

@@ -159,6 +159,13 @@ class KVCompressOptions:
         "Whose last queries score a chunk when it is compressed: the whole prompt's, "
         "which run once more behind each chunk, or the chunk's own.",
     )
+    turns: int = integer(
+        2,
+        "STEPS",
+        "Decode steps between two prefills while fewer prompts wait than requests run, "
+        "so that prompts do not hold up the answers of others. 0: prompts go first, as "
+        "in SGLang.",
+    )
 
     def __post_init__(self) -> None:
         keep = self.keep
@@ -166,6 +173,7 @@ class KVCompressOptions:
         check_int("protected", self.protected, 1)
         check_int("interval", self.interval, 1)
         check_int("sinks", self.sinks, 0)
+        check_int("turns", self.turns, 0)
         check_int("pool_back", self.pool_back, 0, MAX_POOL)
         check_int("pool_ahead", self.pool_ahead, 0, MAX_POOL)
         check_number("pool_decay", self.pool_decay, 0, 1, above=True)

@@ -80,8 +80,7 @@ def construct(build: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
     free = {name: value for name, value in given.items() if name not in forced}
     refuse(SETTINGS, [*contradictions(given, forced), *unsupported_values(free)])
     os.environ[_POST_CAPTURE_SIZING] = "0"
-    defaults = {**_DEFAULTS, **UPSTREAM.defaults}
-    server_args = build(**{**values, **defaults, **given, **forced})
+    server_args = build(**{**values, **_DEFAULTS, **given, **forced})
     setattr(server_args, OPTIONS_ATTRIBUTE, options)
     if UPSTREAM.resolved(server_args) is server_args:
         # Of a later release the check_server_args hook is the first to see results.

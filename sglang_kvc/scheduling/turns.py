@@ -1,8 +1,10 @@
-"""A decode step between two prefills, so that prompts do not hold up the answers.
+"""Decode steps between two prefills, so that prompts do not hold up the answers.
 
 Stock SGLang runs waiting prompts one after another, and who has an answer to come waits
-for all of them. From 0.5.22 on it can be told to take turns: `config.server_args` sets
-``--prefill-decode-interval 1``. For 0.5.17 that is done here.
+for all of them. Here a few decode steps go between, by default two: SGLang hands out
+the tokens of a step when it has launched the next one, and launching a prefill takes as
+long as two decode steps. If as many prompts wait as requests run, prompts go first as
+in SGLang: then it pays to fill the batch.
 """
 
 from __future__ import annotations
@@ -12,21 +14,38 @@ from typing import Any
 from sglang_kvc.upstream.types import Scheduler
 
 
-def decode_first(scheduler: Scheduler, running_batch: Any) -> bool:
-    """Whether a decode step goes before the next prefill: the last step was one."""
-    last = scheduler.last_batch
-    return (
-        last is not None
-        and last.forward_mode.is_extend()
-        and answers_wait(running_batch)
-    )
+class Turns:
+    """Whose turn it is, prompts' or answers', on one server."""
+
+    def __init__(self) -> None:
+        self._decoded = 0
+
+    def decode_first(
+        self, scheduler: Scheduler, running_batch: Any, steps: int
+    ) -> bool:
+        """Whether the next step is a decode step whoever waits; ask once a step.
+
+        Parameters
+        ----------
+        scheduler : SGLang's Scheduler, about to look for prompts.
+        running_batch : what would decode.
+        steps : decode steps between two prefills.
+        """
+        last = scheduler.last_batch
+        if last is not None and last.forward_mode.is_extend():
+            self._decoded = 0
+        else:
+            self._decoded += 1
+        if self._decoded >= steps:
+            return False
+        waiting = len(scheduler.waiting_queue) + (scheduler.chunked_req is not None)
+        return waiting < len(running_batch.reqs) and _answers_wait(running_batch)
 
 
-def answers_wait(running_batch: Any) -> bool:
+def _answers_wait(running_batch: Any) -> bool:
     """Whether a decode step would give anybody a token.
 
-    One token may be on its way. A request that it completes would decode for nothing,
-    which would cost loads of one-token answers a step for each prefill.
+    One token may be on its way. A request that it completes would decode for nothing.
     """
     return any(
         not req.finished()

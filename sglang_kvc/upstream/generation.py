@@ -16,8 +16,6 @@ Generation22 0.5.22 and 0.5.23: it stands on a record that lives as long as the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from sglang_kvc.upstream.compat import in_force, sglang_version
@@ -32,13 +30,10 @@ class Generation(ABC):
         between two chunks by itself.
     frees_rows : whether the tree is asked to free parts of a row, by the record of the
         memory alone.
-    defaults : raw arguments that we set unless the operator does, where only some
-        releases have them.
     """
 
     checker_counts_waiting: bool
     frees_rows: bool
-    defaults: Mapping[str, Any] = MappingProxyType({})
 
     # The memory of a request ----------------------------------------------------------
 
@@ -210,8 +205,6 @@ class Generation22(Generation):
 
     checker_counts_waiting = True
     frees_rows = True
-    # See `scheduling.turns`.
-    defaults = MappingProxyType({"prefill_decode_interval": 1})
 
     def holds_memory(self, req: Any) -> bool:
         """See `Generation`. The record lives as long as the request."""

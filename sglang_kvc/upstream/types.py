@@ -161,6 +161,7 @@ class Scheduler(Protocol):
     running_batch: Any
     last_batch: Any
     waiting_queue: list[Any]
+    chunked_req: Any
     tree_cache: Any
     token_to_kv_pool_allocator: Any
     ipc_channels: Any

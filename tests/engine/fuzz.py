@@ -47,8 +47,9 @@ class Setting:
     priority: bool = False
     retract: bool = False
     pause: bool = False
-    turns: int = 1
-    """Decode steps between two prefills, SGLang's --prefill-decode-interval."""
+    turns: int = 2
+    sglang_turns: int = 0
+    """SGLang's own, ``--prefill-decode-interval``."""
 
 
 SETTINGS = {
@@ -64,14 +65,15 @@ SETTINGS = {
     "priority": Setting(priority=True),
     "retract": Setting(retract=True),
     "pause": Setting(pause=True),
+    "no turns": Setting(turns=0),
+    "turns of chunks": Setting(turns=3, chunk=64, chunks="always"),
     "all at once": Setting(
         chunks="always", radix=False, priority=True, retract=True, pause=True
     ),
     "priority never": Setting(chunks="never", chunk=512, priority=True, overlap=False),
 }
 if isinstance(UPSTREAM, Generation22):
-    SETTINGS["no turns"] = Setting(turns=0)
-    SETTINGS["turns of chunks"] = Setting(turns=3, chunk=64, chunks="always")
+    SETTINGS["turns of SGLang"] = Setting(turns=0, sglang_turns=3, chunk=64)
 
 
 def draw(rng: random.Random, name: str, setting: Setting) -> list[Request]:
@@ -149,10 +151,12 @@ def apply(server: InProcessScheduler, setting: Setting) -> None:
     server.set_overlap(setting.overlap)
     server.set_priority(setting.priority)
     server.set_chunk(setting.chunk, setting.chunks)
-    server.sch.prefill_decode_interval = setting.turns
+    server.sch.prefill_decode_interval = setting.sglang_turns
     stock.TEST_RETRACT, stock.TEST_RETRACT_INTERVAL = setting.retract, 7
     runtime = server.allocator.get_kvcache().runtime
-    options = dataclasses.replace(runtime.options, interval=setting.interval)
+    options = dataclasses.replace(
+        runtime.options, interval=setting.interval, turns=setting.turns
+    )
     runtime.state.options = runtime.pass_scheduler.options = options
 
 

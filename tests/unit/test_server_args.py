@@ -13,7 +13,6 @@ from sglang_kvc.config import server_args as ours
 from sglang_kvc.config.options import BACKEND
 from sglang_kvc.config.pages import PAGE_SIZE
 from sglang_kvc.errors import ConfigError, UnsupportedModeError
-from sglang_kvc.upstream.generation import UPSTREAM
 from tests.doubles import LLAMA
 
 GRAPHS = "cuda_graph_config"
@@ -72,19 +71,6 @@ def test_what_a_plain_server_resolves_to_is_served(raw: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("hooked")
-@pytest.mark.skipif(not UPSTREAM.defaults, reason="done by a hook on this release")
-@pytest.mark.parametrize(("given", "in_force"), [(None, 1), (0, 0), (3, 3)])
-def test_prefills_and_decode_steps_take_turns_unless_told_otherwise(
-    raw: dict[str, Any], given: int | None, in_force: int
-) -> None:
-    if given is not None:
-        raw["prefill_decode_interval"] = given
-    server_args = build(raw)
-    resolve(server_args)
-    assert UPSTREAM.resolved(server_args).prefill_decode_interval == in_force
-
-
-@pytest.mark.usefixtures("hooked")
 @pytest.mark.parametrize(
     ("results", "message"),
     [
@@ -137,7 +123,6 @@ def test_results_are_checked_once_they_are_there(
     upstream = SimpleNamespace(
         resolved=lambda record: record if early else view,
         model_config=lambda record: "model",
-        defaults={},
     )
     monkeypatch.setattr(ours, "UPSTREAM", upstream)
     monkeypatch.setattr(ours, "verify_hooks_installed", lambda: None)

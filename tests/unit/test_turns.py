@@ -1,4 +1,4 @@
-"""Who decodes between two prefills."""
+"""Whose turn it is, prompts' or answers'."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_kvc.patches import (
     scheduler__get_new_batch_prefill_raw,
     scheduler__should_defer_prefill,
 )
-from sglang_kvc.scheduling.turns import answers_wait, decode_first
+from sglang_kvc.scheduling.turns import Turns
 
 
 def req(done: int, most: int, *, finished: bool = False) -> Any:
@@ -29,7 +29,24 @@ def batch(*reqs: Any, prefill: bool = False) -> Any:
     return SimpleNamespace(reqs=list(reqs), forward_mode=mode)
 
 
+def scheduler(last: Any, *, waiting: int = 1, chunked: Any = None) -> Any:
+    """SGLang's Scheduler behind a step."""
+    queue = [req(0, 9)] * waiting
+    return SimpleNamespace(last_batch=last, waiting_queue=queue, chunked_req=chunked)
+
+
 LONG = req(1, 100)
+PREFILL, DECODE = batch(prefill=True), batch(LONG)
+ANSWERS = batch(*[LONG] * 4)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_so_many_decode_steps_go_between_two_prefills(steps: int) -> None:
+    turns, said = Turns(), []
+    for last in [None, PREFILL, *[DECODE] * 6, PREFILL, PREFILL, *[DECODE] * 6]:
+        said.append(turns.decode_first(scheduler(last), ANSWERS, steps))
+    behind = [left > 0 for left in range(steps, steps - 7, -1)]
+    assert said[1:] == [*behind, behind[0], *behind]
 
 
 @pytest.mark.parametrize(
@@ -46,49 +63,50 @@ LONG = req(1, 100)
 def test_a_decode_step_is_for_tokens_that_are_not_on_their_way(
     reqs: tuple[Any, ...], waits: bool
 ) -> None:
-    assert answers_wait(batch(*reqs)) == waits
+    behind = scheduler(PREFILL, waiting=0)
+    assert Turns().decode_first(behind, batch(*reqs), 1) == waits
 
 
-def test_decode_goes_first_behind_a_prefill_only() -> None:
-    for last, first in (
-        (None, False),
-        (batch(prefill=False), False),
-        (batch(prefill=True), True),
-    ):
-        scheduler: Any = SimpleNamespace(last_batch=last)
-        assert decode_first(scheduler, batch(LONG)) == first
-        assert not decode_first(scheduler, batch())
+@pytest.mark.parametrize(
+    ("waiting", "chunked", "answers_first"),
+    [(3, None, True), (4, None, False), (2, LONG, True), (3, LONG, False)],
+)
+def test_where_many_wait_the_batch_is_filled_first(
+    waiting: int, chunked: Any, answers_first: bool
+) -> None:
+    behind = scheduler(PREFILL, waiting=waiting, chunked=chunked)
+    assert Turns().decode_first(behind, ANSWERS, 2) == answers_first
 
 
-def test_nothing_is_prefilled_in_that_step() -> None:
-    """And in any other, SGLang decides."""
-    hook, plan = scheduler__get_new_batch_prefill_raw.hook, object()
-    running, started = batch(LONG), object()
+def runtime(steps: int) -> Any:
+    """The part of a server that the hooks use."""
+    return SimpleNamespace(
+        options=SimpleNamespace(turns=steps),
+        turns=Turns(),
+        pass_scheduler=SimpleNamespace(waiting_prompt=None),
+    )
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_nothing_is_prefilled_in_that_step(steps: int) -> None:
+    """On 0.5.17. A started prompt is in no batch then, which the busy check is told."""
+    hook, plan, started = scheduler__get_new_batch_prefill_raw.hook, object(), object()
+    server, behind = runtime(steps), scheduler(PREFILL, chunked=started)
 
     def original(scheduler: Any, delayer: Any, running_batch: Any) -> Any:
-        assert (delayer, running_batch) == ("delayer", running)
-        return plan, running
+        assert (delayer, running_batch) == ("delayer", ANSWERS)
+        return plan, running_batch
 
-    for prefill, found in ((True, None), (False, plan)):
-        passes = SimpleNamespace(waiting_prompt=None)
-        runtime = SimpleNamespace(pass_scheduler=passes)
-        scheduler = SimpleNamespace(
-            last_batch=batch(prefill=prefill), chunked_req=started
-        )
-        result = hook(original, runtime, scheduler, "delayer", running)
-        assert result == (found, running)
-        assert passes.waiting_prompt is (started if prefill else None)
+    result = hook(original, server, behind, "delayer", ANSWERS)
+    assert result == (None if steps else plan, ANSWERS)
+    assert server.pass_scheduler.waiting_prompt is (started if steps else None)
 
 
-@pytest.mark.parametrize("answer", [True, False])
-def test_sglang_counts_its_steps_also_when_nobody_waits(answer: bool) -> None:
-    asked: list[Any] = []
-
-    def original(scheduler: Any, running_batch: Any) -> bool:
-        asked.append(running_batch)
-        return answer
-
-    for running, waits in ((batch(LONG), True), (batch(req(0, 1)), False)):
-        deferred = scheduler__should_defer_prefill.hook(original, None, None, running)
-        assert deferred == (answer and waits)
-        assert asked.pop() is running
+@pytest.mark.parametrize("sglang", [True, False])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_sglang_may_want_more_steps(sglang: bool, steps: int) -> None:
+    """From 0.5.22 on; and each is asked in every step, because each counts."""
+    server = runtime(steps)
+    for last, ours in ((PREFILL, steps > 0), (DECODE, False), (PREFILL, steps > 0)):
+        hook = scheduler__should_defer_prefill.hook
+        assert hook(sglang, server, scheduler(last), ANSWERS) == (sglang or ours)
