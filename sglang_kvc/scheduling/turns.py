@@ -2,9 +2,9 @@
 
 Stock SGLang runs waiting prompts one after another, and who has an answer to come waits
 for all of them. Here a few decode steps go between, by default two: SGLang hands out
-the tokens of a step when it has launched the next one, and launching a prefill takes as
-long as two decode steps. If as many prompts wait as requests run, prompts go first as
-in SGLang: then it pays to fill the batch.
+the tokens of a step when it has launched the next one, so those of a single step would
+wait for the launch of a prefill. If as many prompts wait as requests run, prompts go
+first as in SGLang: then it pays to fill the batch.
 """
 
 from __future__ import annotations
