@@ -9,6 +9,7 @@ import pytest
 
 from tests.engine.inprocess import InProcessScheduler, make_server_args
 from tests.engine.server import Server, running
+from tests.engine.shallow import WHOLE, shallow, wants_whole
 
 # Small numbers so that short prompts are compressed and pass twice in few tokens.
 OPTIONS = {
@@ -20,10 +21,11 @@ OPTIONS = {
 
 @pytest.fixture(scope="session")
 def model_path() -> str:
-    """SmolLM2-135M-Instruct; fetched if missing, a failure to fetch fails the test."""
+    """SmolLM2-135M-Instruct, its first layers if not `whole`; fetched if missing."""
     from sglang_kvc.tools.fetch_model import fetch
 
-    return str(fetch("smollm2-135m-instruct"))
+    folder = fetch("smollm2-135m-instruct")
+    return str(folder if wants_whole() else shallow(folder))
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +47,11 @@ def fresh(scheduler: InProcessScheduler) -> Iterator[InProcessScheduler]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the server go last: an idle one keeps a core busy."""
     items.sort(key=lambda item: item.get_closest_marker("server") is not None)
+    if not wants_whole():
+        needs = pytest.mark.skip(reason=f"needs the whole model: {WHOLE}=1")
+        for item in items:
+            if item.get_closest_marker("whole"):
+                item.add_marker(needs)
 
 
 @pytest.fixture(scope="session")

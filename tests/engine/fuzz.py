@@ -76,7 +76,7 @@ if isinstance(UPSTREAM, Generation22):
     SETTINGS["turns of SGLang"] = Setting(turns=0, sglang_turns=3, chunk=64)
 
 
-def draw(rng: random.Random, name: str, setting: Setting) -> list[Request]:
+def draw(rng: random.Random, name: str, setting: Setting, count: int) -> list[Request]:
     """Prompts of every length, some beyond the pool; options good and bad; aborts."""
     shared = [rng.randrange(2, VOCAB) for _ in range(1400)]
     options: list[dict[str, Any] | None] = [
@@ -86,7 +86,7 @@ def draw(rng: random.Random, name: str, setting: Setting) -> list[Request]:
         *({"rate": 0.5}, {"budget": 1 << 63}, {"bud": 1}),
     ]
     requests = []
-    for i in range(REQUESTS):
+    for i in range(count):
         low, high = rng.choice([(1, 70), (1, 500), (400, 1290), (1200, 2600)])
         length = rng.choice([rng.randint(low, high), rng.randint(low, high) // 16 * 16])
         ids = [rng.randrange(2, VOCAB) for _ in range(max(length, 1))]
@@ -161,12 +161,17 @@ def apply(server: InProcessScheduler, setting: Setting) -> None:
 
 
 def serve(
-    server: InProcessScheduler, audit: PageAudit, setting: Setting, name: str, seed: int
+    server: InProcessScheduler,
+    audit: PageAudit,
+    setting: Setting,
+    name: str,
+    seed: int,
+    requests_a_load: int = REQUESTS,
 ) -> dict[str, int]:
     """One load; an AssertionError or whatever SGLang raises if anything is wrong."""
     apply(server, setting)
     rng = random.Random(f"{name} {seed}")
-    requests = draw(rng, f"{seed:03}", setting)
+    requests = draw(rng, f"{seed:03}", setting, requests_a_load)
     pauses = Pauses(server, rng) if setting.pause else None
 
     def on_poll(now: int) -> None:
@@ -224,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.engine.fuzz")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 2))
+    parser.add_argument("--requests", type=int, default=REQUESTS, help="a load")
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     args = parser.parse_args()
     report: dict[str, Any] = {}
@@ -244,7 +250,8 @@ def main() -> None:
             for seed in range(*args.seeds):
                 begin = time.monotonic()
                 try:
-                    counts = serve(server, audit, SETTINGS[name], name, seed)
+                    about = (SETTINGS[name], name, seed, args.requests)
+                    counts = serve(server, audit, *about)
                 except BaseException:
                     report["failed"] = [name, seed, traceback.format_exc()]
                     args.out.write_text(json.dumps(report))

@@ -1,4 +1,4 @@
-"""A slice of `fuzz`: one seed in every setting; forty were served once."""
+"""A slice of `fuzz`: one short load in every setting; forty long ones ran once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 
-from tests.engine.fuzz import REQUESTS, SETTINGS
+from tests.engine.fuzz import SETTINGS
 
 pytestmark = pytest.mark.server
 
-SEEDS = 1
+REQUESTS = 20
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Report of `tests.engine.fuzz`, run in a process of its own."""
     target = tmp_path_factory.mktemp("fuzz") / "report.json"
+    slice_of_it = ["--seeds", "0", "1", "--requests", str(REQUESTS)]
     run = subprocess.run(
-        [sys.executable, "-m", "tests.engine.fuzz", target, "--seeds", "0", str(SEEDS)],
+        [sys.executable, "-m", "tests.engine.fuzz", target, *slice_of_it],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -42,8 +43,8 @@ def test_every_request_ends_and_no_page_is_lost(report: dict[str, Any]) -> None:
     assert "failed" not in report, "\n".join(map(str, report["failed"]))
     assert report.keys() == SETTINGS.keys()
     for name, counts in report.items():
-        assert counts["requests"] == SEEDS * REQUESTS, name
-        assert counts["audits"] > SEEDS * 40, name
+        assert counts["requests"] == REQUESTS, name
+        assert counts["audits"] > 40, name
 
 
 def test_the_loads_did_what_they_are_for(report: dict[str, Any]) -> None:
@@ -52,12 +53,12 @@ def test_the_loads_did_what_they_are_for(report: dict[str, Any]) -> None:
         key: sum(counts[key] for counts in report.values())
         for key in next(iter(report.values()))
     }
-    assert total["passes"] > 300
-    assert total["chunk_passes"] > 100
-    assert total["deferred_passes"] > 10
-    assert total["retractions"] > 30
-    assert total["refused"] > 50
-    assert total["aborted"] > 10
+    assert total["passes"] > 200
+    assert total["chunk_passes"] > 60
+    assert total["deferred_passes"] > 5
+    assert total["retractions"] > 20
+    assert total["refused"] > 30
+    assert total["aborted"] > 5
     for name in ("never", "unchunked", "priority never"):
         assert report[name]["chunk_passes"] == 0
     for name in ("retract", "pause", "all at once"):

@@ -19,6 +19,8 @@ from bench.quality.tasks.sample import Sample, encode
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.texts import corpus
 
+pytestmark = pytest.mark.whole
+
 LENGTH, SAMPLES, RATE = 600, 8, 4
 TASKS = (
     Task("pin_noise", "needles", Needles(hay=NOISE, values="pins")),
