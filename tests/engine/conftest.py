@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -20,12 +21,17 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="session")
-def model_path() -> str:
-    """SmolLM2-135M-Instruct, its first layers if not `whole`; fetched if missing."""
+def whole_model_path() -> str:
+    """SmolLM2-135M-Instruct; fetched if missing, a failure to fetch fails the test."""
     from sglang_kvc.tools.fetch_model import fetch
 
-    folder = fetch("smollm2-135m-instruct")
-    return str(folder if wants_whole() else shallow(folder))
+    return str(fetch("smollm2-135m-instruct"))
+
+
+@pytest.fixture(scope="session")
+def model_path(whole_model_path: str) -> str:
+    """Its first layers, unless the process is to use the whole model."""
+    return whole_model_path if wants_whole() else str(shallow(Path(whole_model_path)))
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +62,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def server(
-    model_path: str, tmp_path_factory: pytest.TempPathFactory
+    whole_model_path: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A running server, shared: a start takes a minute."""
-    with running(model_path, tmp_path_factory.mktemp("server") / "log.txt") as started:
+    """A running server, shared: a start takes a minute. It is asked for JSON, too."""
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with running(whole_model_path, log) as started:
         yield started
 
 

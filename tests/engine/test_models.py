@@ -54,7 +54,7 @@ def mixed() -> list[Request]:
     for i in range(MIXED):
         length, arrive = (150, 300, 420)[i % 3], 3 * i
         ids = tokens(rng, length)
-        if i % 4 == 3:
+        if i % 4 == 2:
             ids[:120] = shared
         abort_at = arrive + 12 if i in ABORTED else None
         kv = options[i % len(options)]
