@@ -22,6 +22,8 @@ import threading
 import time
 from typing import IO
 
+from tests.engine.shallow import WHOLE
+
 NO_TESTS = 5
 """Exit code of pytest that has found none."""
 KERNELS = "tests/kernels"
@@ -43,7 +45,7 @@ def run(arguments: list[str], out: IO[bytes] | None = None) -> int:
     if arguments == [KERNELS]:
         env["TRITON_INTERPRET"] = "1"
     if ON_WHOLE in arguments:
-        env["KVC_TEST_WHOLE_MODEL"] = "1"
+        env[WHOLE] = "1"
     command = [sys.executable, "-m", "pytest", *arguments]
     return subprocess.run(
         command, stdout=out, stderr=out, env=env, check=False

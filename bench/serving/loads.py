@@ -13,10 +13,10 @@ from typing import Any
 
 STOCK, ABSENT, OURS = "stock", "absent", "kvc"
 """Plugin not loaded; plugin loaded, flag not given; flag given."""
-SMALL_GROUP, ALL_GROUP, FLAG_GROUP = "small", "all", "flag"
+SMALL_GROUP, ALL_GROUP, FLAG_GROUP = EVERY = ("small", "all", "flag")
 LARGE_GROUP = "70b"
 """For ``bench/shapes/llama-3.1-70b-fp8``; not in "every"."""
-GROUPS = (SMALL_GROUP, ALL_GROUP, FLAG_GROUP, LARGE_GROUP)
+GROUPS = (*EVERY, LARGE_GROUP)
 PAPER_MIN_BUDGET = 128
 DEFAULT_MIN_BUDGET = 512
 
@@ -126,14 +126,19 @@ def make_prompts(command: dict[str, Any], vocab: int) -> list[list[int]]:
 
 
 def _paper(
-    load: str, prompts: int, shape: tuple[int, int], pool: int, **rest: Any
+    load: str,
+    prompts: int,
+    shape: tuple[int, int],
+    pool: int,
+    group: str = SMALL_GROUP,
+    **rest: Any,
 ) -> Load:
     return Load(
         load,
         prompts,
         *shape,
         pool,
-        group=SMALL_GROUP,
+        group=group,
         min_budget=PAPER_MIN_BUDGET,
         **rest,
     )
@@ -214,17 +219,15 @@ LOADS: dict[str, Load] = {
             targets={1: 0.98},
         ),
         # The paper's second table.
-        Load(
+        _paper(
             "70b-6000x500@20480",
             40,
-            6000,
-            500,
+            (6000, 500),
             20480,
+            LARGE_GROUP,
             rates=(8, 64, 1),
             stock_prompts=9,
             rate_prompts={1: 9},
-            group=LARGE_GROUP,
-            min_budget=PAPER_MIN_BUDGET,
             seconds={0: 50, 1: 50, 8: 60, 64: 55},
             targets={1: 0.98, 8: 2.2, 64: 3.0},
         ),
@@ -329,12 +332,9 @@ def choose(group: str, ids: Iterable[str] = ()) -> list[Load]:
     wanted = [part for part in ids if part]
     if unknown := [part for part in wanted if part not in LOADS]:
         raise SystemExit(f"unknown loads {unknown}; there are {', '.join(LOADS)}")
+    groups = EVERY if group == "every" else (group,)
     return [
         load
         for load in LOADS.values()
-        if (
-            load.id in wanted
-            if wanted
-            else group == load.group or (group == "every" and load.group != LARGE_GROUP)
-        )
+        if (load.id in wanted if wanted else load.group in groups)
     ]

@@ -12,8 +12,8 @@ from sglang_kvc.upstream.types import InvariantChecker
 def uncounted_tokens(checker: InvariantChecker, passes: PassScheduler) -> int:
     """Tokens in target pages of passes in flight, and of a prompt that waits.
 
-    A pass is in flight until it is settled. A prompt that waits for memory between two
-    chunks is in no batch.
+    A pass is in flight until it is settled. A prompt that waits between two chunks, for
+    memory or for its turn, is in no batch.
     """
     batches = {
         id(b): b for b in (checker.get_last_batch(), checker.get_running_batch())
