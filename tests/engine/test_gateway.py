@@ -42,9 +42,9 @@ TALKS = 6
 
 @pytest.fixture(scope="module")
 def second(
-    model_path: str, tmp_path_factory: pytest.TempPathFactory
+    whole_model_path: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A server of two ranks. The last test kills it."""
+    """A server of two ranks, of the same model as the first. The last test kills it."""
     log = tmp_path_factory.mktemp("second") / "log.txt"
     # The version tells whose an answer is.
     flags = ["--dp-size", "2", "--weight-version", SECOND]
@@ -54,7 +54,7 @@ def second(
         # only those of one replica.
         if isinstance(UPSTREAM, Generation22):
             patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"0|{1 % cores}")
-        with running(model_path, log, flags, may_end=True) as started:
+        with running(whole_model_path, log, flags, may_end=True) as started:
             yield started
 
 
