@@ -1,4 +1,4 @@
-"""A random four-layer Llama, big enough to be chunked, small enough to be stressed."""
+"""A random two-layer Llama, big enough to be chunked, small enough to be stressed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB = 512
-LAYERS, HEADS = 4, 2
+LAYERS, HEADS = 2, 2
 
 
 def write_tiny_model(folder: Path) -> str:
