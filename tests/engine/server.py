@@ -25,7 +25,7 @@ INTERVAL = 16
 FLAGS = (
     f"--kv-compress-min-budget {MIN_BUDGET} --kv-compress-interval {INTERVAL} "
     "--chunked-prefill-size 256 --max-total-tokens 8192 --max-running-requests 8 "
-    "--enable-cache-report"
+    "--enable-cache-report --sleep-on-idle"
 ).split()
 START_S = 900
 """Only what hangs takes so long: on a busy machine two ranks needed more than 300."""
