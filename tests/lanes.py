@@ -4,8 +4,7 @@
 those files. Most tests keep one core busy for minutes, so on two cores two lanes take
 little more than half the time:
 
-* all that needs neither Triton's interpreter nor SGLang in processes of its own; then
-  what needs the whole small model, because a process holds one scheduler;
+* all that needs neither Triton's interpreter nor SGLang in processes of its own;
 * kernels, in a process of their own, because the interpreter must be chosen before
   Triton is imported, and SGLang's own kernels must not run in it; then servers.
 
@@ -22,32 +21,26 @@ import threading
 import time
 from typing import IO
 
-from tests.engine.shallow import WHOLE
-
 NO_TESTS = 5
 """Exit code of pytest that has found none."""
 KERNELS = "tests/kernels"
-REST, ON_WHOLE = "not server and not whole", "whole"
 LOOK_S = 0.5
 
 
-def lanes(paths: list[str]) -> tuple[list[list[str]], list[list[str]]]:
-    """Arguments of pytest for each run in the first lane and in the second."""
+def lanes(paths: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Arguments of pytest for the first lane, and for each run in the second."""
     chosen = paths or [f"--ignore={KERNELS}"]
     kernels = [] if paths else [[KERNELS]]
-    first = [["-m", REST, *chosen], ["-m", ON_WHOLE, *chosen]]
-    return first, [*kernels, ["-m", "server", *chosen]]
+    return ["-m", "not server", *chosen], [*kernels, ["-m", "server", *chosen]]
 
 
 def run(arguments: list[str], out: IO[bytes] | None = None) -> int:
     """Run pytest once; its exit code."""
     env = dict(os.environ)
-    # Some twenty processes import SGLang: 18 s of CPU each, 45 where no bytecode is kept.
+    # Some twenty processes import SGLang: 18 s of CPU, or 45 where no bytecode is kept.
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     if arguments == [KERNELS]:
         env["TRITON_INTERPRET"] = "1"
-    if ON_WHOLE in arguments:
-        env[WHOLE] = "1"
     command = [sys.executable, "-m", "pytest", *arguments]
     return subprocess.run(
         command, stdout=out, stderr=out, env=env, check=False
@@ -63,7 +56,7 @@ def main(paths: list[str]) -> int:
             target=lambda: codes.extend(run(each, log) for each in second)
         )
         behind.start()
-        codes += [run(each) for each in first]
+        codes.append(run(first))
         running = True
         while running:
             running = behind.is_alive()

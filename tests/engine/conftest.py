@@ -10,7 +10,7 @@ import pytest
 
 from tests.engine.inprocess import InProcessScheduler, make_server_args
 from tests.engine.server import Server, running
-from tests.engine.shallow import WHOLE, shallow, wants_whole
+from tests.engine.shallow import shallow, wants_whole
 
 # Small numbers so that short prompts are compressed and pass twice in few tokens.
 OPTIONS = {
@@ -30,7 +30,7 @@ def whole_model_path() -> str:
 
 @pytest.fixture(scope="session")
 def model_path(whole_model_path: str) -> str:
-    """Its first layers, unless the process is to use the whole model."""
+    """Its first layers, unless all tests are to use the whole model."""
     return whole_model_path if wants_whole() else str(shallow(Path(whole_model_path)))
 
 
@@ -53,11 +53,6 @@ def fresh(scheduler: InProcessScheduler) -> Iterator[InProcessScheduler]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the server go last: an idle one keeps a core busy."""
     items.sort(key=lambda item: item.get_closest_marker("server") is not None)
-    if not wants_whole():
-        needs = pytest.mark.skip(reason=f"needs the whole model: {WHOLE}=1")
-        for item in items:
-            if item.get_closest_marker("whole"):
-                item.add_marker(needs)
 
 
 @pytest.fixture(scope="session")

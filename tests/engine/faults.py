@@ -26,9 +26,12 @@ from tests.engine.inprocess import (
     make_server_args,
 )
 from tests.engine.stress import POOL, STRICT, PageAudit
-from tests.engine.tiny_model import VOCAB, write_tiny_model
+from tests.engine.tiny_model import FEW_LAYERS, VOCAB, write_tiny_model
 
 CHUNK = 512
+BEYOND = POOL + 40
+"""Tokens that the pool cannot hold uncompressed."""
+LONGEST = 4_000
 Facts = dict[str, Any]
 SCENARIOS: dict[str, Callable[[InProcessScheduler], Facts]] = {}
 
@@ -122,8 +125,8 @@ def lengths_around_the_peak(server: InProcessScheduler) -> Facts:
     """B1: every prompt alone on the empty pool, at several rates."""
     found: Facts = {}
     for rate in (2, 4, 8):
-        for length in range(560 * rate // 4 * 3, 640 * rate, 14 * rate + 1):
-            length = min(length, 4000)
+        end = min(640 * rate, LONGEST + 1)
+        for length in range(560 * rate // 4 * 3, end, 14 * rate + 1):
             server.flush()
             rid = f"{rate}x{length}"
             found |= facts(server.serve([Request(rid, ids(length), 3, {"rate": rate})]))
@@ -186,7 +189,7 @@ def retracted_when_longer(server: InProcessScheduler, chunk: int) -> Facts:
 
     def pause(now: int) -> None:
         reqs = server.sch.running_batch.reqs
-        if not paused and any(UPSTREAM.committed_len(r) > POOL + 40 for r in reqs):
+        if not paused and any(UPSTREAM.committed_len(r) > BEYOND for r in reqs):
             paused.append(now)
             server.sch.pause_generation(PauseGenerationReqInput(mode="retract"))
         elif paused == [now - 3]:
@@ -196,7 +199,7 @@ def retracted_when_longer(server: InProcessScheduler, chunk: int) -> Facts:
 
     server.on_poll = pause
     requests = [
-        Request("long", ids(100), 1500, {"budget": 64}),
+        Request("long", ids(100), BEYOND, {"budget": 64}),
         Request("short", ids(40, 3), 900, {"budget": 64}),
     ]
     found = facts(server.serve(requests))
@@ -222,9 +225,9 @@ def outputs_longer_than_the_pool(server: InProcessScheduler) -> Facts:
     return one_after_another(
         server,
         [
-            Request("budget", ids(20), 1500, {"budget": 64}),
-            Request("rate", ids(20), 1500, {"rate": 8}),
-            Request("whole", ids(20), 1500, {"enabled": False}),
+            Request("budget", ids(20), BEYOND, {"budget": 64}),
+            Request("rate", ids(20), BEYOND, {"rate": 8}),
+            Request("whole", ids(20), BEYOND, {"enabled": False}),
             # Two copies fit up to 1,104 tokens; from there on it keeps everything.
             Request("near", ids(500), 1500, {"rate": 2}),
         ],
@@ -316,7 +319,7 @@ def main(target: str, only: list[str]) -> None:
     report: dict[str, Facts] = {}
     with tempfile.TemporaryDirectory() as folder:
         args = make_server_args(
-            write_tiny_model(Path(folder)),
+            write_tiny_model(Path(folder), FEW_LAYERS),
             compress=True,
             chunked_prefill_size=CHUNK,
             max_total_tokens=POOL,

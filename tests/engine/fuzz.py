@@ -28,7 +28,7 @@ from tests.engine.inprocess import (
     make_server_args,
 )
 from tests.engine.stress import POOL, STRICT, PageAudit
-from tests.engine.tiny_model import VOCAB, write_tiny_model
+from tests.engine.tiny_model import FEW_LAYERS, VOCAB, write_tiny_model
 
 REQUESTS = 30
 CONTEXT = 4096
@@ -236,7 +236,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         server = InProcessScheduler(
             make_server_args(
-                write_tiny_model(Path(folder)),
+                write_tiny_model(Path(folder), FEW_LAYERS),
                 compress=True,
                 chunked_prefill_size=256,
                 max_total_tokens=POOL,

@@ -25,7 +25,7 @@ from sglang_kvc.scheduling import settling
 from sglang_kvc.upstream.generation import UPSTREAM
 from tests.engine.inprocess import InProcessScheduler, Request, make_server_args
 from tests.engine.slot_reuse import run_slot_reuse
-from tests.engine.tiny_model import VOCAB, write_tiny_model
+from tests.engine.tiny_model import FEW_LAYERS, VOCAB, write_tiny_model
 
 # Of this process, not of one that only imports this file: other tests take pages away.
 STRICT = "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"
@@ -279,7 +279,7 @@ def main(target: str) -> None:
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         args = make_server_args(
-            write_tiny_model(Path(folder)),
+            write_tiny_model(Path(folder), FEW_LAYERS),
             compress=True,
             chunked_prefill_size=64,
             max_total_tokens=POOL,

@@ -1,4 +1,4 @@
-"""A small slice of bench.quality through the scheduler: 4x must still find needles.
+"""A small slice of bench.quality over HTTP: 4x must still find needles.
 
 SmolLM2-135M is right on these without compression. Keys have four digits: the model
 is too small to keep more apart, and a kept set that loses the needle answers none.
@@ -7,6 +7,7 @@ is too small to keep more apart, and a kept set that loses the needle answers no
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +17,10 @@ from bench.quality.tasks import Task, make_sample
 from bench.quality.tasks.corpus import Corpus
 from bench.quality.tasks.needles import NOISE, Needles
 from bench.quality.tasks.sample import Sample, encode
-from tests.engine.inprocess import InProcessScheduler, Request
+from tests.engine.server import Server
 from tests.engine.texts import corpus
 
-pytestmark = pytest.mark.whole
+pytestmark = pytest.mark.server
 
 LENGTH, SAMPLES, RATE = 600, 8, 4
 TASKS = (
@@ -45,49 +46,40 @@ def leading(text: str, answer: str) -> float:
 
 
 def ask(
-    scheduler: InProcessScheduler,
-    tokenizer: Any,
-    samples: list[Sample],
-    kv: dict[str, Any],
+    server: Server, tokenizer: Any, samples: list[Sample], kv: dict[str, Any]
 ) -> tuple[float, float]:
     """Mean score, and the largest share of a prompt that stayed resident."""
-    requests = [
-        Request(
-            str(sample.index),
-            encode(tokenizer, sample),
-            max_new=sample.max_new_tokens,
-            kv=kv,
-            ignore_eos=False,
-            stop=[tokenizer.eos_token_id],
+
+    def answer(sample: Sample) -> tuple[float, float]:
+        ids = encode(tokenizer, sample)
+        params = {"temperature": 0, "max_new_tokens": sample.max_new_tokens}
+        params["custom_params"] = {"kv_compress": kv}
+        response = server.post(
+            "/generate", {"input_ids": ids, "sampling_params": params}
         )
-        for sample in samples
-    ]
-    outputs = scheduler.serve(requests)
-    score, resident = 0.0, 0.0
-    for sample, request in zip(samples, requests, strict=True):
-        out = outputs[request.rid]
-        text = tokenizer.decode(out.ids, skip_special_tokens=True)
-        score += leading(text, sample.answers[0]) / len(samples)
-        kept = out.kv[-1]["resident_tokens"] / len(request.ids)
-        resident = max(resident, kept)
-    return score, resident
+        assert response.status_code == 200, response.text
+        said = response.json()
+        kept: int = said["meta_info"]["kv_compress"]["resident_tokens"]
+        return leading(said["text"], sample.answers[0]), kept / len(ids)
+
+    with ThreadPoolExecutor(len(samples)) as pool:
+        scores, resident = zip(*pool.map(answer, samples), strict=True)
+    return sum(scores) / len(samples), max(resident)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_needles_survive_four_times_compression(
-    fresh: InProcessScheduler, model_path: str, task: Task
-) -> None:
+def test_needles_survive_four_times_compression(server: Server, task: Task) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer = AutoTokenizer.from_pretrained(server.model)
     text = Docstrings()
     samples = [
         make_sample(task, LENGTH, 0, index, tokenizer, text) for index in range(SAMPLES)
     ]
-    full, _ = ask(fresh, tokenizer, samples, {"enabled": False})
+    full, _ = ask(server, tokenizer, samples, {"enabled": False})
     assert full >= FULL_FLOOR
-    score, resident = ask(fresh, tokenizer, samples, {"rate": RATE})
+    score, resident = ask(server, tokenizer, samples, {"rate": RATE})
     assert resident <= 1 / RATE + 0.1  # the tail is not compressed
     print(f"{task.name}: {score:.3f} of {full:.3f}, resident {resident:.3f}")
     assert score >= FLOOR * full, f"{score:.2f} of {full:.2f}"

@@ -15,7 +15,8 @@ from sglang_kvc.upstream.generation import UPSTREAM, Generation22
 from tests.engine.inprocess import InProcessScheduler, Output, Request
 from tests.engine.texts import prompt
 
-LENGTH = 700
+LENGTH, TOKENS = 400, 18
+"""More than a chunk; more than an interval."""
 TENANTS = ("red", "blue", None)
 """The last one has sent no salt."""
 SALT = "cache_salt" if isinstance(UPSTREAM, Generation22) else "extra_key"
@@ -63,7 +64,7 @@ def both_ways(
 
 def ask(server: InProcessScheduler, ids: list[int], tenant: str | None) -> Output:
     """A compressed request."""
-    out = server.serve([Request("x", ids, 24, tenant=tenant)])["x"]
+    out = server.serve([Request("x", ids, TOKENS, tenant=tenant)])["x"]
     assert out.kv[-1]["passes"] > 1
     return out
 
@@ -97,7 +98,7 @@ def test_prompts_that_run_together_stay_apart(
 ) -> None:
     """Two tenants and none, the same text at once; the answer is that of one alone."""
     ids = prompt(model_path, 0, LENGTH)
-    requests = [Request(f"r{t}", ids, 24, tenant=t) for t in TENANTS]
+    requests = [Request(f"r{t}", ids, TOKENS, tenant=t) for t in TENANTS]
     together = both_ways.serve(requests)
     assert finders(both_ways, ids) == set(TENANTS)
     assert [out.cached_tokens for out in together.values()] == [0, 0, 0]
@@ -126,7 +127,7 @@ def test_a_retracted_prompt_comes_back_to_its_own_prefix(
     monkeypatch.setattr(tree, "match_prefix", match)
     ids = prompt(model_path, 0, LENGTH)
     requests = [
-        Request(f"r{tenant}", ids, 24, tenant=tenant, arrive=8 * i)
+        Request(f"r{tenant}", ids, TOKENS, tenant=tenant, arrive=8 * i)
         for i, tenant in enumerate(TENANTS)
     ]
     outputs = both_ways.serve(requests)
@@ -134,7 +135,7 @@ def test_a_retracted_prompt_comes_back_to_its_own_prefix(
     assert [hits[tenant][0] for tenant in TENANTS] == [0, 0, 0]
     assert any(map(any, hits.values()))
     assert sum(out.retractions for out in outputs.values()) > 2
-    assert all(len(out.ids) == 24 for out in outputs.values())
+    assert all(len(out.ids) == TOKENS for out in outputs.values())
     assert finders(both_ways, ids) == set(TENANTS)
 
 
@@ -143,7 +144,7 @@ def test_a_hit_is_shortened_for_its_tenant_alone(
 ) -> None:
     """A prompt without compression leaves all of itself; a hit leaves out a window."""
     ids = prompt(model_path, 0, LENGTH)
-    fresh.serve([Request("x", ids, 24, kv={"enabled": False}, tenant="red")])
+    fresh.serve([Request("x", ids, TOKENS, kv={"enabled": False}, tenant="red")])
     assert finders(fresh, ids) == {"red"}
     assert ask(fresh, ids, "blue").cached_tokens == 0
     assert ask(fresh, ids, "red").cached_tokens == own_hit(fresh)
@@ -161,6 +162,6 @@ def test_a_salt_and_an_extra_key_are_two_keys(
     pairs = (("ab", "c"), ("a", "bc"), ("ab", None), (None, "ab"), (None, "abc"))
     for again in (False, True):
         for tenant, extra_key in pairs:
-            request = Request("x", ids, 24, tenant=tenant, extra_key=extra_key)
+            request = Request("x", ids, TOKENS, tenant=tenant, extra_key=extra_key)
             out = fresh.serve([request])["x"]
             assert out.cached_tokens == (own_hit(fresh) if again else 0)

@@ -1,4 +1,4 @@
-"""A random two-layer Llama, big enough to be chunked, small enough to be stressed."""
+"""A random Llama, big enough to be chunked, small enough to be stressed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB = 512
-LAYERS, HEADS = 2, 2
+LAYERS, HEADS = 4, 2
+FEW_LAYERS = 2
+"""Where nobody asks what the heads have kept."""
 
 
-def write_tiny_model(folder: Path) -> str:
+def write_tiny_model(folder: Path, layers: int = LAYERS) -> str:
     """Write the model; weights are seeded randn / sqrt(fan_in), so logits differ."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=HEADS,
         head_dim=16,

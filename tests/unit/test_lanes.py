@@ -8,7 +8,7 @@ import pytest
 
 from tests import lanes
 
-SERVER, WHOLE = "@pytest.mark.server\n", "@pytest.mark.whole\n"
+SERVER = "@pytest.mark.server\n"
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,6 @@ SERVER, WHOLE = "@pytest.mark.server\n", "@pytest.mark.whole\n"
         (f"{SERVER}def test_a(): pass", 0),
         (f"def test_b(): pass\n{SERVER}def test_a(): assert 0", 1),
         (f"def test_b(): assert 0\n{SERVER}def test_a(): pass", 1),
-        (f"def test_b(): pass\n{WHOLE}def test_a(): assert 0", 1),
         ("x = 1", lanes.NO_TESTS),
     ],
 )
@@ -32,11 +31,11 @@ def test_a_failure_in_any_lane_counts(
     monkeypatch.chdir(tmp_path)
     # They take longer to load than these tests to run.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    Path("pytest.ini").write_text("[pytest]\nmarkers =\n server: x\n whole: x")
+    Path("pytest.ini").write_text("[pytest]\nmarkers = server: x")
     Path("test_x.py").write_text(f"import pytest\n{source}\n")
     assert lanes.main(["test_x.py"]) == code
     shown = capfdbinary.readouterr().out
-    assert shown.count(b"test session starts") == 3
+    assert shown.count(b"test session starts") == 2
 
 
 def test_each_run_gets_its_switch_and_no_other(
@@ -45,18 +44,17 @@ def test_each_run_gets_its_switch_and_no_other(
     ran = []
 
     def note(command: list[str], env: dict[str, str], **_: object) -> object:
-        switches = env.get("TRITON_INTERPRET"), env.get("KVC_TEST_WHOLE_MODEL")
-        ran.append((command[3:], *switches))
+        assert "PYTHONDONTWRITEBYTECODE" not in env
+        ran.append((command[3:], env.get("TRITON_INTERPRET")))
         return type("Ran", (), {"returncode": 0})
 
-    for name in ("TRITON_INTERPRET", "KVC_TEST_WHOLE_MODEL"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setattr(lanes.subprocess, "run", note)
     assert lanes.main([]) == 0
     rest = f"--ignore={lanes.KERNELS}"
     assert sorted(ran, key=str) == [
-        (["-m", "not server and not whole", rest], None, None),
-        (["-m", "server", rest], None, None),
-        (["-m", "whole", rest], None, "1"),
-        ([lanes.KERNELS], "1", None),
+        (["-m", "not server", rest], None),
+        (["-m", "server", rest], None),
+        ([lanes.KERNELS], "1"),
     ]
