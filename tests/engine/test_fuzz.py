@@ -13,8 +13,6 @@ import pytest
 
 from tests.engine.fuzz import SETTINGS
 
-pytestmark = pytest.mark.server
-
 REQUESTS = 20
 
 
