@@ -190,7 +190,7 @@ def growth(folder: Path, expected: int) -> Iterator[None]:
     expected : int
         Bytes that it will hold, more or less.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     over = threading.Event()
     bar = tqdm(total=expected, unit="B", unit_scale=True, desc="[fetch_model] fetching")

@@ -112,7 +112,7 @@ def _read_tensors(source: Path, config: Any) -> dict[str, Any]:
     import numpy as np
     import torch
     from gguf import GGUFReader, dequantize
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     heads = {
         "q_proj": config.num_attention_heads,

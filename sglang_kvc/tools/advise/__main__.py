@@ -18,7 +18,7 @@ from sglang_kvc.tools.advise.asking import FULL, Answer, Asker, Run
 from sglang_kvc.tools.advise.prompts import Prompt, PromptsError, read_prompts
 from sglang_kvc.tools.advise.report import table
 from sglang_kvc.tools.advise.scores import REFERENCE_SCORERS
-from sglang_kvc.tools.advise.server import Server, api_key
+from sglang_kvc.tools.advise.server import Server, ServerError
 from sglang_kvc.tools.advise.speed import measure
 from sglang_kvc.tools.advise.summary import (
     AUTO,
@@ -56,7 +56,7 @@ def _run(given: argparse.Namespace) -> int:
     if given.plot:
         plot.load_pyplot()
     rates = [rate for rate in given.rates if rate != FULL]
-    server = Server(given.url, api_key())
+    server = Server(given.url, given.api_key)
     info = server.info()
     dictates = bool(info.get(_PROCESSORS))
     if not dictates:
@@ -85,8 +85,11 @@ def _run(given: argparse.Namespace) -> int:
         print(f"left out: {reason}", file=sys.stderr)
     speeds: dict[float, float] = {}
     if not given.no_speed:
-        with _bar("speed", run.prompts, 1 + len(rates)) as bar:
-            speeds = measure(server, run, rates, given.concurrency, bar.update)
+        try:
+            with _bar("speed", run.prompts, 1 + len(rates)) as bar:
+                speeds = measure(server, run, rates, given.concurrency, bar.update)
+        except ServerError as error:
+            print(f"speed was not measured: {error}", file=sys.stderr)
     _report(given, run, speeds, str(info.get("model_path", "")))
     return 0
 
@@ -138,7 +141,7 @@ def _raw(path: Path | None) -> Iterator[Callable[[Answer | None], None]]:
 
 
 def _bar(title: str, prompts: Sequence[Prompt], rounds: int) -> Any:
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     return tqdm(total=len(prompts) * rounds, desc=title, unit="request")
 
@@ -180,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         f"beyond the tolerance. It takes {MIN_PROMPTS} prompts at least.",
     )
     parser.add_argument("--url", default="http://127.0.0.1:30000")
+    parser.add_argument("--api-key", metavar="KEY", help="of a server that wants one")
     parser.add_argument(
         "--prompts",
         type=Path,

@@ -8,7 +8,7 @@ differ a little with the size of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -153,7 +153,7 @@ class Asker:
 
     def full(self, prompt: Prompt, ids: list[int]) -> Answer:
         """The full cache's answer."""
-        output = self._send(ids, {"enabled": False}, return_logprob=True)
+        output = self._send(ids, {"enabled": False}, {"return_logprob": True})
         logprobs = [entry[0] for entry in output["meta_info"]["output_token_logprobs"]]
         answer = self._answer(prompt, FULL, ids, output)
         own = logprobs[forced.BEFORE_EVICTION :]
@@ -165,14 +165,16 @@ class Asker:
         self, prompt: Prompt, ids: list[int], rate: float, full: Answer
     ) -> Answer:
         """The answer at a rate, and what it thinks of the full cache's."""
-        top = {} if self._said else {"return_logprob": True, "top_logprobs_num": _TOP}
-        output = self._send(ids, {"rate": rate}, **top)
+        free = self._said is None
+        fields = {"return_logprob": True, "top_logprobs_num": _TOP} if free else {}
+        output = self._send(ids, {"rate": rate}, fields)
         answer = self._answer(prompt, rate, ids, output)
+        logprobs: list[float] = []
         if self._said is None:
             logprobs = forced.until_difference(output, full.tokens)
-        else:
-            fields = forced.forced_fields(full.tokens, self._said)
-            output = self._send(ids, {"rate": rate}, max_new=len(full.tokens), **fields)
+        elif full.tokens:
+            fields = forced.fields(self._said)
+            output = self._send(ids, {"rate": rate}, fields, dictate=full.tokens)
             logprobs = forced.logprobs_of(output, full.tokens)
             late = output["meta_info"]["kv_compress"]["deferred_passes"]
             answer = replace(answer, deferred=answer.deferred + late)
@@ -185,20 +187,20 @@ class Asker:
         self,
         ids: list[int],
         kv: dict[str, Any],
-        max_new: int | None = None,
-        custom: dict[str, Any] | None = None,
-        **fields: Any,
+        fields: Mapping[str, Any],
+        dictate: list[int] | None = None,
     ) -> dict[str, Any]:
         params = {
             "temperature": 0,
-            "max_new_tokens": max_new or self.max_new_tokens,
-            "ignore_eos": max_new is not None,
-            "custom_params": {"kv_compress": kv, **(custom or {})},
+            "max_new_tokens": len(dictate) if dictate else self.max_new_tokens,
+            "ignore_eos": bool(dictate),
+            "custom_params": {"kv_compress": kv},
         }
+        if dictate:
+            params["custom_params"] = {"kv_compress": kv, forced.KEY: dictate}
         body = {"input_ids": ids, "sampling_params": params, **fields}
         output = self.server.generate(body)
-        summary = output["meta_info"].get("kv_compress")
-        if summary is None:
+        if output["meta_info"].get("kv_compress") is None:
             raise ServerError(
                 "the server answers without meta_info.kv_compress; start it with "
                 "--kv-compress"

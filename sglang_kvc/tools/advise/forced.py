@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sglang_kvc.tools.advise.server import ServerError
+
 KEY = "advise_tokens"
 """Entry of ``custom_params``; SGLang adds the request as ``__req__``."""
 SHIFT = 1.0
@@ -60,19 +62,15 @@ def processor() -> str:
     return said
 
 
-def forced_fields(tokens: Sequence[int], said: str) -> dict[str, Any]:
-    """Fields of a ``/generate`` request that decodes these tokens.
+def fields(said: str) -> dict[str, Any]:
+    """Fields of a ``/generate`` request that dictates; `said` is what `processor` says.
 
-    Parameters
-    ----------
-    tokens : the answer.
-    said : what `processor` returns.
+    The tokens go into its ``custom_params``, as `KEY`.
     """
     return {
         "custom_logit_processor": said,
         "return_logprob": True,
         "top_logprobs_num": 2,
-        "custom": {KEY: list(tokens)},
     }
 
 
@@ -81,17 +79,17 @@ def logprobs_of(output: Mapping[str, Any], tokens: Sequence[int]) -> list[float]
 
     Raises
     ------
-    RuntimeError
+    ServerError
         If the server has decoded other tokens.
     """
     if list(output["output_ids"]) != list(tokens):
-        raise RuntimeError("the server did not follow the dictation")
+        raise ServerError("the server did not follow the dictation")
     found = []
     tops = output["meta_info"]["output_top_logprobs"]
     for top, token in zip(tops, tokens, strict=True):
         (own, first, *_), (marker, *_) = top[:2]
         if first != token:
-            raise RuntimeError("the server did not follow the dictation")
+            raise ServerError("the server did not follow the dictation")
         found.append(min(marker - own + SHIFT, 0.0))
     return found
 

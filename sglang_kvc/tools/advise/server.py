@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import urllib.parse
 from typing import Any
 
@@ -87,11 +86,6 @@ class Server:
         if response.status_code != 200:
             raise ServerError(f"HTTP {response.status_code}: {_message(response)}")
         return response.json()
-
-
-def api_key() -> str | None:
-    """The key of the environment."""
-    return os.environ.get("OPENAI_API_KEY")
 
 
 def _message(response: requests.Response) -> str:
