@@ -1,9 +1,16 @@
-"""Exceptions of ``sglang_kvc``.
+"""Exceptions of ``sglang_kvc``, and the sections of the guide that explain them.
 
-Every message says what is wrong, what was expected, what was found and what to do.
+Every message says what is wrong, what was expected, what was found and what to do. What
+refuses a setting or a request ends with a pointer to the guide.
 """
 
 from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Iterator
+
+_PAGE = "docs/guide.md"
 
 
 class KVCError(Exception):
@@ -28,3 +35,38 @@ class RanksDivergedError(KVCError):
 
 class SeamDriftError(KVCError):
     """A symbol of SGLang that we depend on is missing, changed or not hooked."""
+
+
+class Section(enum.Enum):
+    """Sections of the guide that messages point to; values are anchors."""
+
+    FLAGS = "flags"
+    START_UP = "start-up"
+    SETTINGS = "works-refused-untested"
+    MODELS = "models"
+    MEMORY = "how-much-fits"
+    OPTIONS = "one-request"
+    REQUESTS = "requests"
+    LONG_PROMPTS = "long-prompts"
+
+
+def pointed(message: str, section: Section) -> str:
+    """The message with a pointer to the guide behind it, unless it has one already."""
+    if f"{_PAGE}#" in message:
+        return message
+    end = "" if message.endswith((".", "!", "?")) else "."
+    gap = "\n" if "\n" in message else " "
+    return f"{message}{end}{gap}See {_PAGE}#{section.value}"
+
+
+@contextlib.contextmanager
+def points_to(section: Section) -> Iterator[None]:
+    """What is refused inside points to a section; also a decorator.
+
+    A refusal that points elsewhere already keeps its pointer.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        error.args = (pointed(str(error), section), *error.args[1:])
+        raise

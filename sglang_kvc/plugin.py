@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_kvc.config.options import BACKEND
+from sglang_kvc.errors import Section, points_to
 from sglang_kvc.upstream.compat import check_sglang_version, verify_seams
 from sglang_kvc.upstream.hooks import INSTALLER, install_hooks, verify_hooks_installed
 
@@ -34,6 +35,7 @@ def register() -> None:
         INSTALLER.when_imported(module, action)
 
 
+@points_to(Section.START_UP)
 def build_attention_backend(model_runner: Any) -> Any:
     """Build the attention backend, after the last checks in the scheduler process.
 

@@ -12,6 +12,7 @@
 * `archive`, `columns`: their samples as one compressed file a campaign
 * `stats`, `report`, `plot`: retention of the full cache's score, with intervals
 * `heads`, `heads_report`: what every layer and head keeps
+* `advised`: what `sglang_kvc.tools.advise` says of a task's prompts
 * `side_by_side`: several of these runs on one GPU
 * `kvpress_systems`, `kvpress_answers`, `hf_decoding`: other methods, in Hugging Face
 * `scouts`: tried in Hugging Face before it is worth a server, and checks of that

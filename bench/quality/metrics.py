@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Callable, Sequence
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
+from sglang_kvc.tools.advise.scores import contains, normalize, rouge_l
+
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 Scorer = Callable[[str, Sequence[str]], float]
-
-
-def normalize(text: str) -> str:
-    """Lower case without punctuation, articles and superfluous blanks (SQuAD's)."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(ARTICLES.sub(" ", text).split())
 
 
 def found(text: str, answers: Sequence[str]) -> float:
     """Fraction of the answers that occur, ignoring case."""
     lower = text.lower()
     return sum(answer.lower() in lower for answer in answers) / len(answers)
-
-
-def any_found(text: str, answers: Sequence[str]) -> float:
-    """1 if one of the answers occurs as whole words, after normalisation."""
-    words = f" {normalize(text)} "
-    return float(any(f" {normalize(answer)} " in words for answer in answers))
 
 
 def starts(text: str, answers: Sequence[str]) -> float:
@@ -64,29 +52,9 @@ def _plain_tex(text: str) -> str:
     return text.removesuffix(".")
 
 
-def rouge_l(text: str, answers: Sequence[str]) -> float:
-    """F1 of the longest common subsequence of words; the best of the answers."""
-    return max((_rouge(normalize(text), normalize(a)) for a in answers), default=0.0)
-
-
-def _rouge(given: str, gold: str) -> float:
-    a, b = given.split(), gold.split()
-    if not a or not b:
-        return 0.0
-    row = [0] * (len(b) + 1)
-    for word in a:
-        left = 0
-        for j, other in enumerate(b, 1):
-            above = row[j]
-            row[j] = left + 1 if word == other else max(above, row[j - 1])
-            left = above
-    common = row[-1]
-    return 2 * common / (len(a) + len(b))
-
-
 SCORERS: dict[str, Scorer] = {
     "found": found,
-    "any": any_found,
+    "any": contains,
     "starts": starts,
     "last_number": last_number,
     "boxed": boxed,

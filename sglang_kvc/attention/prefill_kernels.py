@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Any, NamedTuple
 
 from sglang.srt.utils import get_device_capability
@@ -45,28 +46,47 @@ class PrefillKernels(NamedTuple):
         return self.whole
 
 
-def prefill_kernels(pool: ArenaKVPool, tables: BlockTables) -> PrefillKernels:
-    """The kernels for the pool's device.
+class PrefillDevice(enum.Enum):
+    """Kinds of device, with the names of their kernels.
 
-    =============  ================  ============================
-    device         whole             packed
-    =============  ================  ============================
-    CPU            torch SDPA        torch SDPA
-    Hopper         FlashAttention-3  FlashAttention-3, per head
-    other NVIDIA   FlashInfer        none
-    =============  ================  ============================
+    Attributes
+    ----------
+    whole : for prompts in which nothing is packed yet.
+    packed : for those in which something is; None if there is none.
+    """
+
+    CPU = ("torch SDPA", "torch SDPA, per head")
+    HOPPER = ("FlashAttention-3", "FlashAttention-3, per head")
+    OTHER_NVIDIA = ("FlashInfer", None)
+
+    def __init__(self, whole: str, packed: str | None) -> None:
+        self.whole, self.packed = whole, packed
+
+
+def prefill_device(on_gpu: bool) -> PrefillDevice:
+    """Kind of this machine's device; `on_gpu` says whether the pool is on its GPU."""
+    if not on_gpu:
+        return PrefillDevice.CPU
+    if get_device_capability()[0] == HOPPER:
+        return PrefillDevice.HOPPER
+    return PrefillDevice.OTHER_NVIDIA
+
+
+def prefill_kernels(pool: ArenaKVPool, tables: BlockTables) -> PrefillKernels:
+    """The kernels for the pool's device, as `PrefillDevice` names them.
 
     Parameters
     ----------
     pool : the KV pool.
     tables : request table and block tables.
     """
-    if not pool.on_gpu:
+    kind = prefill_device(pool.on_gpu)
+    if kind is PrefillDevice.CPU:
         return PrefillKernels(
             whole=TorchPrefill(WholePrompts(pool, tables.req_to_token)),
             packed=TorchPrefill(PackedPrompts(pool, tables)),
         )
-    if get_device_capability()[0] == HOPPER:
+    if kind is PrefillDevice.HOPPER:
         return PrefillKernels(
             whole=FlashAttention3Prefill(pool, tables.req_to_token),
             packed=FlashAttention3PackedPrefill(pool, tables),

@@ -6,7 +6,7 @@ One row for each setting; `refusals_model` has those for models.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +20,7 @@ from sglang_kvc.config.rules import (
     refuse,
     value_rule,
 )
-
-SETTINGS = "these settings"
-"""What is not served, in the report."""
+from sglang_kvc.errors import Section
 
 
 def _at_most_one(value: int | None) -> bool:
@@ -174,6 +172,17 @@ RULES = (
 )
 
 
+def refuse_settings(found: Iterable[str]) -> None:
+    """Refuse settings with one line for each complaint, if there are any.
+
+    Raises
+    ------
+    UnsupportedModeError
+        With all complaints.
+    """
+    refuse("these settings", found, Section.SETTINGS)
+
+
 def refuse_unsupported(server_args: Any) -> None:
     """Refuse resolved settings that KV-Compress does not serve.
 
@@ -189,7 +198,7 @@ def refuse_unsupported(server_args: Any) -> None:
     SeamDriftError
         If ServerArgs lacks a field that has to be checked.
     """
-    refuse(SETTINGS, complaints(RULES, Facts(server_args)))
+    refuse_settings(complaints(RULES, Facts(server_args)))
 
 
 def unsupported_values(given: Mapping[str, Any]) -> list[str]:

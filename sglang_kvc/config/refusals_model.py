@@ -13,6 +13,7 @@ from sglang_kvc.config.rules import (
     refuse,
     value_rule,
 )
+from sglang_kvc.errors import Section
 
 GPU_HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP_SIZE = 16
@@ -142,5 +143,6 @@ def refuse_unsupported_model(model_config: Any, on_gpu: bool | None = None) -> N
     refuse(
         model_config.model_path,
         complaints(MODEL_RULES, facts),
+        Section.MODELS,
         "Serve it without --kv-compress.",
     )

@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_kvc.errors import SeamDriftError, UnsupportedModeError
+from sglang_kvc.errors import (
+    SeamDriftError,
+    Section,
+    UnsupportedModeError,
+    pointed,
+)
 from sglang_kvc.upstream.compat import in_force, no_accelerator
 
 _SHOWN = (bool, int, float, str, list, tuple, dict, type(None))
@@ -130,7 +135,9 @@ def complaints(rules: Iterable[Rule], facts: Facts) -> list[str]:
     return [rule.complaint(facts) for rule in rules if not rule.supported(facts)]
 
 
-def refuse(subject: str, found: Iterable[str], instead: str = "") -> None:
+def refuse(
+    subject: str, found: Iterable[str], section: Section, instead: str = ""
+) -> None:
     """Raise UnsupportedModeError with one line for each complaint, if there are any.
 
     Parameters
@@ -139,10 +146,13 @@ def refuse(subject: str, found: Iterable[str], instead: str = "") -> None:
         What is not served.
     found : iterable of str
         The complaints.
+    section : Section
+        Where the guide lists what is served.
     instead : str
         What the user can do about all of them.
     """
     lines = [f"  {complaint}" for complaint in found]
     if lines:
         parts = [f"KV-Compress does not serve {subject}:", *lines]
-        raise UnsupportedModeError("\n".join([*parts, instead] if instead else parts))
+        message = "\n".join([*parts, instead] if instead else parts)
+        raise UnsupportedModeError(pointed(message, section))

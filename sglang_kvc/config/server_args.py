@@ -17,13 +17,12 @@ from sglang_kvc.config.flags import options_from_mapping
 from sglang_kvc.config.options import BACKEND, KVCompressOptions
 from sglang_kvc.config.pages import PAGE_SIZE
 from sglang_kvc.config.refusals import (
-    SETTINGS,
+    refuse_settings,
     refuse_unsupported,
     unsupported_values,
 )
 from sglang_kvc.config.refusals_model import refuse_unsupported_model
-from sglang_kvc.config.rules import refuse
-from sglang_kvc.errors import ConfigError
+from sglang_kvc.errors import ConfigError, Section, pointed, points_to
 from sglang_kvc.upstream.compat import no_accelerator
 from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.hooks import verify_hooks_installed
@@ -49,6 +48,7 @@ _VARIABLES_OFF = {
 _FALSE = ("0", "false", "no", "n")
 
 
+@points_to(Section.FLAGS)
 def construct(build: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
     """Build a ServerArgs from raw arguments that may contain ours.
 
@@ -78,7 +78,7 @@ def construct(build: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
     forced = forced_settings(values)
     given = {name: value for name, value in values.items() if value is not None}
     free = {name: value for name, value in given.items() if name not in forced}
-    refuse(SETTINGS, [*contradictions(given, forced), *unsupported_values(free)])
+    refuse_settings([*contradictions(given, forced), *unsupported_values(free)])
     os.environ[_POST_CAPTURE_SIZING] = "0"
     server_args = build(**{**values, **_DEFAULTS, **given, **forced})
     setattr(server_args, OPTIONS_ATTRIBUTE, options)
@@ -175,9 +175,10 @@ def check_server_args(server_args: Any, model_config: Any = None) -> None:
 def _refuse_bare_backend(values: Mapping[str, Any]) -> None:
     for name in _BACKEND_FIELDS:
         if values.get(name) == BACKEND:
-            raise ConfigError(
+            message = (
                 f"--{name.replace('_', '-')} {BACKEND} works only with --kv-compress. "
                 "Give --kv-compress, which chooses the backends itself; in Python "
                 "Engine(kv_compress=True) or build_server_args of "
                 "sglang_kvc.config.server_args."
             )
+            raise ConfigError(pointed(message, Section.START_UP))

@@ -8,7 +8,12 @@ import torch
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from sglang_kvc.config.server_args import options_of as attached_options
-from sglang_kvc.errors import ConfigError, UnsupportedModeError
+from sglang_kvc.errors import (
+    ConfigError,
+    Section,
+    UnsupportedModeError,
+    points_to,
+)
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 from sglang_kvc.memory.metadata import ModelShape, default_slots, metadata_bytes
@@ -35,6 +40,7 @@ def model_shape(configurator: Any) -> ModelShape:
     )
 
 
+@points_to(Section.START_UP)
 def build_arena(configurator: Any, max_total_num_tokens: int) -> ArenaKVPool:
     """Build the arena for a pool of this many tokens."""
     config = configurator.model_config
@@ -84,6 +90,7 @@ def build_torch_allocator(pool: ArenaKVPool, size: int) -> Any:
     )
 
 
+@points_to(Section.MEMORY)
 def subtract_metadata(configurator: Any, available: int) -> int:
     """Bytes left for K and V once our metadata has its share.
 

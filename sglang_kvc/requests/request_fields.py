@@ -14,7 +14,12 @@ from typing import Any
 from sglang_kvc.config.checks import check_choice, check_int, check_number
 from sglang_kvc.config.server_args import options_of
 from sglang_kvc.config.shown import shown
-from sglang_kvc.errors import ConfigError, UnsupportedModeError
+from sglang_kvc.errors import (
+    ConfigError,
+    Section,
+    UnsupportedModeError,
+    points_to,
+)
 from sglang_kvc.requests.carried_options import body_of, carry_options, check_labels
 from sglang_kvc.requests.request_names import (
     MAX_NAME,
@@ -130,6 +135,7 @@ CHECKED = _existing(
 )
 
 
+@points_to(Section.REQUESTS)
 def check_arrival(manager: Any, request: Any, http_request: Any = None) -> None:
     """Check a request of SGLang's TokenizerManager as it arrives.
 
@@ -150,9 +156,11 @@ def check_arrival(manager: Any, request: Any, http_request: Any = None) -> None:
     options = options_of(manager.server_args)
     if options is None or not hasattr(request, "sampling_params"):
         return
-    validate_sampling_params(request.sampling_params, options)
+    with points_to(Section.OPTIONS):
+        validate_sampling_params(request.sampling_params, options)
     if hasattr(request, "top_logprobs_num"):
-        carry_options(request, body_of(http_request), options)
+        with points_to(Section.OPTIONS):
+            carry_options(request, body_of(http_request), options)
         counted = getattr(manager, "enable_metrics", False)
         known = manager.metrics_collector.labels if counted else None
         check_labels(request.custom_labels, known)
@@ -211,6 +219,7 @@ def check_request(request: Any, limits: Limits) -> None:
     check_session(request.session_params)
 
 
+@points_to(Section.REQUESTS)
 def check_tokenized(request: Any, ids: Any) -> None:
     """Raise unless one prompt, now in tokens, can be served.
 

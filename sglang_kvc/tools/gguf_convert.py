@@ -112,6 +112,7 @@ def _read_tensors(source: Path, config: Any) -> dict[str, Any]:
     import numpy as np
     import torch
     from gguf import GGUFReader, dequantize
+    from tqdm import tqdm
 
     heads = {
         "q_proj": config.num_attention_heads,
@@ -121,7 +122,8 @@ def _read_tensors(source: Path, config: Any) -> dict[str, Any]:
     if "output.weight" in found:
         found["token_embd.weight"] = found.pop("output.weight")
     tensors = {}
-    for gguf_name, tensor in found.items():
+    bar = tqdm(found.items(), unit="tensor", desc="[fetch_model] converting")
+    for gguf_name, tensor in bar:
         name = hf_name(gguf_name)
         weights = dequantize(tensor.data, tensor.tensor_type)
         projection = name.split(".")[-2]

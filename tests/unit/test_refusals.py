@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,11 @@ import pytest
 from sglang_kvc.config.refusals import RULES, refuse_unsupported, unsupported_values
 from sglang_kvc.config.refusals_model import MODEL_RULES, refuse_unsupported_model
 from sglang_kvc.config.rules import Facts, Rule, complaints, off, value_rule
-from sglang_kvc.errors import SeamDriftError, UnsupportedModeError
+from sglang_kvc.errors import SeamDriftError, Section, UnsupportedModeError, pointed
 from sglang_kvc.upstream import compat
 from sglang_kvc.upstream.compat import in_force
 from tests.doubles import LLAMA
+from tests.unit.test_docs import GUIDE, anchors
 
 INSTALLED = [rule for rule in RULES if in_force(rule.since, rule.until)]
 
@@ -316,3 +318,24 @@ def test_renamed_model_attribute_is_an_error(model: Any) -> None:
         delattr(partial, rule.name)
         with pytest.raises(SeamDriftError, match=rule.name):
             refuse_unsupported_model(partial, on_gpu=False)
+
+
+@pytest.mark.parametrize("section", Section, ids=lambda section: section.name)
+def test_every_pointer_leads_into_the_guide(section: Section) -> None:
+    assert section.value in anchors(GUIDE)
+    message = pointed("x must be 1", section)
+    assert message == f"x must be 1. See docs/guide.md#{section.value}"
+    assert pointed(message, Section.FLAGS) == message, "one pointer is enough"
+
+
+def test_refusals_end_with_a_pointer(defaults: SimpleNamespace, model: Any) -> None:
+    defaults.pp_size, model.is_multimodal = 2, True
+    with pytest.raises(UnsupportedModeError) as settings:
+        refuse_unsupported(defaults)
+    with pytest.raises(UnsupportedModeError) as of_model:
+        refuse_unsupported_model(model, on_gpu=False)
+    assert str(settings.value).endswith("\nSee docs/guide.md#works-refused-untested")
+    assert str(of_model.value).endswith(
+        "\nServe it without --kv-compress.\nSee docs/guide.md#models"
+    )
+    assert pickle.loads(pickle.dumps(settings.value)).args == settings.value.args

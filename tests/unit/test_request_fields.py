@@ -258,15 +258,17 @@ def manager(options: KVCompressOptions | None) -> Any:
 def test_only_servers_with_kv_compress_check() -> None:
     wrong = GenerateReqInput(input_ids=[10**6])
     check_arrival(manager(None), wrong)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as error:
         check_arrival(manager(KVCompressOptions()), wrong)
+    assert str(error.value).endswith(" See docs/guide.md#requests")
 
 
 def test_options_are_checked_before_a_batch_is_expanded() -> None:
     params = {"custom_params": {"kv_compress": {"rate": 0}}}
     request = GenerateReqInput(text="x", sampling_params={"n": 1000, **params})
-    with pytest.raises(ConfigError, match=r"kv_compress\.rate"):
+    with pytest.raises(ConfigError, match=r"kv_compress\.rate") as error:
         check_arrival(manager(KVCompressOptions()), request)
+    assert str(error.value).endswith(" See docs/guide.md#one-request")
 
 
 def test_the_tokenizer_counts() -> None:

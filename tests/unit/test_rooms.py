@@ -21,7 +21,10 @@ FLOORS = (
     "errors",
 )
 """Top to bottom; what is below knows nothing of what is above."""
-ASIDE = {"tools": {"errors"}, "frontend": {"config", "requests"}}
+ASIDE = {
+    "tools": {"errors", "config", "upstream", "attention"},
+    "frontend": {"config", "requests"},
+}
 """Beside the floors: the only rooms that they may import."""
 OPEN_TO_ALL = {"kernels", "__init__"}
 
