@@ -10,7 +10,8 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.errors import ConfigError, UnsupportedModeError
 from sglang_kvc.requests import request_fields
-from sglang_kvc.requests.request_fields import CHECKED, check_arrival
+from sglang_kvc.requests.arrival import check_arrival
+from sglang_kvc.requests.request_fields import CHECKED
 from sglang_kvc.requests.sampling_fields import SERVED
 from tests.unit.test_request_fields import CPU, TWO, check, manager
 
