@@ -15,7 +15,7 @@ PATCH = Patch(
         "What runs is looked at where SGLang reports its steps, at its interval, and "
         "not in every step."
     ),
-    upstream_link="observability/metrics_collector.py:1624",
+    upstream_link="observability/metrics_collector.py:1646",
     remove_when="SGLang lets a backend add gauges to its collector.",
     runtime_from=of_collector,
 )

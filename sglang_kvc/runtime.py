@@ -33,6 +33,7 @@ from sglang_kvc.scheduling.meter import Meter
 from sglang_kvc.scheduling.passes import PassScheduler
 from sglang_kvc.scheduling.turns import Turns
 from sglang_kvc.upstream.ranks import checks_every_step
+from sglang_kvc.upstream.types import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class KVCompressRuntime:
         """Pages of the longest request: what page lists are set aside for."""
         return self.state.tables.packed_pages.shape[1]
 
-    def watch(self, scheduler: Any) -> None:
+    def watch(self, scheduler: Scheduler) -> None:
         """Count for ``/metrics`` from now on, if this rank of the server shows any."""
         context = scheduler.metrics_collector_context
         if not context.current_scheduler_metrics_enabled:

@@ -68,7 +68,7 @@ def adder_class(scheduler: Any) -> Any:
 
 
 def counting_collector() -> Any:
-    """One of SGLang's collectors, with a registry of its own: ``collector.registry``."""
+    """One of SGLang's collectors, with a `registry` of its own."""
     from prometheus_client import CollectorRegistry, Counter, Gauge
 
     registry = CollectorRegistry()

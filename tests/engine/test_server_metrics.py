@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sglang_kvc.config import series
 from tests.engine.server import MIN_BUDGET, Server, body_of, free_port
 from tests.engine.texts import prompt
-from tests.unit.test_grafana import expressions, names_in
+from tests.unit.test_grafana import either, expressions, names_in
 
 pytestmark = pytest.mark.server
 
@@ -226,9 +226,9 @@ def ask(url: str, expression: str) -> list[Any]:
 def test_prometheus_scrapes_it_and_runs_the_dashboards_queries(
     server: Server, prometheus: str
 ) -> None:
-    name = series.PASSES.name
+    name = f'__name__=~"{either(series.PASSES.name)}"'
     # Two scrapes, so that there are rates.
-    twice = f'count_over_time({name}{{kind="prompt"}}[1m]) >= 2'
+    twice = f'count_over_time({{{name},kind="prompt"}}[1m]) >= 2'
     wait_until(
         lambda: ask(prometheus, twice), "Prometheus has no samples of the server"
     )
@@ -238,5 +238,5 @@ def test_prometheus_scrapes_it_and_runs_the_dashboards_queries(
         # Grafana puts in the range between two points of a panel.
         assert ask(prometheus, text.replace("$__rate_interval", "1m")), text
     shown = Scrape(server).value(series.PASSES)
-    (total,) = ask(prometheus, f"sum({name})")
+    (total,) = ask(prometheus, f"sum({{{name}}})")
     assert float(total["value"][1]) == shown

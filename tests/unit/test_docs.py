@@ -1,6 +1,6 @@
 """The pages: links lead somewhere, the README is short, the flags are today's.
 
-``python -m tests.unit.test_docs --write`` writes the tables of flags and of metrics into
+``python -m tests.unit.test_docs --write`` writes tables of flags and metrics into
 the guide.
 """
 
