@@ -56,6 +56,7 @@ def test_a_machine_has_memory() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_has_memory() -> None:
     free, total = device_bytes("cuda")
     assert 0 < free < total
