@@ -16,6 +16,7 @@ PARENT = (
     "server_args__from_cli_args",
     "server_args__check_server_args",
     "engine__server_args_class",
+    "engine__launch_subprocesses",
     # Machines without an accelerator.
     "utils_common__support_triton",
     "rotary_embedding__is_cpu",
@@ -57,6 +58,7 @@ SCHEDULER = (
     "xgrammar_backend__allocate_token_bitmask",
     "xgrammar_backend__apply_vocab_mask",
     # Start-up.
+    "scheduler__init_metrics_reporter",
     "scheduler__run_event_loop",
     # One step.
     "schedule_batch__prepare_for_extend",
@@ -65,4 +67,6 @@ SCHEDULER = (
     "scheduler__get_next_batch_to_run",
     "scheduler__process_batch_result",
     "invariant_checker__get_total_uncached_sizes",
+    # What /metrics shows.
+    "metrics_collector__log_stats",
 )

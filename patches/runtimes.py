@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sglang_kvc.runtime import runtime_of
+from sglang_kvc.scheduling.attached import runtime_of_collector
 
 if TYPE_CHECKING:
     from sglang_kvc.runtime import KVCompressRuntime
@@ -21,6 +22,14 @@ def of_holder(holder: Any, *_args: Any, **_kwargs: Any) -> KVCompressRuntime | N
 def of_worker(worker: Any, *_args: Any, **_kwargs: Any) -> KVCompressRuntime | None:
     """Of a TpModelWorker."""
     return runtime_of(worker.model_runner.token_to_kv_pool_allocator)
+
+
+def of_collector(
+    collector: Any, *_args: Any, **_kwargs: Any
+) -> KVCompressRuntime | None:
+    """Of a SchedulerMetricsCollector that `KVCompressRuntime.watch` has seen."""
+    runtime: KVCompressRuntime | None = runtime_of_collector(collector)
+    return runtime
 
 
 def of_checker(checker: Any, *_args: Any, **_kwargs: Any) -> KVCompressRuntime | None:

@@ -27,7 +27,7 @@ PATCH = Patch(
 
 def hook(manager: Any, obj: Any, request: Any = None) -> None:
     """Raise ConfigError (a ValueError: HTTP 400) for this request alone."""
-    from sglang_kvc.requests.request_fields import check_arrival
+    from sglang_kvc.requests.arrival import check_arrival
 
     try:
         check_arrival(manager, obj, request)

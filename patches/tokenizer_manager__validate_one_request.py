@@ -21,8 +21,6 @@ PATCH = Patch(
 
 def hook(manager: Any, obj: Any, input_ids: Any) -> None:
     """Raise ConfigError (a ValueError: HTTP 400) for this request alone."""
-    from sglang_kvc.config.server_args import options_of
-    from sglang_kvc.requests.request_fields import check_tokenized
+    from sglang_kvc.requests.arrival import check_tokens
 
-    if options_of(manager.server_args) is not None:
-        check_tokenized(obj, input_ids)
+    check_tokens(manager, obj, input_ids)

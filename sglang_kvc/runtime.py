@@ -9,19 +9,31 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang.srt.runtime_context import get_parallel
+
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.eviction.runner import PassRunner
 from sglang_kvc.eviction.scorers import get_scorer
+from sglang_kvc.eviction.stopwatch import Stopwatch
 from sglang_kvc.kernels.head_tables import head_tables
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.memory.device_state import DeviceState
 from sglang_kvc.memory.kv_pool import ArenaKVPool
-from sglang_kvc.memory.metadata import metadata_bytes
+from sglang_kvc.memory.metadata import GIB, metadata_bytes
+from sglang_kvc.memory.start_table import (
+    device_bytes,
+    memory_table,
+    parts_of,
+    weight_bytes,
+)
+from sglang_kvc.scheduling.attached import attach_runtime
 from sglang_kvc.scheduling.chunking import ChunkRule
+from sglang_kvc.scheduling.meter import Meter
 from sglang_kvc.scheduling.passes import PassScheduler
 from sglang_kvc.scheduling.turns import Turns
 from sglang_kvc.upstream.ranks import checks_every_step
+from sglang_kvc.upstream.types import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +55,10 @@ class KVCompressRuntime:
     chunk_size : SGLang's chunk of a prompt, in tokens, or 0: the prompt is prefilled
         whole, or the device of a rank has no attention for prompts that are packed
         already.
+
+    Attributes
+    ----------
+    stopwatch : measures passes for ``/metrics``; None if they are off.
     """
 
     def __init__(
@@ -75,6 +91,7 @@ class KVCompressRuntime:
                 "the CPU; leave it at auto, which then compresses whole prompts only"
             )
         self.checks_ranks = checks_every_step()
+        self.stopwatch: Stopwatch | None = None
         pool.runtime = self
 
     @property
@@ -87,8 +104,25 @@ class KVCompressRuntime:
         """Pages of the longest request: what page lists are set aside for."""
         return self.state.tables.packed_pages.shape[1]
 
-    def log_memory(self) -> None:
-        """Print what our metadata takes beside the KV."""
+    def watch(self, scheduler: Scheduler) -> None:
+        """Count for ``/metrics`` from now on, if this rank of the server shows any."""
+        context = scheduler.metrics_collector_context
+        if not context.current_scheduler_metrics_enabled:
+            return
+        self.stopwatch = Stopwatch(self.state.on_gpu)
+        meter = Meter(scheduler, context.collector, self.stopwatch)
+        self.pass_scheduler.meter = meter
+        attach_runtime(context.collector, self)
+
+    def log_memory(self, worker: Any) -> None:
+        """Print what memory went where, at the end of the start, on the first rank.
+
+        Parameters
+        ----------
+        worker : SGLang's TpModelWorker.
+        """
+        if get_parallel().attn_tp_rank:
+            return
         state = self.state
         slots, max_len = state.tables.req_to_token.shape
         tokens = state.arena.k.shape[0] * PAGE_SIZE
@@ -101,7 +135,15 @@ class KVCompressRuntime:
             chunk_size=self.chunk_rule.chunk_size,
         )
         kv_bytes = state.arena.k.nbytes + state.arena.v.nbytes
-        logger.info(sizes.describe(kv_bytes, tokens))
+        parts = parts_of(
+            state,
+            sizes,
+            weights=weight_bytes(worker.model_runner.model),
+            graphs=int(sum(worker.graph_memory_usage.values()) * GIB),
+        )
+        table = memory_table(parts, device_bytes(state.device))
+        metadata = sizes.describe(kv_bytes, tokens)
+        logger.info("Memory of this rank with KV-Compress:\n%s\n%s", table, metadata)
 
     def warm_up(self) -> None:
         """Compile the kernels of passes and chunks at start-up, on the padding slot.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +65,19 @@ def adder_class(scheduler: Any) -> Any:
     if isinstance(UPSTREAM, Generation22):
         return Scheduler.get_prefill_adder_class(scheduler)
     return PrefillAdder
+
+
+def counting_collector() -> Any:
+    """One of SGLang's collectors, with a `registry` of its own."""
+    from prometheus_client import CollectorRegistry, Counter, Gauge
+
+    registry = CollectorRegistry()
+    return SimpleNamespace(
+        labels={"model_name": "m", "tp_rank": 0},
+        registry=registry,
+        _counter_cls=partial(Counter, registry=registry),
+        _gauge_cls=partial(Gauge, registry=registry),
+    )
 
 
 class ChargedAdder:

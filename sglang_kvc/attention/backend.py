@@ -117,7 +117,6 @@ class KVCompressAttentionBackend(base_attn_backend.AttentionBackend):
                 num_kv_heads=state.shape.num_kv_heads,
                 num_layers=state.shape.num_layers,
             )
-        self.runtime.log_memory()
         self.runtime.warm_up()
 
     # Metadata ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from sglang_kvc.attention.probe import run_probe
@@ -24,10 +25,12 @@ def run_step(runtime: KVCompressRuntime, worker: Any, batch: Any, forward: Any) 
     with forwards_with(worker.model_runner, plan.folds):
         result = forward()
     if plan.passes:
-        for launched in plan.passes:
-            if launched.probe is not None:
-                run_probe(runtime, worker.model_runner, launched)
-        runtime.passes.run(plan.passes)
+        watch = runtime.stopwatch
+        with nullcontext() if watch is None else watch.running():
+            for launched in plan.passes:
+                if launched.probe is not None:
+                    run_probe(runtime, worker.model_runner, launched)
+            runtime.passes.run(plan.passes)
         attach_passes(result, plan.passes)
         runtime.pass_scheduler.launched = plan.passes
         # The scheduling stream may go on once the forward has read the request table;

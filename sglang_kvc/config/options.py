@@ -9,6 +9,7 @@ A page holds :data:`PAGE_SIZE` tokens; budgets are whole pages.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -234,6 +235,17 @@ class KVCompressOptions:
         keeps its share until the prompt is complete.
         """
         return "layer" if self.allocation == "joint" else self.allocation
+
+    def in_force(self) -> dict[str, Any]:
+        """All options by name, with the values that stand for None."""
+        keep = self.keep
+        return {
+            **dataclasses.asdict(self),
+            "rate": keep.rate,
+            "budget": keep.budget,
+            "distinct": self.distinct_weight,
+            "layer_share": self.least_layer_share,
+        }
 
     def check_budget(self, name: str, tokens: Any) -> None:
         """Raise unless `tokens` is a budget that holds all forced survivors.

@@ -89,14 +89,13 @@ class MetadataBytes:
         )
 
     def describe(self, kv_bytes: int, tokens: int) -> str:
-        """Describe everything in one line for the start-up log."""
+        """Describe the sum in one line for the start-up log."""
         scores = self.per_token * tokens
         total = self.fixed + scores
         return (
             f"KV-Compress metadata: {total / GIB:.3f} GiB = "
             f"{100 * total / max(kv_bytes, 1):.2f} % of {kv_bytes / GIB:.2f} GiB of KV "
-            f"(scores {scores / GIB:.3f}, query ring {self.ring / GIB:.3f}, "
-            f"tables {self.tables / GIB:.3f}, workspace {self.workspace / GIB:.3f})"
+            "(scores, query rings, block tables, workspace)"
         )
 
 

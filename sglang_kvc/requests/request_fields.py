@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sglang_kvc.config.checks import check_choice, check_int, check_number
-from sglang_kvc.config.server_args import options_of
 from sglang_kvc.config.shown import shown
 from sglang_kvc.errors import (
     ConfigError,
@@ -20,18 +19,15 @@ from sglang_kvc.errors import (
     UnsupportedModeError,
     points_to,
 )
-from sglang_kvc.requests.carried_options import body_of, carry_options, check_labels
 from sglang_kvc.requests.request_names import (
     MAX_NAME,
     check_name,
     check_rid,
     check_session,
 )
-from sglang_kvc.requests.request_options import validate_sampling_params
 from sglang_kvc.requests.request_prompts import Limits, check_overrides, check_prompts
 from sglang_kvc.requests.sampling_fields import check_ids, check_sampling_params
 from sglang_kvc.upstream.compat import in_force
-from sglang_kvc.upstream.generation import UPSTREAM
 
 MAX_ANSWERS = 1 << 16
 """Prompts of a request times `n`: each is a record in every process."""
@@ -133,51 +129,6 @@ CHECKED = _existing(
         "custom_labels",
     )
 )
-
-
-@points_to(Section.REQUESTS)
-def check_arrival(manager: Any, request: Any, http_request: Any = None) -> None:
-    """Check a request of SGLang's TokenizerManager as it arrives.
-
-    Parameters
-    ----------
-    manager : sglang.srt.managers.tokenizer_manager.TokenizerManager
-    request : GenerateReqInput, or EmbeddingReqInput
-        The latter is left for SGLang to refuse. Options that came beside its sampling
-        parameters are put into them.
-    http_request : starlette.requests.Request, optional
-        What it came with.
-
-    Raises
-    ------
-    ConfigError
-        If the server uses KV-Compress and cannot serve the request.
-    """
-    options = options_of(manager.server_args)
-    if options is None or not hasattr(request, "sampling_params"):
-        return
-    with points_to(Section.OPTIONS):
-        validate_sampling_params(request.sampling_params, options)
-    if hasattr(request, "top_logprobs_num"):
-        with points_to(Section.OPTIONS):
-            carry_options(request, body_of(http_request), options)
-        counted = getattr(manager, "enable_metrics", False)
-        known = manager.metrics_collector.labels if counted else None
-        check_labels(request.custom_labels, known)
-        model, tokenizer = manager.model_config, manager.tokenizer
-
-        def count(text: str) -> int:
-            return len(tokenizer.encode(text, add_special_tokens=False))
-
-        counts = tokenizer is not None and not manager.allow_auto_truncate
-        limits = Limits(
-            vocab=model.vocab_size,
-            context=manager.context_len,
-            width=model.hidden_size,
-            on_cpu=UPSTREAM.resolved(manager.server_args).device == "cpu",
-            count=count if counts else None,
-        )
-        check_request(request, limits)
 
 
 def check_request(request: Any, limits: Limits) -> None:

@@ -19,6 +19,7 @@ from sglang_kvc.scheduling.attached import policy_of
 from sglang_kvc.scheduling.course import Course, Way, course, reach
 from sglang_kvc.scheduling.lengths import tokens_left
 from sglang_kvc.scheduling.policy import RequestPolicy
+from sglang_kvc.scheduling.refusal import Reason, Refusal
 from sglang_kvc.upstream.types import Req
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def attach_policy(req: Req, server: Server) -> None:
     try:
         request = parse_request_options(custom, options)
     except ConfigError as error:
-        attached.attach_refusal(req, pointed(str(error), Section.OPTIONS))
+        message = pointed(str(error), Section.OPTIONS)
+        attached.attach_refusal(req, Refusal(Reason.OPTIONS, message))
         return
     if req.input_embeds is not None or req.positional_embed_overrides is not None:
         # The end of a prompt scores its chunks by token ids, see `probe`.
@@ -73,8 +75,9 @@ def limit_request(
         return
     if course(policy, len(req.origin_input_ids), 0, 0) is None:
         if not truncate:
-            refusal = _too_long(policy, len(req.origin_input_ids))
-            attached.attach_refusal(req, pointed(refusal, Section.LONG_PROMPTS))
+            message = _too_long(policy, len(req.origin_input_ids))
+            message = pointed(message, Section.LONG_PROMPTS)
+            attached.attach_refusal(req, Refusal(Reason.TOO_LONG, message))
             return
         req.origin_input_ids = req.origin_input_ids[
             : policy.pool_tokens - 2 * PAGE_SIZE
@@ -88,7 +91,7 @@ def limit_request(
     params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
 
 
-def readmit(req: Req) -> str | None:
+def readmit(req: Req) -> Refusal | None:
     """Judge a request on its way (back) into the queue.
 
     A request that was retracted, preempted or paused has grown. It may have to be
@@ -96,8 +99,8 @@ def readmit(req: Req) -> str | None:
 
     Returns
     -------
-    str or None
-        Why it cannot come back, in words for its sender.
+    Refusal or None
+        Why it cannot come back.
     """
     policy = policy_of(req)
     if policy is None:
@@ -119,7 +122,7 @@ def readmit(req: Req) -> str | None:
         f"{policy.pool_tokens} cannot take them in again. Send the prompt and what has "
         "been generated, at a higher rate, or when fewer requests run."
     )
-    return pointed(message, Section.REQUESTS)
+    return Refusal(Reason.OUT_OF_MEMORY, pointed(message, Section.REQUESTS))
 
 
 def _too_long(policy: RequestPolicy, length: int) -> str:

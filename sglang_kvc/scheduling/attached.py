@@ -10,6 +10,7 @@ a request         state         `passes`             all of this package   its m
 a batch           plan          `passes`             `attention.step`      its step
 a batch's result  passes        `attention.step`     the result's hook     the result
 an adder          headroom      `headroom`           `headroom`            its round
+a collector       runtime       `runtime`            the collector's hook  the server
 ================= ============= ==================== ===================== =============
 
 An attribute of ours begins with ``kv_compress_``.
@@ -24,6 +25,7 @@ from sglang_kvc.upstream.types import Req
 if TYPE_CHECKING:
     from sglang_kvc.scheduling.course import Course
     from sglang_kvc.scheduling.policy import RequestPolicy
+    from sglang_kvc.scheduling.refusal import Refusal
     from sglang_kvc.scheduling.request_state import PassInFlight, RequestState
     from sglang_kvc.scheduling.step_plan import StepPlan
 
@@ -38,12 +40,12 @@ def attach_policy(req: Req, policy: RequestPolicy) -> None:
     _set(req, "policy", policy)
 
 
-def refusal_of(req: Req) -> str | None:
-    """Refusal of a request, in words for its sender; None if it can be served."""
+def refusal_of(req: Req) -> Refusal | None:
+    """Refusal of a request; None if it can be served."""
     return getattr(req, "kv_compress_refusal", None)
 
 
-def attach_refusal(req: Req, refusal: str) -> None:
+def attach_refusal(req: Req, refusal: Refusal) -> None:
     """Hang a refusal on a request until it is to be queued."""
     _set(req, "refusal", refusal)
 
@@ -91,6 +93,16 @@ def passes_of(result: Any) -> list[PassInFlight]:
     """Passes behind a forward; none if nothing was attached."""
     passes: list[PassInFlight] = getattr(result, "kv_compress_passes", [])
     return passes
+
+
+def runtime_of_collector(collector: Any) -> Any:
+    """Runtime of the server that a metrics collector counts for; None if not ours."""
+    return getattr(collector, "kv_compress_runtime", None)
+
+
+def attach_runtime(collector: Any, runtime: Any) -> None:
+    """Hang a runtime on SGLang's collector, which knows no scheduler."""
+    _set(collector, "runtime", runtime)
 
 
 def _set(owner: Any, name: str, value: Any) -> None:

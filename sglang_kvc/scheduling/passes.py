@@ -38,6 +38,7 @@ from sglang_kvc.upstream.types import Req, ScheduleBatch, Scheduler
 
 if TYPE_CHECKING:
     from sglang_kvc.config.options import KVCompressOptions
+    from sglang_kvc.scheduling.meter import Meter
 
 PASS_TOKENS_PER_STEP = 8192
 """Resident tokens (per head on average) that the passes of a decode step read."""
@@ -77,6 +78,7 @@ class PassScheduler:
     due_lens : logical length at which each slot is looked at, int64 [num_slots]; a
         decode step compares it with the batch's lengths in one vector operation. Where
         no pass is to come it is `NEVER_DUE`.
+    meter : what counts for ``/metrics``; None if they are off.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class PassScheduler:
         self.stuck: Any = None
         # Passes of the last step, see `settle_launched`.
         self.launched: list[PassInFlight] = []
+        self.meter: Meter | None = None
 
     def plan_extend(self, batch: ScheduleBatch) -> None:
         """Plan a prefill step, after ``prepare_for_extend``: states and passes.
@@ -122,7 +125,7 @@ class PassScheduler:
             length = _extend_end(req)
             decision = _started(req).propose_after_chunk(length, prompt_len)
             self._plan_request(batch, req, length, plan, decision)
-        attached.attach_plan(batch, plan)
+        self._attach(batch, plan)
 
     def plan_decode(self, batch: ScheduleBatch) -> None:
         """Plan a decode step, after ``prepare_for_decode``: passes that are due."""
@@ -133,6 +136,11 @@ class PassScheduler:
             req, length = batch.reqs[row], int(lens[row])
             decision = _started(req).propose_while_decoding(length)
             self._plan_request(batch, req, length, plan, decision)
+        self._attach(batch, plan)
+
+    def _attach(self, batch: ScheduleBatch, plan: StepPlan) -> None:
+        if self.meter is not None and plan.passes:
+            self.meter.planned(plan.passes)
         attached.attach_plan(batch, plan)
 
     def _affordable(self, reqs: Any, lens: Any, rows: Any) -> list[int]:
@@ -190,6 +198,8 @@ class PassScheduler:
             if dest_tokens is None:
                 # Retried at every step: memory comes back as others finish.
                 state.deferred_passes += 1
+                if self.meter is not None:
+                    self.meter.deferred()
                 self.due_lens[state.slot] = length + 1
                 return
             probe = self._probe(req, decision)
@@ -246,6 +256,8 @@ class PassScheduler:
         allocator = scheduler.token_to_kv_pool_allocator
         last = scheduler.last_batch
         running = len(scheduler.running_batch.reqs) + (len(last.reqs) if last else 0)
+        if self.meter is not None and not running and scheduler.chunked_req is None:
+            self.meter.rest()
         if scheduler.waiting_queue or allocator.available_size() < (
             running * ROOM_PER_REQUEST
         ):

@@ -19,6 +19,7 @@ from sglang_kvc.scheduling.acceptance import (
     readmit,
 )
 from sglang_kvc.scheduling.attached import refusal_of
+from sglang_kvc.scheduling.refusal import Reason, Refusal
 from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import Req, Scheduler
 
@@ -36,17 +37,19 @@ def enqueue(
     """
     if req.finished_reason is None and req.to_finish is None:
         attach_policy(req, server)
-        refusal, status = refusal_of(req), HTTPStatus.BAD_REQUEST
-        if refusal is None:
-            refusal, status = readmit(req), HTTPStatus.SERVICE_UNAVAILABLE
+        refusal = refusal_of(req) or readmit(req)
         if refusal is not None:
-            end(scheduler, req, refusal, status)
+            end(scheduler, server, req, refusal)
             return
     call()
 
 
-def end(scheduler: Scheduler, req: Req, message: str, status: HTTPStatus) -> None:
+def end(scheduler: Scheduler, server: Server, req: Req, refusal: Refusal) -> None:
     """End a request that is in no queue and no batch; tell its sender why."""
+    status, message = refusal.reason.status, refusal.message
+    meter = server.pass_scheduler.meter
+    if meter is not None:
+        meter.refused(refusal.reason)
     name = "BadRequestError" if status is HTTPStatus.BAD_REQUEST else status.phrase
     req.finished_reason = FINISH_ABORT(message, status, name)
     req.time_stats.trace_ctx.abort(abort_info={"reason": message})
@@ -74,16 +77,16 @@ def after_admission(scheduler: Scheduler, server: Server) -> None:
     stuck, passes.stuck = passes.stuck, None
     if stuck is not None and id(stuck) in waiting:
         scheduler.waiting_queue = [r for r in scheduler.waiting_queue if r is not stuck]
-        end(scheduler, stuck, *_stuck(stuck))
+        end(scheduler, server, stuck, _stuck(stuck))
 
 
-def _stuck(req: Req) -> tuple[str, HTTPStatus]:
+def _stuck(req: Req) -> Refusal:
     message = (
         f"The request of {len(req.origin_input_ids)} tokens does not fit in an empty "
         f"KV pool ({course_of(req)}), although it was accepted. That is an error of "
         "the server; please report it with this message."
     )
-    return message, HTTPStatus.INTERNAL_SERVER_ERROR
+    return Refusal(Reason.ERROR, message)
 
 
 def retract(result: tuple[list[Req], float, list[Req]]) -> Any:

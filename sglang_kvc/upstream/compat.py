@@ -189,6 +189,21 @@ SEAMS = (
         "backend",
         since="0.5.22",
     ),
+    Seam(
+        "sglang.srt.observability.metrics_collector:_StatLoggerDIMixin._counter_cls",
+        None,
+        "collectors",
+    ),
+    Seam(
+        "sglang.srt.observability.metrics_collector:_StatLoggerDIMixin._gauge_cls",
+        None,
+        "collectors",
+    ),
+    Seam(
+        "sglang.srt.observability.metrics_collector:SchedulerMetricsCollectorContext.current_scheduler_metrics_enabled",
+        None,
+        "runtime",
+    ),
     Seam("sglang.srt.configs.model_config:AttentionArch.MHA", None, "refusals"),
     Seam(
         "sglang.srt.configs.hybrid_arch:mambaish_config", ("model_config",), "refusals"

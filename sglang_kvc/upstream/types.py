@@ -165,6 +165,7 @@ class Scheduler(Protocol):
     tree_cache: Any
     token_to_kv_pool_allocator: Any
     ipc_channels: Any
+    metrics_collector_context: Any
 
     def _add_request_to_queue(self, req: Any) -> None:
         """Put a request into the waiting queue, or refuse it."""

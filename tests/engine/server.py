@@ -25,7 +25,7 @@ INTERVAL = 16
 FLAGS = (
     f"--kv-compress-min-budget {MIN_BUDGET} --kv-compress-interval {INTERVAL} "
     "--chunked-prefill-size 256 --max-total-tokens 8192 --max-running-requests 8 "
-    "--enable-cache-report --sleep-on-idle"
+    "--enable-cache-report --enable-metrics --sleep-on-idle"
 ).split()
 START_S = 900
 """Only what hangs takes so long: on a busy machine two ranks needed more than 300."""
@@ -39,6 +39,7 @@ class Server:
     url: str
     model: str
     process: subprocess.Popen[bytes]
+    log: Path
 
     def post(self, path: str, body: dict[str, Any], **kwargs: Any) -> Any:
         """Send a JSON body; return the response."""
@@ -108,7 +109,7 @@ def running(
         process = subprocess.Popen(
             command, env=environment, stdout=out, stderr=out, start_new_session=True
         )
-        started = Server(f"http://127.0.0.1:{port}", model_path, process)
+        started = Server(f"http://127.0.0.1:{port}", model_path, process, log)
         watchdog = threading.Timer(START_S, process.kill)
         watchdog.start()
         try:

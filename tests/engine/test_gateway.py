@@ -75,7 +75,7 @@ def gateway(
         process = subprocess.Popen(
             command, stdout=out, stderr=out, start_new_session=True
         )
-    started = Server(f"http://127.0.0.1:{port}", server.model, process)
+    started = Server(f"http://127.0.0.1:{port}", server.model, process, log)
     try:
         end = time.monotonic() + START_S
         while ranks_known(started) < RANKS:

@@ -15,6 +15,7 @@ from sglang_kvc.config.server_args import _BACKEND_FIELDS
 from sglang_kvc.memory import pools
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 from sglang_kvc.patches import catalogue
+from sglang_kvc.scheduling.attached import attach_runtime
 from sglang_kvc.upstream import compat
 from sglang_kvc.upstream.hooks import load_patches
 from sglang_kvc.upstream.patch import HookType, LoadedPatch
@@ -43,12 +44,16 @@ def calls(pool: object) -> dict[str, Call]:
     stock = SimpleNamespace(device="cuda", **dict.fromkeys(_BACKEND_FIELDS))
     owner = SimpleNamespace(server_args=stock)
     serving = SimpleNamespace(tokenizer_manager=owner)
+    collector = SimpleNamespace()
+    if runtime := getattr(pool, "runtime", None):
+        attach_runtime(collector, runtime)
     obj = SimpleNamespace(rid="a", sampling_params={})
     cuda = SimpleNamespace(device=SimpleNamespace(type="cuda"))
     cli = argparse.Namespace(model_path="m", attention_backend="triton")
     return {
         "server_args__from_cli_args": ((type(owner), cli), {}),
         "server_args__check_server_args": ((stock,), {}),
+        "engine__launch_subprocesses": ((type(owner), stock), {"port_args": None}),
         "utils_common__support_triton": (("triton",), {}),
         "pynccl__init": ((owner, None, "cuda:0"), {}),
         "api_contract__generate_contract_error": (({},), {}),
@@ -93,6 +98,7 @@ def calls(pool: object) -> dict[str, Call]:
             (owner,),
             {"logits": cuda, "vocab_mask": None},
         ),
+        "scheduler__init_metrics_reporter": ((holder,), {}),
         "scheduler__run_event_loop": ((holder,), {}),
         "schedule_batch__prepare_for_extend": ((holder,), {}),
         "schedule_batch__prepare_for_decode": ((holder,), {}),
@@ -100,6 +106,7 @@ def calls(pool: object) -> dict[str, Call]:
         "scheduler__get_next_batch_to_run": ((holder, batch, None), {}),
         "scheduler__process_batch_result": ((holder, batch, result), {}),
         "invariant_checker__get_total_uncached_sizes": ((checker,), {}),
+        "metrics_collector__log_stats": ((collector, owner), {}),
     }
 
 
@@ -158,8 +165,10 @@ def test_stock_function_gets_the_same_arguments(loaded: LoadedPatch) -> None:
     with scheduling_watched(ran):
         assert hooked(*args, **kwargs) is answer
     assert seen == [(args, kwargs)]
-    # A request is asked for its policy: nothing else tells whose it is.
-    assert set(ran) <= {"sglang_kvc.scheduling.attached.policy_of"}
+    # A request is asked for its policy, a collector for its runtime: nothing else
+    # tells whose it is.
+    allowed = {"policy_of", "runtime_of_collector"}
+    assert set(ran) <= {f"sglang_kvc.scheduling.attached.{name}" for name in allowed}
     after = [dict(vars(arg)) for arg in args if isinstance(arg, SimpleNamespace)]
     assert after == before, "something was hung on an object of SGLang's"
 

@@ -17,13 +17,14 @@ from starlette.requests import Request
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.config.server_args import OPTIONS_ATTRIBUTE
 from sglang_kvc.errors import ConfigError
+from sglang_kvc.requests.arrival import check_arrival
 from sglang_kvc.requests.carried_options import (
     MAX_TEXT,
     body_of,
     carry_options,
     check_labels,
 )
-from sglang_kvc.requests.request_fields import check_arrival
+from tests.doubles import counting_collector
 
 SERVER = KVCompressOptions(rate=4)
 
@@ -251,7 +252,7 @@ def test_arrival_puts_them_where_sglang_takes_them() -> None:
             context_len=4096,
             tokenizer=None,
             enable_metrics=metrics,
-            metrics_collector=SimpleNamespace(labels={"model_name": "m"}),
+            metrics_collector=counting_collector(),
         )
         labels = {"kv_compress": "rate=2", "team": "a"}
         request = GenerateReqInput(input_ids=[1], custom_labels=labels)

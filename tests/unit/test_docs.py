@@ -1,6 +1,7 @@
 """The pages: links lead somewhere, the README is short, the flags are today's.
 
-``python -m tests.unit.test_docs --write`` writes the table of flags into the guide.
+``python -m tests.unit.test_docs --write`` writes tables of flags and metrics into
+the guide.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sglang_kvc.config.flags import USER_FLAGS, add_cli_arguments
+from sglang_kvc.config.series import SERIES
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "guide.md"
@@ -26,7 +28,6 @@ PAGES = sorted(
     ]
 )
 BY_USERS = ("", *(f"-{name.replace('_', '-')}" for name in USER_FLAGS))
-BEGIN, END = "<!-- flags: begin -->\n", "<!-- flags: end -->\n"
 
 
 def targets(page: Path) -> list[str]:
@@ -62,11 +63,26 @@ def flags_tables() -> str:
     )
 
 
-def with_flags(text: str) -> str:
+def metrics_table() -> str:
+    """What /metrics shows of ours."""
+    rows = []
+    for one in SERIES:
+        values = ", ".join(f"`{value}`" for value in one.values)
+        label = f"`{one.label}`: {values}" if one.label else ""
+        rows.append(f"| `{one.name}` | {one.kind} | {label} | {one.text} |\n")
+    return "| name | type | label | meaning |\n| --- | --- | --- | --- |\n" + "".join(
+        rows
+    )
+
+
+def with_tables(text: str) -> str:
     """The guide with today's tables."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{flags_tables()}\n{END}{after}"
+    for name, table in (("flags", flags_tables()), ("metrics", metrics_table())):
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{table}\n{end}{after}"
+    return text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -85,9 +101,9 @@ def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_guide_has_todays_flags() -> None:
+def test_guide_has_todays_tables() -> None:
     text = GUIDE.read_text()
-    assert text == with_flags(text), "run python -m tests.unit.test_docs --write"
+    assert text == with_tables(text), "run python -m tests.unit.test_docs --write"
 
 
 def test_every_page_of_docs_is_named_by_the_readme() -> None:
@@ -102,4 +118,4 @@ def test_no_path_of_a_machine(page: Path) -> None:
 
 
 if __name__ == "__main__" and "--write" in sys.argv:
-    GUIDE.write_text(with_flags(GUIDE.read_text()))
+    GUIDE.write_text(with_tables(GUIDE.read_text()))

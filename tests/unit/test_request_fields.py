@@ -16,11 +16,11 @@ from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.config.server_args import OPTIONS_ATTRIBUTE
 from sglang_kvc.errors import ConfigError, UnsupportedModeError
+from sglang_kvc.requests.arrival import check_arrival
 from sglang_kvc.requests.request_fields import (
     CHECKED,
     HARMLESS,
     UNSERVED,
-    check_arrival,
     check_request,
     check_tokenized,
 )

@@ -9,8 +9,9 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.errors import ConfigError, UnsupportedModeError
-from sglang_kvc.requests import request_fields
-from sglang_kvc.requests.request_fields import CHECKED, check_arrival
+from sglang_kvc.requests import arrival
+from sglang_kvc.requests.arrival import check_arrival
+from sglang_kvc.requests.request_fields import CHECKED
 from sglang_kvc.requests.sampling_fields import SERVED
 from tests.unit.test_request_fields import CPU, TWO, check, manager
 
@@ -49,6 +50,6 @@ def test_the_device_that_will_be_used_decides(monkeypatch: pytest.MonkeyPatch) -
     asked = manager(KVCompressOptions())
     asked.server_args.device = None
     upstream = SimpleNamespace(resolved=lambda record: SimpleNamespace(device="cpu"))
-    monkeypatch.setattr(request_fields, "UPSTREAM", upstream)
+    monkeypatch.setattr(arrival, "UPSTREAM", upstream)
     with pytest.raises(UnsupportedModeError, match="input_embeds on a CPU"):
         check_arrival(asked, GenerateReqInput(input_embeds=[[0.5] * 4]))

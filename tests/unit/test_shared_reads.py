@@ -59,6 +59,7 @@ def test_a_pass_holds_the_table_longer_than_its_forward(
     )
     runtime: Any = SimpleNamespace(
         checks_ranks=False,
+        stopwatch=None,
         passes=SimpleNamespace(run=lambda launched: None),
         pass_scheduler=SimpleNamespace(launched=[]),
     )
