@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.config.pages import floor_tokens
@@ -25,7 +26,7 @@ def traced(length: int, budget: int) -> Load:
     """One request with two periodic passes behind that of its prompt."""
     new = floor_tokens(length) + 2 * INTERVAL - length + 4
     ids = tokens(random.Random(length), length)
-    kv = {"budget": budget, "report_heads": True}
+    kv = {"budget": budget, "report_heads": True, "report_tokens": True}
     return Load([Request("x", ids, new, kv=kv)], trace=True)
 
 
@@ -55,6 +56,11 @@ def check_kept(
     told = output.kv[-1]["packed_tokens_per_head"]
     assert told == [len(positions) for positions in passes[-1]]
     assert len(set(told)) > 2
+    assert output.kv[-1]["num_layers"] == LAYERS
+    holders = Counter(position for positions in passes[-1] for position in positions)
+    heads = len(passes[-1])
+    told = output.kv[-1]["prompt_token_shares"]
+    assert told == [round(holders[token] / heads, 3) for token in range(length)]
 
 
 def joined(by_rank: list[list[list[int]]]) -> list[list[int]]:
