@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.config.pages import floor_tokens
@@ -11,6 +10,7 @@ from tests.engine.inprocess import Request
 from tests.engine.oracle import TIE, Oracle, Step, check_few_differ
 from tests.engine.ranks import Load, Served
 from tests.engine.tiny_model import LAYERS, VOCAB
+from tests.engine.tracer import shares
 
 INTERVAL = 16
 OPTIONS = {"rate": 4, "min_budget": 48, "interval": INTERVAL}
@@ -57,10 +57,7 @@ def check_kept(
     assert told == [len(positions) for positions in passes[-1]]
     assert len(set(told)) > 2
     assert output.kv[-1]["num_layers"] == LAYERS
-    holders = Counter(position for positions in passes[-1] for position in positions)
-    heads = len(passes[-1])
-    told = output.kv[-1]["prompt_token_shares"]
-    assert told == [round(holders[token] / heads, 3) for token in range(length)]
+    assert output.kv[-1]["prompt_token_shares"] == shares(passes[-1], length)
 
 
 def joined(by_rank: list[list[list[int]]]) -> list[list[int]]:

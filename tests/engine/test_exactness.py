@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 
 from sglang_kvc.config.pages import floor_tokens
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.oracle import TIE, Oracle, Step, check_few_differ
 from tests.engine.texts import prompt
-from tests.engine.tracer import PassTracer
+from tests.engine.tracer import PassTracer, shares
 
 PASSES_AFTER_PREFILL = 2
 
@@ -59,9 +57,3 @@ def test_kept_positions_equal_the_oracle(
     assert len({len(positions) for positions in passes[0]}) > 3
     assert out.kv[-1]["prompt_token_shares"] == shares(passes[-1], length)
     assert all("prompt_token_shares" not in kv for kv in out.kv[:-1])
-
-
-def shares(kept: list[list[int]], length: int) -> list[float]:
-    """Of each token, the share of heads that hold it, from the positions they hold."""
-    holders = Counter(position for positions in kept for position in positions)
-    return [round(holders[token] / len(kept), 3) for token in range(length)]

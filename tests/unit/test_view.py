@@ -45,7 +45,8 @@ def answer(
         packed = [16, 48, 160, 32, 64, 96]
         summary |= {"packed_tokens_per_head": packed, "num_layers": 3}
     ids = [ord(sign) for sign in text]
-    return Answer(rate, text, ids, [length + i for i in range(4)], [40] * 4, summary)
+    logical = [length + i for i in range(4)]
+    return Answer(rate, text, ids, [1, 2, 3, 4], logical, [40] * 4, summary)
 
 
 def view() -> View:

@@ -13,7 +13,7 @@ from sglang_kvc.errors import KVCError
 from sglang_kvc.tools.view.texts import spell
 
 SWITCH = "kv_compress"
-SHORT_S, ANSWER_S = 30, 3600
+SHORT_S, ANSWER_S = 120, 3600
 
 
 class ViewError(KVCError):
@@ -32,8 +32,9 @@ class Answer:
     ----------
     rate : what was asked for; None keeps everything.
     text, token_ids : the answer.
-    logical, resident : tokens of the request, and those held per head on average, with
-        each token of the answer.
+    steps : tokens of the answer whenever the server told of it.
+    logical, resident : tokens of the request by then, and those held per head on
+        average.
     summary : the last ``meta_info["kv_compress"]``.
     refused : why there is no answer.
     """
@@ -41,6 +42,7 @@ class Answer:
     rate: float | None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     logical: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -174,6 +176,7 @@ def _take(answer: Answer, event: dict[str, Any]) -> None:
         # A server with --incremental-streaming-output sends what is new.
         ids, text = [*answer.token_ids, *ids], answer.text + text
     answer.token_ids, answer.text, answer.summary = ids, text, summary
+    answer.steps.append(len(ids))
     answer.logical.append(summary["logical_tokens"])
     answer.resident.append(summary["resident_tokens"])
 

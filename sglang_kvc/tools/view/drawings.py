@@ -51,19 +51,19 @@ def ticks(top: float) -> range:
 def chart(answers: list[Answer]) -> str:
     """Lines of resident tokens along each answer, beside the logical length."""
     shown = [answer for answer in answers if answer.logical]
-    longest = max(shown, key=lambda answer: len(answer.logical))
+    longest = max(shown, key=lambda answer: answer.steps[-1])
     lines = [
-        (answer.name, answer.resident, f"s{place % 6}")
+        (answer.name, answer.steps, answer.resident, f"s{place % 6}")
         for place, answer in enumerate(shown)
         if answer.rate is not None
     ]
-    lines.insert(0, ("logical", longest.logical, "logical"))
-    steps = len(longest.logical)
-    top = max(max(values) for _, values, _ in lines) * 1.05
+    lines.insert(0, ("logical", longest.steps, longest.logical, "logical"))
+    most = longest.steps[-1]
+    top = max(max(values) for _, _, values, _ in lines) * 1.05
     inner_x, inner_y = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def x(step: float) -> float:
-        return LEFT + inner_x * step / max(steps - 1, 1)
+        return LEFT + inner_x * (step - 1) / max(most - 1, 1)
 
     def y(tokens: float) -> float:
         return TOP + inner_y * (1 - tokens / top)
@@ -76,9 +76,9 @@ def chart(answers: list[Answer]) -> str:
         for tokens in ticks(top)
     ]
     parts += [
-        f'<text x="{x(token - 1):.1f}" y="{HEIGHT - 18}" text-anchor="middle">'
+        f'<text x="{x(token):.1f}" y="{HEIGHT - 18}" text-anchor="middle">'
         f"{token:,}</text>"
-        for token in ticks(steps)
+        for token in ticks(most)
         if token
     ]
     parts.append(
@@ -86,18 +86,21 @@ def chart(answers: list[Answer]) -> str:
         "tokens of the answer</text>"
     )
     last = -100.0
-    for name, values, style in sorted(lines, key=lambda line: -line[1][-1]):
-        points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(values))
+    for name, steps, values, style in sorted(lines, key=lambda line: -line[2][-1]):
+        pairs = zip(steps, values, strict=True)
+        points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in pairs)
         # Labels stand one below the other where lines lie close together.
         last = max(y(values[-1]) + 4, last + 15)
-        end = x(len(values) - 1)
+        end = x(steps[-1])
         parts.append(
             f'<polyline class="{style}" points="{points}"/>'
             f'<circle class="{style}" cx="{end:.1f}" cy="{y(values[-1]):.1f}" r="3"/>'
             f'<text x="{LEFT + inner_x + 8}" y="{last:.1f}">'
             f"{escape(name)}: {values[-1]:,}</text>"
         )
-    label = "; ".join(f"{name}: {v[0]:,} to {v[-1]:,} tokens" for name, v, _ in lines)
+    label = "; ".join(
+        f"{name}: {v[0]:,} to {v[-1]:,} tokens" for name, _, v, _ in lines
+    )
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(label)}">{"".join(parts)}</svg>'

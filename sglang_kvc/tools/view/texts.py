@@ -43,8 +43,14 @@ def spell(
             texts[run[0]] = text
     at = 0
     for place, text in enumerate(texts):
-        found = prompt.find(text, at) if text else -1
-        if found >= at and not prompt[at:found].strip():
-            texts[place] = prompt[at : found + len(text)]
-            at = found + len(text)
+        word = at
+        while text and not prompt.startswith(text, word) and _is_space(prompt, word):
+            word += 1
+        if text and prompt.startswith(text, word):
+            texts[place] = prompt[at : word + len(text)]
+            at = word + len(text)
     return texts
+
+
+def _is_space(text: str, place: int) -> bool:
+    return text[place : place + 1].isspace()
