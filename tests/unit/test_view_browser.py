@@ -14,7 +14,7 @@ from tests.unit.browser import Browser, running
 from tests.unit.test_view import HOSTILE, answer, view
 
 LEAST_CONTRAST = 4.5
-MANY, MANY_S = 30_000, 20
+MANY, MANY_S = 30_000, 30
 CONTRASTS = """(() => {
   const canvas = document.createElement("canvas").getContext("2d");
   const channels = (color) => {

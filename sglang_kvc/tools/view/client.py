@@ -70,7 +70,7 @@ class Client:
     def model(self) -> str:
         """Path or name of its model. Raises `ViewError` if nobody answers."""
         try:
-            info = self._json("/get_model_info")
+            info = self._json("/model_info")
         except RefusedError as error:
             raise ViewError(f"{self.url} is no SGLang server: {error}") from None
         return str(info.get("model_path", "?"))
@@ -176,7 +176,7 @@ def _take(answer: Answer, event: dict[str, Any]) -> None:
         # A server with --incremental-streaming-output sends what is new.
         ids, text = [*answer.token_ids, *ids], answer.text + text
     answer.token_ids, answer.text, answer.summary = ids, text, summary
-    answer.steps.append(len(ids))
+    answer.steps.append(info["completion_tokens"])
     answer.logical.append(summary["logical_tokens"])
     answer.resident.append(summary["resident_tokens"])
 
