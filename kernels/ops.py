@@ -17,6 +17,7 @@ from sglang_kvc.kernels import (
     append,
     decode_attention,
     head_tables,
+    held,
     key_diff,
     novelty,
     observe,
@@ -195,6 +196,25 @@ def _commit(case: Case) -> Iterator[Call]:
         yield Call((arena, case.tables, *rest, scores), {})
 
 
+def _follow(case: Case) -> Iterator[Call]:
+    heads, tables = case.arena.heads_per_page, case.tables
+    for (_, plan, selected, _), _ in _pack(case):
+        ends = [*(it.keep_base for it in plan.requests()), plan.num_kept][1:]
+        for request, end in zip(plan.requests(), ends, strict=True):
+            blocks = int(tables.block_offsets[request.slot, -1])
+            packed = tables.packed_pages[request.slot, : blocks // heads]
+            folded = slice(request.fold_old, request.fold_new, PAGE_SIZE)
+            tail = tables.req_to_token[request.slot, folded] // PAGE_SIZE
+            pages = torch.cat([packed, tail]).long()
+            known = torch.arange(blocks * PAGE_SIZE, device=pages.device) % 50
+            rows = selected.source_rows[request.keep_base : end]
+            ordinals = held.page_ordinals(pages, len(case.arena.k))
+            how = {"fold_old": request.fold_old, "fold_new": request.fold_new}
+            for tokens in (40, request.seq_len):
+                sizes = {"tokens": tokens, "heads_per_page": heads}
+                yield Call((rows, ordinals, known.int()), {**how, **sizes})
+
+
 OPS = (
     Op(append.append_kv, append.append_kv_triton, append.append_kv_ref, _append),
     Op(
@@ -252,4 +272,10 @@ OPS = (
     ),
     Op(pack.pack_entries, pack.pack_entries_triton, pack.pack_entries_ref, _pack),
     Op(pack.commit_tables, pack.commit_tables_triton, pack.commit_tables_ref, _commit),
+    Op(
+        held.follow_positions,
+        held.follow_positions_triton,
+        held.follow_positions_ref,
+        _follow,
+    ),
 )

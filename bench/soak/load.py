@@ -139,7 +139,7 @@ class Load:
             return {"budget": rng.choice((*BUDGETS, max(length, 64)))}
         if draw < 0.93:
             return {"enabled": False}
-        return rng.choice(({"report_heads": True}, {"rate": 8, "report_heads": True}))
+        return rng.choice(({"report_heads": True}, {"rate": 8, "report_tokens": True}))
 
     def _native(
         self,

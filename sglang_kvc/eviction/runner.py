@@ -15,6 +15,7 @@ import torch
 
 from sglang_kvc.config.pages import ceil_tokens, pages_of
 from sglang_kvc.errors import ConfigError
+from sglang_kvc.eviction.reports import report, warm_up_positions
 from sglang_kvc.eviction.scorers import ScoreContext, Scorer, get_scorer
 from sglang_kvc.kernels.key_diff import key_diff
 from sglang_kvc.kernels.layout import PAGE_SIZE
@@ -34,7 +35,6 @@ from sglang_kvc.memory.metadata import (
     pass_workspace_tokens,
     workspace_head_bytes,
 )
-from sglang_kvc.upstream.ranks import gather_heads
 
 if TYPE_CHECKING:
     from sglang_kvc.config.options import KVCompressOptions
@@ -242,7 +242,10 @@ class PassRunner:
                 recorded=False,
             )
             # One page is less than sinks and a floor may take.
-            self._launch([request], pages, replace(rule, sinks=0, floor_blocks=0))
+            kept = self._launch(
+                [request], pages, replace(rule, sinks=0, floor_blocks=0)
+            )
+            warm_up_positions(kept.source_rows, self.state.arena)
             # The pass has packed the padding slot: it must be empty again, also for
             # the next round, whose workspace is sized for an unpacked request.
             self.state.reset_slots([0])
@@ -251,21 +254,7 @@ class PassRunner:
         requests = [_plan_request(it.decision, self.state.options) for it in group]
         pages = torch.cat([it.dest_tokens[::PAGE_SIZE] // PAGE_SIZE for it in group])
         selected = self._launch(requests, pages, self._rule(group[0].decision))
-        for launched, offsets in zip(group, selected.block_offsets, strict=True):
-            if launched.state.policy.request.report_heads:
-                launched.head_blocks = self._blocks_per_head(offsets)
-
-    def _blocks_per_head(self, offsets: torch.Tensor) -> torch.Tensor:
-        """Blocks that each head of each rank keeps, on the host when the step is done.
-
-        All ranks come here for the same passes in the same order.
-        """
-        blocks = gather_heads(offsets.diff().view(self.state.shape.num_layers, -1))
-        host = torch.empty(
-            blocks.shape, dtype=blocks.dtype, pin_memory=self.state.on_gpu
-        )
-        # The step's result, which is waited for, comes behind this copy.
-        return host.copy_(blocks, non_blocking=True)
+        report(self.state, group, selected)
 
     def _launch(
         self,

@@ -6,6 +6,7 @@ They arrive in SGLang's ``sampling_params.custom_params`` (OpenAI: ``extra_body`
     {"kv_compress": {"budget": 1024}}     keep 1024 tokens per KV head on average
     {"kv_compress": {"enabled": false}}   keep everything
     {"kv_compress": {"report_heads": true}}   tell what every head keeps
+    {"kv_compress": {"report_tokens": true}}  tell who keeps every token of the prompt
 
 A mistake costs this request an HTTP 400 and nothing else. Other ways to send them are
 in `carried_options`.
@@ -22,7 +23,7 @@ from sglang_kvc.config.options import SWITCH, KVCompressOptions
 from sglang_kvc.config.shown import shown, suggestion
 from sglang_kvc.errors import ConfigError
 
-_KEYS = ("enabled", "rate", "budget", "report_heads")
+_KEYS = ("enabled", "rate", "budget", "report_heads", "report_tokens")
 _VALID = f"Valid: {', '.join(_KEYS)};"
 _WHERE = f"custom_params[{SWITCH!r}]"
 _EXAMPLE = 'for example {"kv_compress": {"rate": 8}}'
@@ -40,11 +41,14 @@ class RequestOptions:
         How much this request keeps; None takes the server's setting.
     report_heads : bool
         Report how many tokens every KV head holds after a pass.
+    report_tokens : bool
+        Report, with the complete answer, how many heads hold each token of the prompt.
     """
 
     enabled: bool = True
     keep: Keep | None = None
     report_heads: bool = False
+    report_tokens: bool = False
 
 
 def parse_request_options(
@@ -164,7 +168,7 @@ def validate_sampling_params(sampling_params: Any, defaults: KVCompressOptions) 
 
 
 def _checked(asked: Mapping[str, Any], defaults: KVCompressOptions) -> RequestOptions:
-    for name in ("enabled", "report_heads"):
+    for name in ("enabled", "report_heads", "report_tokens"):
         value = asked.get(name, False)
         if not isinstance(value, bool):
             raise ConfigError(
@@ -181,4 +185,9 @@ def _checked(asked: Mapping[str, Any], defaults: KVCompressOptions) -> RequestOp
             f"{SWITCH}.enabled=false keeps the whole cache, but a rate or budget is "
             "given too; drop one of them."
         )
-    return RequestOptions(enabled, keep, asked.get("report_heads", False))
+    return RequestOptions(
+        enabled,
+        keep,
+        report_heads=asked.get("report_heads", False),
+        report_tokens=asked.get("report_tokens", False),
+    )

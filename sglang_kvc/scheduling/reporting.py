@@ -39,7 +39,13 @@ class Report:
         length = len(req.origin_input_ids) + len(req.output_ids)
         if UPSTREAM.holds_memory(req):
             length = max(UPSTREAM.committed_len(req), 0)
-        return [self._state.summary(max(length, self._state.fold))]
+        summary = self._state.summary(max(length, self._state.fold))
+        if self._state.policy.request.report_tokens and req.finished_reason:
+            # Once: a number a token is too long for every chunk of a stream.
+            prompt_len = len(req.origin_input_ids)
+            shares = self._state.prompt_token_shares(prompt_len)
+            summary["prompt_token_shares"] = shares
+        return [summary]
 
 
 class Summary(dict[str, Any]):

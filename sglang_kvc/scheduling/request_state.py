@@ -39,6 +39,8 @@ class PassInFlight:
     probe : what runs before it.
     head_blocks : with ``report_heads``, int32 [L, heads] on the host: blocks that each
         head keeps, on all ranks; filled when the step is done.
+    token_shares : with ``report_tokens``, int16 [prompt] on the host: of each prompt
+        token, the heads that hold it, in thousandths of all; filled as above.
     closed : settled, or its request is gone: nothing is left to free.
     """
 
@@ -48,6 +50,7 @@ class PassInFlight:
     dest_tokens: Any
     probe: Probe | None = None
     head_blocks: Any = None
+    token_shares: Any = None
     closed: bool = False
 
 
@@ -67,7 +70,10 @@ class RequestState:
     probed : the end of the prompt has scored a pass.
     settled_fold, settled_packed : fold, and token ids of the packed pages, that the
         request owns in the allocator.
-    settled_blocks : as `PassInFlight.head_blocks`, of the last settled pass.
+    settled_blocks, settled_shares : as `PassInFlight.head_blocks` and `token_shares`,
+        of the last settled pass.
+    positions : with ``report_tokens``, where in the text each packed KV stands; the
+        pass runner's (`eviction.kept_tokens`).
     in_flight : launched passes that are not settled.
     """
 
@@ -81,10 +87,12 @@ class RequestState:
     observed: int = 0
     prefilled: int = 0
     probed: bool = False
+    positions: Any = None
     # Result order.
     settled_fold: int = 0
     settled_packed: Any = None
     settled_blocks: Any = None
+    settled_shares: Any = None
     in_flight: list[PassInFlight] = field(default_factory=list)
     # Reported in meta_info.
     passes: int = 0
@@ -194,6 +202,7 @@ class RequestState:
         self.settled_fold = launched.decision.fold_new
         self.settled_packed = launched.dest_tokens
         self.settled_blocks = launched.head_blocks
+        self.settled_shares = launched.token_shares
 
     def abandon(self) -> list[PassInFlight]:
         """Close every pass in flight; the caller must free their fresh pages."""
@@ -225,4 +234,15 @@ class RequestState:
         if self.settled_blocks is not None:
             tokens = self.settled_blocks.flatten() * PAGE_SIZE
             report["packed_tokens_per_head"] = tokens.tolist()
+            report["num_layers"] = len(self.settled_blocks)
         return report
+
+    def prompt_token_shares(self, prompt_len: int) -> list[float]:
+        """Of each prompt token, the share of all heads that hold it: 0 to 1.
+
+        Rounded to three decimals. Before the first pass every head holds everything.
+        """
+        if self.settled_shares is None:
+            return [1.0] * prompt_len
+        shares: list[float] = (self.settled_shares.double() / 1000).tolist()
+        return shares

@@ -32,6 +32,7 @@ from tests.engine.tiny_model import FEW_LAYERS, VOCAB, write_tiny_model
 
 REQUESTS = 30
 CONTEXT = 4096
+REPORTS = {"report_heads": True, "report_tokens": True}
 COUNTED = ("passes", "chunk_passes", "deferred_passes")
 
 
@@ -82,7 +83,7 @@ def draw(rng: random.Random, name: str, setting: Setting, count: int) -> list[Re
     options: list[dict[str, Any] | None] = [
         *(None, {"rate": 1.01}, {"rate": 1.1}, {"rate": 1.5}, {"rate": 2}, {"rate": 8}),
         *({"budget": 48}, {"budget": 96}, {"budget": 608}, {"budget": 1 << 30}),
-        *({"enabled": False}, {"rate": 1}, {"rate": 4, "report_heads": True}),
+        *({"enabled": False}, {"rate": 1}, {"rate": 4, **REPORTS}),
         *({"rate": 0.5}, {"budget": 1 << 63}, {"bud": 1}),
     ]
     requests = []

@@ -10,6 +10,7 @@ from tests.engine.inprocess import Request
 from tests.engine.oracle import TIE, Oracle, Step, check_few_differ
 from tests.engine.ranks import Load, Served
 from tests.engine.tiny_model import LAYERS, VOCAB
+from tests.engine.tracer import shares
 
 INTERVAL = 16
 OPTIONS = {"rate": 4, "min_budget": 48, "interval": INTERVAL}
@@ -25,7 +26,7 @@ def traced(length: int, budget: int) -> Load:
     """One request with two periodic passes behind that of its prompt."""
     new = floor_tokens(length) + 2 * INTERVAL - length + 4
     ids = tokens(random.Random(length), length)
-    kv = {"budget": budget, "report_heads": True}
+    kv = {"budget": budget, "report_heads": True, "report_tokens": True}
     return Load([Request("x", ids, new, kv=kv)], trace=True)
 
 
@@ -55,6 +56,8 @@ def check_kept(
     told = output.kv[-1]["packed_tokens_per_head"]
     assert told == [len(positions) for positions in passes[-1]]
     assert len(set(told)) > 2
+    assert output.kv[-1]["num_layers"] == LAYERS
+    assert output.kv[-1]["prompt_token_shares"] == shares(passes[-1], length)
 
 
 def joined(by_rank: list[list[list[int]]]) -> list[list[int]]:

@@ -14,7 +14,7 @@ from sglang_kvc.config.pages import floor_tokens
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.oracle import TIE, Oracle, Policy, Step, check_few_differ
 from tests.engine.texts import prompt
-from tests.engine.tracer import PassTracer
+from tests.engine.tracer import PassTracer, shares
 
 CHUNK = 256
 BUDGET = 192
@@ -61,8 +61,9 @@ def test_every_chunk_keeps_what_the_oracle_keeps(
     ids = prompt(model_path, 500, length)
     ends = [*range(CHUNK, length, CHUNK), length]
     last_fold = floor_tokens(length) + options.interval
+    kv = {"budget": BUDGET, "report_tokens": True}
     with PassTracer(runtime) as tracer:
-        request = Request("x", ids, last_fold - length + 3, kv={"budget": BUDGET})
+        request = Request("x", ids, last_fold - length + 3, kv=kv)
         out = chunked.serve([request])["x"]
     (passes,) = tracer.kept.values()
     summary = out.kv[-1]
@@ -87,6 +88,7 @@ def test_every_chunk_keeps_what_the_oracle_keeps(
         assert (len(set(sizes.sum(1).tolist())) == 1) == (step.length < length)
     total = len(passes) * BUDGET * oracle.layers * oracle.heads
     check_few_differ(differing, total)
+    assert summary["prompt_token_shares"] == shares(passes[-1], length)
 
 
 def test_only_the_exact_chunk_is_shared(

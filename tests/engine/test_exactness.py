@@ -8,7 +8,7 @@ from sglang_kvc.config.pages import floor_tokens
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.oracle import TIE, Oracle, Step, check_few_differ
 from tests.engine.texts import prompt
-from tests.engine.tracer import PassTracer
+from tests.engine.tracer import PassTracer, shares
 
 PASSES_AFTER_PREFILL = 2
 
@@ -30,14 +30,18 @@ def test_kept_positions_equal_the_oracle(
     length: int,
     budget: int,
 ) -> None:
-    """After prefill and after two periodic passes, in every layer and head."""
+    """After prefill and after two periodic passes, in every layer and head.
+
+    The client is told so, token by token.
+    """
     runtime = fresh.allocator.get_kvcache().runtime
     interval = runtime.options.interval
     ids = prompt(model_path, start, length)
     with PassTracer(runtime) as tracer:
         # Passes are due when the tail holds one interval of whole pages.
         new = floor_tokens(length) + PASSES_AFTER_PREFILL * interval - length + 4
-        out = fresh.serve([Request("x", ids, max_new=new, kv={"budget": budget})])["x"]
+        kv = {"budget": budget, "report_tokens": True}
+        out = fresh.serve([Request("x", ids, max_new=new, kv=kv)])["x"]
     (passes,), (lengths,) = tracer.kept.values(), tracer.lengths.values()
     assert out.kv[-1]["passes"] == len(passes)
     folds = [
@@ -51,3 +55,5 @@ def test_kept_positions_equal_the_oracle(
     check_few_differ(differing, total)
     # The budget is really dealt out unevenly, else this test shows little.
     assert len({len(positions) for positions in passes[0]}) > 3
+    assert out.kv[-1]["prompt_token_shares"] == shares(passes[-1], length)
+    assert all("prompt_token_shares" not in kv for kv in out.kv[:-1])

@@ -176,7 +176,11 @@ def test_requests_are_freed_without_the_garbage_collector(
     Then every request stays for minutes, with its tokens and its lists on the device.
     """
     options: list[Any] = [
-        *(None, {"rate": 8}, {"budget": 96, "report_heads": True}),
+        *(
+            None,
+            {"rate": 8},
+            {"budget": 96, "report_heads": True, "report_tokens": True},
+        ),
         *({"enabled": False}, {"rate": -1}),
     ]
 

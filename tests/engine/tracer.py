@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -60,3 +61,12 @@ class PassTracer:
             dest = (block * PAGE_SIZE + entry % PAGE_SIZE).tolist()
             flat = [pos for positions in kept for pos in positions]
             self._row_position[slot] = dict(zip(dest, flat, strict=True))
+
+
+def shares(kept: list[list[int]], length: int) -> list[float]:
+    """Of each token of a prompt, the share of heads that hold it, from `kept`."""
+    holders = Counter(position for positions in kept for position in positions)
+    fold = max(map(max, kept)) + 1
+    # What is behind the fold is held by all; the latest before it always stays.
+    held = [holders[token] / len(kept) for token in range(min(fold, length))]
+    return [round(share, 3) for share in held] + [1.0] * (length - len(held))

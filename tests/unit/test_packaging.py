@@ -45,12 +45,13 @@ def run_python(code: str, cwd: Path, path: Path | None = None) -> dict[str, str]
 
 
 def source_files() -> set[str]:
-    """Return the modules of the package as paths inside a wheel."""
+    """Return modules and templates of the package as paths inside a wheel."""
     folders = {"sglang_kvc": "", "kernels": "sglang_kvc/", "patches": "sglang_kvc/"}
     return {
         f"{prefix}{file.relative_to(ROOT)}"
         for folder, prefix in folders.items()
-        for file in (ROOT / folder).rglob("*.py")
+        for kind in ("*.py", "page.*")
+        for file in (ROOT / folder).rglob(kind)
     }
 
 
@@ -170,6 +171,7 @@ def test_import_is_light(tmp_path: Path) -> None:
     """Options are unpickled in every SGLang process; the front ends start at once."""
     found = run_python(
         "import sglang_kvc.config.options, sglang_kvc.tools.serve\n"
+        "import sglang_kvc.tools.view.__main__\n"
         "heavy = {'torch', 'sglang', 'transformers'} & set(sys.modules)\n"
         "print(json.dumps({'heavy': ' '.join(heavy)}))",
         cwd=tmp_path,

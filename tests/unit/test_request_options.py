@@ -39,6 +39,7 @@ def parse(asked: Any) -> RequestOptions:
         ({"enabled": False}, RequestOptions(enabled=False)),
         ({"enabled": True, "rate": 2}, RequestOptions(keep=Keep(rate=2))),
         ({"report_heads": True}, RequestOptions(report_heads=True)),
+        ({"report_tokens": True}, RequestOptions(report_tokens=True)),
         ({"rate": None}, RequestOptions()),
     ],
 )
@@ -90,6 +91,7 @@ def test_not_ours(params: Any) -> None:
         ({"enabled": "no"}, "true or false"),
         ({"enabled": None}, "true or false"),
         ({"report_heads": 1}, "report_heads must be true or false"),
+        ({"report_tokens": "yes"}, "report_tokens must be true or false"),
         ({"enabled": False, "rate": 8}, "drop one of them"),
     ],
 )
@@ -117,7 +119,9 @@ ANYTHING = st.recursive(
     max_leaves=5,
 )
 ENTRIES = st.dictionaries(
-    st.sampled_from(["enabled", "rate", "budget", "report_heads", "bugdet"])
+    st.sampled_from(
+        ["enabled", "rate", "budget", "report_heads", "report_tokens", "bugdet"]
+    )
     | st.text(),
     ANYTHING,
     max_size=6,
