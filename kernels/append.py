@@ -40,7 +40,9 @@ def append_kv_ref(
 ) -> None:
     """Plain torch form of `append_kv`."""
     page, offset = out_cache_loc // PAGE_SIZE, out_cache_loc % PAGE_SIZE
-    for cells, new, scale in zip(arena[:2], (k, v), kv_scales(arena, layer), strict=True):
+    for cells, new, scale in zip(
+        arena[:2], (k, v), kv_scales(arena, layer), strict=True
+    ):
         stored = stored_bytes(narrow_ref(new, scale, cells.dtype))
         stored_bytes(cells)[page, layer, :, offset] = stored
     arena.score[page, layer, :, offset] = 0.0
@@ -212,7 +214,7 @@ def append_kv(
     Parameters
     ----------
     arena : written in place.
-    k, v : [N, H, D], last dimension contiguous, stored in the arena's dtype (``kv_dtype``).
+    k, v : [N, H, D], last dimension contiguous; stored as ``kv_dtype`` says.
     q : [N, Hq, D], last dimension contiguous, after RoPE.
     out_cache_loc : [N] int64 token ids. Equal ids (the padding rows of a decode graph)
         leave one of the rows.

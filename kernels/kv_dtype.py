@@ -122,11 +122,7 @@ def narrow(x, scale):
 @triton.jit
 def load_scale(scales, index):
     """Scale number `index` of [2, L]; None where the cache is not e4m3."""
-    if scales is not None:
-        scale = tl.load(scales + index)
-    else:
-        scale = None
-    return scale
+    return tl.load(scales + index) if scales is not None else None
 
 
 @triton.jit
@@ -143,7 +139,6 @@ def matching_query(query, cells):
 
     Larger ones than 65504 do not fit; stock FlashAttention-3 casts them to e4m3.
     """
-    if cells.dtype.element_ty == tl.uint8:
-        if query.dtype == tl.bfloat16:
-            query = query.to(tl.float16)
+    if cells.dtype.element_ty == tl.uint8 and query.dtype == tl.bfloat16:
+        query = query.to(tl.float16)
     return query

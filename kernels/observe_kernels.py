@@ -30,9 +30,7 @@ def _attention_mass(key, query, row_lse, qk_scale, POWER: tl.constexpr):
 
 
 @triton.jit
-def _lengths(
-    arena_v, arena_row, valid, v_scale, D: tl.constexpr, DP: tl.constexpr
-):
+def _lengths(arena_v, arena_row, valid, v_scale, D: tl.constexpr, DP: tl.constexpr):
     """L2 norms of values, fp32."""
     value = load_heads(arena_v, arena_row, valid, tl.float32, D, DP).to(tl.float32)
     return scaled(tl.sqrt_rn(tl.sum(value * value, 1)), v_scale)

@@ -182,8 +182,8 @@ def head_pages(walk, slot, fold_len, packed_len, token_table_stride, page_table_
 
 @triton.jit
 def load_rows(cells, arena_row, valid, D: tl.constexpr, DP: tl.constexpr):
-    """[entries, DP] fp32 rows of the arena's K or V, without their scale; 0 in lanes that
-    are not valid.
+    """[entries, DP] fp32 rows of the arena's K or V, without their scale; 0 in lanes
+    that are not valid.
     """
     d = tl.arange(0, DP)
     mask = valid[:, None] & (d < D)[None, :]

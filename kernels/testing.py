@@ -10,7 +10,6 @@ from sglang_kvc.kernels.kv_dtype import E4M3, stored_bytes
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 
-
 NAN_BYTE = 0x7F
 """NaN in e4m3."""
 

@@ -29,7 +29,9 @@ from tests.engine.tracer import PassTracer
 
 LENGTH, BUDGET, NEW = 500, 128, 24
 MIXED = 40
-SCALES = {layer: KVScales(0.25 + 0.1 * layer, 0.02 * 2**layer) for layer in range(LAYERS)}
+SCALES = {
+    layer: KVScales(0.25 + 0.1 * layer, 0.02 * 2**layer) for layer in range(LAYERS)
+}
 
 KVs = dict[int, tuple[torch.Tensor, torch.Tensor]]
 """By layer, keys and values [H, tokens, head_dim] in fp32, scales multiplied in."""

@@ -14,7 +14,6 @@ from sglang_kvc.kernels.decode_attention import (
     make_decode_workspace,
     plan_decode_triton,
 )
-from sglang_kvc.kernels.layout import Arena
 from sglang_kvc.kernels.testing import Case
 from tests.kernels import oracles
 

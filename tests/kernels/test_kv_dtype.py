@@ -11,7 +11,12 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.append import append_kv_ref, append_kv_triton
-from sglang_kvc.kernels.decode_attention import DecodeConfig
+from sglang_kvc.kernels.decode_attention import (
+    DecodeConfig,
+    decode_attention_ref,
+    decode_attention_triton,
+    plan_decode_triton,
+)
 from sglang_kvc.kernels.kv_dtype import (
     E4M3,
     E4M3_MAX,
@@ -25,14 +30,7 @@ from sglang_kvc.kernels.kv_dtype import (
 from sglang_kvc.kernels.ops import OPS, Op, outcome
 from sglang_kvc.kernels.testing import Case, make_case
 from tests.kernels import oracles
-from tests.kernels.decode_checks import (
-    make_batch,
-    make_workspace,
-    one_sm,
-    plan_decode_triton,
-)
-from tests.kernels.decode_checks import decode_attention_ref as attend_ref
-from tests.kernels.decode_checks import decode_attention_triton as attend
+from tests.kernels.decode_checks import make_batch, make_workspace, one_sm
 
 __all__ = ["one_sm"]
 
@@ -174,8 +172,8 @@ def test_decode_errs_at_most_twice_as_much_as_torch(head_dim: int, device: str) 
     plan_decode_triton(*batch, workspace, num_kv_heads=heads, config=config)
     args = (made.arena, made.tables, q, slots, seq_lens)
     how = {"layer": 1, "sm_scale": head_dim**-0.5}
-    out = attend(*args, **how, workspace=workspace, config=config)
-    working = attend_ref(*args, **how, upcast=False)
+    out = decode_attention_triton(*args, **how, workspace=workspace, config=config)
+    working = decode_attention_ref(*args, **how, upcast=False)
     truth = oracles.decode(in_fp32(made), q, 1, how["sm_scale"])
     oracles.assert_arith(out, working, truth)
 
