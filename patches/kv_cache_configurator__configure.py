@@ -16,7 +16,7 @@ PATCH = Patch(
         "On the CPU SGLang starts with --kv-cache-dtype fp8_e4m3 only for its own "
         "attention with Intel AMX; ours reads it on any CPU."
     ),
-    upstream_link="mem_cache/kv_cache_configurator.py:459",
+    upstream_link="mem_cache/kv_cache_configurator.py:457",
     remove_when="SGLang asks the attention backend which dtypes it reads on the CPU.",
 )
 
