@@ -83,7 +83,8 @@ def test_every_byte_is_read_as_torch_reads_it(dtype: torch.dtype, device: str) -
     widen_kernel[(1,)](stored, wide, 256)
     truth = stored.view(E4M3).to(dtype)
     torch.testing.assert_close(wide, truth, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(wide.signbit(), truth.signbit())
+    some = ~truth.isnan()
+    assert torch.equal(wide.signbit()[some], truth.signbit()[some])
 
 
 def awkward(dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -138,16 +139,22 @@ def test_kernel_equals_reference(op: Op, device: str) -> None:
             torch.testing.assert_close(stored_bytes(mine), stored_bytes(other), **close)
 
 
-@each_op
+@pytest.mark.parametrize(
+    "op",
+    [op for op in OPS if op.name in ("decode_attention", "observe_scores", "key_diff")],
+    ids=lambda op: op.name,
+)
 def test_reference_is_that_of_the_same_kvs_in_fp32(op: Op) -> None:
     """The scale of every layer is counted where it belongs."""
     made = case("cpu")
     pairs = zip(op.make_calls(made), op.make_calls(in_fp32(made)), strict=True)
     for call, wide_call in pairs:
-        found, wide = op.reference(*call.args), op.reference(*wide_call.args)
-        if not isinstance(found, torch.Tensor):
+        if "new_tokens" in call.settings:
+            # What is stored now is rounded in one of them only.
             continue
-        torch.testing.assert_close(found, wide, equal_nan=True)
+        found, wide = (op.reference(*c.args, **c.settings) for c in (call, wide_call))
+        if isinstance(found, torch.Tensor):
+            torch.testing.assert_close(found, wide, equal_nan=True)
 
 
 @pytest.mark.interpreter
