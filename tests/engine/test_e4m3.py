@@ -59,10 +59,12 @@ def test_the_pool_has_a_byte_an_element(report: dict[str, Any]) -> None:
     assert report["scales"] == [(1.0, 1.0)] * LAYERS
 
 
-def test_what_is_stored_is_the_rounded_kv(report: dict[str, Any], model: str) -> None:
+def test_what_is_stored_is_the_rounded_kv(
+    report: dict[str, Any], oracle: Oracle
+) -> None:
     """All but roundings that fp32 sums in another order have tipped."""
-    served, options = report["whole"], KVCompressOptions(**OPTIONS)
-    own = Oracle(model, options).request(served["prompt"])
+    served = report["whole"]
+    own = oracle.request(served["prompt"])
     own.tokens.stored = served["kvs"]
     own.tokens.extend(served["prompt"])
     for layer, scales in SCALES.items():
