@@ -54,11 +54,11 @@ def case(device: str, query_dtype: torch.dtype = torch.float32) -> Case:
 
 def in_fp32(made: Case) -> Case:
     """The same with a cache in fp32, scales multiplied in."""
-    arena, heads = made.arena, made.arena.num_kv_heads
+    arena = made.arena
     rows = torch.arange(arena.score.numel(), device=arena.k.device)
     wide = []
     for part, cells in enumerate(arena[:2]):
-        scale = arena.scales[part].repeat_interleave(heads)[:, None, None]
+        scale = arena.scales[part][:, None, None, None]
         wide.append(gather_rows(cells, rows).view(cells.shape) * scale)
     return made._replace(arena=arena._replace(k=wide[0], v=wide[1], scales=None))
 
