@@ -53,14 +53,20 @@ def case(device: str, query_dtype: torch.dtype = torch.float32) -> Case:
 
 
 def in_fp32(made: Case) -> Case:
-    """The same with a cache in fp32, scales multiplied in."""
+    """The same with a cache in fp32, scales multiplied in.
+
+    Where a packed block lies says nothing of its layer: its owner does.
+    """
     arena = made.arena
     rows = torch.arange(arena.score.numel(), device=arena.k.device)
-    wide = []
-    for part, cells in enumerate(arena[:2]):
-        scale = arena.scales[part][:, None, None, None]
-        wide.append(gather_rows(cells, rows).view(cells.shape) * scale)
-    return made._replace(arena=arena._replace(k=wide[0], v=wide[1], scales=None))
+    wide = [gather_rows(cells, rows) for cells in arena[:2]]
+    for r in range(len(made.slots)):
+        for lh in range(arena.heads_per_page):
+            own = [row for row, _ in oracles.entries(made, r, lh)]
+            for part, scale in zip(wide, arena.scales.T[lh // 2], strict=True):
+                part[own] *= scale
+    k, v = (part.view(arena.k.shape) for part in wide)
+    return made._replace(arena=arena._replace(k=k, v=v, scales=None))
 
 
 @triton.jit
