@@ -17,6 +17,13 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.dispatch import use_triton
+from sglang_kvc.kernels.kv_dtype import (
+    kv_scales,
+    load_scale,
+    narrow,
+    narrow_ref,
+    stored_bytes,
+)
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
 
 
@@ -33,8 +40,11 @@ def append_kv_ref(
 ) -> None:
     """Plain torch form of `append_kv`."""
     page, offset = out_cache_loc // PAGE_SIZE, out_cache_loc % PAGE_SIZE
-    arena.k[page, layer, :, offset] = k.to(arena.k.dtype)
-    arena.v[page, layer, :, offset] = v.to(arena.v.dtype)
+    for cells, new, scale in zip(
+        arena[:2], (k, v), kv_scales(arena, layer), strict=True
+    ):
+        stored = stored_bytes(narrow_ref(new, scale, cells.dtype))
+        stored_bytes(cells)[page, layer, :, offset] = stored
     arena.score[page, layer, :, offset] = 0.0
     recorded = ring_index >= 0
     ring = ring_index[recorded]
@@ -51,16 +61,21 @@ def store_token(
     arena_k,
     arena_v,
     arena_score,
+    k_scale,
+    v_scale,
     LH: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Write k and v, D elements in DP lanes, to head `lh` of `token`, with score 0."""
+    """Write k and v, D elements in DP lanes, to head `lh` of `token`, with score 0.
+
+    Scales are None, or those of the layer in a cache of bytes.
+    """
     d = tl.arange(0, DP)
     row = (token // S * LH + lh) * S + token % S
-    tl.store(arena_k + row * D + d, k, mask=d < D)
-    tl.store(arena_v + row * D + d, v, mask=d < D)
+    tl.store(arena_k + row * D + d, narrow(k, k_scale), mask=d < D)
+    tl.store(arena_v + row * D + d, narrow(v, v_scale), mask=d < D)
     tl.store(arena_score + row, 0.0)
 
 
@@ -72,6 +87,7 @@ def _append_kernel(
     arena_k,
     arena_v,
     arena_score,
+    scales,
     out_cache_loc,
     query_ring,
     ring_index,
@@ -113,6 +129,8 @@ def _append_kernel(
         arena_k,
         arena_v,
         arena_score,
+        load_scale(scales, layer),
+        load_scale(scales, L + layer),
         L * H,
         D,
         S,
@@ -154,9 +172,10 @@ def append_kv_triton(
         k,
         v,
         q,
-        arena.k,
-        arena.v,
+        stored_bytes(arena.k),
+        stored_bytes(arena.v),
         arena.score,
+        arena.scales,
         out_cache_loc,
         query_ring,
         ring_index,
@@ -195,7 +214,7 @@ def append_kv(
     Parameters
     ----------
     arena : written in place.
-    k, v : [N, H, D], last dimension contiguous, cast to the arena's dtype.
+    k, v : [N, H, D], last dimension contiguous; stored as ``kv_dtype`` says.
     q : [N, Hq, D], last dimension contiguous, after RoPE.
     out_cache_loc : [N] int64 token ids. Equal ids (the padding rows of a decode graph)
         leave one of the rows.

@@ -40,6 +40,7 @@ from sglang_kvc.kernels.decode_schedule import (
     num_programs,
 )
 from sglang_kvc.kernels.dispatch import use_triton
+from sglang_kvc.kernels.kv_dtype import gather_rows, kernel_arena, kv_scales
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
 
 __all__ = [
@@ -130,7 +131,7 @@ def decode_attention_ref(
         append_kv_ref(arena, k, v, q, loc, ring, ring_index, layer=layer)
     dtype = torch.float32 if upcast else q.dtype
     heads, head_dim = arena.num_kv_heads, arena.head_dim
-    keys, values = arena.k.view(-1, head_dim), arena.v.view(-1, head_dim)
+    k_scale, v_scale = kv_scales(arena, layer)
     folds = tables.fold_lens[slots.long()].tolist()
     requests = zip(slots.tolist(), seq_lens.tolist(), folds, strict=True)
     for b, (slot, seq_len, fold_len) in enumerate(requests):
@@ -142,7 +143,8 @@ def decode_attention_ref(
             first_head=layer * heads,
             num_heads=heads,
         )
-        k, v = keys[rows].to(dtype), values[rows].to(dtype)
+        k = gather_rows(arena.k, rows, k_scale, dtype)
+        v = gather_rows(arena.v, rows, v_scale, dtype)
         query = q[b].view(heads, -1, head_dim).to(dtype)
         s = (query @ k.transpose(1, 2)) * sm_scale
         if not valid.all():
@@ -200,7 +202,7 @@ def decode_attention_triton(
         )
     padded_group = triton.next_power_of_2(group)
     padded_dim = triton.next_power_of_2(head_dim)
-    tile_bytes = 2 * config.tile * padded_dim * q.element_size()
+    tile_bytes = 2 * config.tile * padded_dim * arena.k.element_size()
     num_stages = min(config.num_stages, 2 + 2 * (_TILE_BYTES // tile_bytes))
     strides = [0] * 4
     rings = [] if query_lse is None else [query_lse.shape[2]]
@@ -211,7 +213,7 @@ def decode_attention_triton(
     if rings[0] != rings[-1]:
         raise ValueError(f"query_lse and query_ring have {rings} rows a layer")
     decode_tiles_kernel[(programs,)](
-        arena,
+        kernel_arena(arena),
         tables.req_to_token,
         tables.packed_pages,
         workspace,
@@ -268,7 +270,7 @@ def decode_attention(
     Parameters
     ----------
     arena, tables : only read, but for the cells of `new_tokens` in the arena.
-    q : [B, Hq, D], last dimension contiguous; the arena's dtype.
+    q : [B, Hq, D], last dimension contiguous; the arena's dtype, unless that is e4m3.
     slots : [B] int32 or int64. Padding rows have slot 0 and sequence length 1.
     seq_lens : [B] int32 or int64, logical tokens, the current one included.
     layer : which layer of the arena.

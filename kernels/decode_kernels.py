@@ -25,6 +25,7 @@ from sglang_kvc.kernels.decode_rows import (
     store_part,
     store_row,
 )
+from sglang_kvc.kernels.kv_dtype import load_scale, matching_query, scaled, widen
 
 
 @triton.jit
@@ -63,6 +64,8 @@ def store_new_token(
     query,
     lh,
     ring_head,
+    k_scale,
+    v_scale,
     LH: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -75,7 +78,8 @@ def store_new_token(
     """
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
-    store_token(key, value, token, lh, arena.k, arena.v, arena.score, LH, D, S, DP)
+    cells = (arena.k, arena.v, arena.score)
+    store_token(key, value, token, lh, *cells, k_scale, v_scale, LH, D, S, DP)
     cell = (ring_head + g).to(tl.int64)[:, None] * D + d[None, :]
     tl.store(query_ring + cell, query, mask=(g < G)[:, None] & (d < D)[None, :])
     tl.debug_barrier()
@@ -116,6 +120,8 @@ def attend_tiles(
         mask = ok[:, None] & (d < D)[None, :]
         k = tl.load(arena.k + cell, mask=mask, other=0.0)
         v = tl.load(arena.v + cell, mask=mask, other=0.0)
+        k = widen(k, query.dtype)
+        v = widen(v, query.dtype)
         s = tl.dot(query, tl.trans(k), input_precision="ieee") * qk_scale
         s = tl.where(ok[None, :], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -199,6 +205,8 @@ def decode_tiles_kernel(
     row_records = records + planned_programs * RECORD
     slot, first_block, packed_len, fold_len, n = row_record(records + p * RECORD)
     row_first, row_last, row = start_record(records + p * RECORD)
+    k_scale = load_scale(arena.scales, layer)
+    v_scale = load_scale(arena.scales, LH // H + layer)
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
     g_mask = (g < G)[:, None] & (d < D)[None, :]
@@ -227,15 +235,31 @@ def decode_tiles_kernel(
         ring_row = (slot.to(tl.int32) * (LH // H) + layer) * W + position % W
         ring_head = (ring_row * H + h) * G
         if new is not None and end == n:
-            ring = new.query_ring
-            heads = (lh, ring_head)
             store_new_token(
-                arena, ring, key, value, token, query, *heads, LH, G, D, S, GP, DP
+                arena,
+                new.query_ring,
+                key,
+                value,
+                token,
+                query,
+                lh,
+                ring_head,
+                k_scale,
+                v_scale,
+                LH,
+                G,
+                D,
+                S,
+                GP,
+                DP,
             )
 
+        query = matching_query(query, arena.k)
+        logit_scale = scaled(qk_scale, k_scale)
         m, denom, acc = attend_tiles(
-            arena, table, query, begin, end, lh, qk_scale, LH, D, S, GP, DP, TILE
+            arena, table, query, begin, end, lh, logit_scale, LH, D, S, GP, DP, TILE
         )
+        acc = scaled(acc, v_scale)
         out_row = out + b * out_token_stride + h * G * out_head_stride
         target = (out_row, out_head_stride, query_lse, ring_head)
         if (row_first >= first_tile) & (row_last <= last_tile):

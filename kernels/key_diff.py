@@ -7,7 +7,8 @@ the sum has the same direction, and 1 makes the score non-negative: it lies in [
 but for rounding at 2. No query is needed. Keys are read after RoPE, as they lie in the
 arena; every entry up to seq_len counts for the anchor, sinks and protected ones too. A
 key or an anchor of length 0 has cosine 0. Everything is fp32. Scores belong to one
-pass: stored ones are not read.
+pass: stored ones are not read. The scale of a layer in e4m3 changes no cosine and is
+left out.
 
 ======================  =====================  =========================================
 tensor                  shape                  meaning
@@ -23,6 +24,7 @@ import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
 from sglang_kvc.kernels.dispatch import use_triton
+from sglang_kvc.kernels.kv_dtype import gather_rows, stored_bytes
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.plan_heads import (
     head_pages,
@@ -40,10 +42,9 @@ TINY = tl.constexpr(1e-12)
 def key_diff_ref(arena: Arena, tables: BlockTables, plan: PassPlan) -> torch.Tensor:
     """Plain torch form of `key_diff`; one head at a time."""
     normalize = torch.nn.functional.normalize
-    keys = arena.k.view(-1, arena.head_dim)
     scores = torch.zeros(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     for head in plan_heads_ref(tables, plan):
-        unit = normalize(keys[head.rows].float(), dim=-1)
+        unit = normalize(gather_rows(arena.k, head.rows), dim=-1)
         anchor = normalize(unit.sum(0), dim=-1)
         scores[head.cells] = (1 - unit @ anchor).clamp_(min=0)
     return scores
@@ -159,7 +160,7 @@ def key_diff_triton(arena: Arena, tables: BlockTables, plan: PassPlan) -> torch.
     partial = torch.empty(
         chunk * heads * splits * values, dtype=torch.float32, device=device
     )
-    inputs = (arena.k, head_walk(tables, plan), partial)
+    inputs = (stored_bytes(arena.k), head_walk(tables, plan), partial)
     axes = {
         "LH": heads,
         "D": arena.head_dim,

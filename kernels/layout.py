@@ -6,6 +6,7 @@ Notation: L layers, H KV heads, Hq query heads, D head_dim, S = 16 tokens a page
 tensor                  shape                      meaning
 ======================  =========================  ===================================
 ``k``, ``v``            [num_pages, L, H, S, D]    the arena, contiguous
+``scales``              [2, L] fp32                of stored K and V (``kv_dtype``)
 ``score``               [num_pages, L, H, S] fp32  running score of each stored KV
 ``req_to_token``        [slots, max_len] int32     SGLang's: logical position -> token
 ``fold_lens``           [slots] int32              logical tokens held as packed blocks
@@ -48,6 +49,12 @@ class Arena(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     score: torch.Tensor
+    scales: torch.Tensor | None = None
+    """None unless K and V are e4m3."""
+
+    def clone(self) -> "Arena":
+        """Copy all tensors."""
+        return Arena(*(None if part is None else part.clone() for part in self))
 
     @property
     def num_layers(self) -> int:

@@ -32,6 +32,7 @@ import triton
 
 from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.dispatch import use_triton
+from sglang_kvc.kernels.kv_dtype import gather_rows, kernel_arena, kv_scales
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.observe_kernels import score_kernel
 from sglang_kvc.kernels.plan_heads import (
@@ -55,8 +56,7 @@ def observe_scores_ref(
 ) -> torch.Tensor:
     """Plain torch form of `observe_scores`; loops over requests and layers."""
     heads, window = arena.num_kv_heads, query_ring.shape[2]
-    keys, stored = arena.k.view(-1, arena.head_dim), arena.score.view(-1)
-    values = arena.v.view(-1, arena.head_dim)
+    stored = arena.score.view(-1)
     scores = torch.zeros(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     for request in plan.requests():
         slot, seq_len = request.slot, request.seq_len
@@ -65,6 +65,7 @@ def observe_scores_ref(
         query_pos = torch.tensor(positions, device=arena.k.device)
         queries = query_ring[slot, :, query_pos % window]
         for layer in range(arena.num_layers):
+            k_scale, v_scale = kv_scales(arena, layer)
             first = layer * heads
             rows, valid, entry_pos, _ = head_rows_ref(
                 tables,
@@ -78,7 +79,8 @@ def observe_scores_ref(
             query = queries[layer].unflatten(1, (heads, -1))
             group = query.shape[2]
             query = query.permute(1, 0, 2, 3).flatten(1, 2).float()
-            k = keys[rows].float().masked_fill(~valid[..., None], 0)
+            k = gather_rows(arena.k, rows, k_scale)
+            k = k.masked_fill_(~valid[..., None], 0)
             s = (query @ k.transpose(1, 2)) * sm_scale
             s = s.unflatten(1, (len(positions), group))
             hidden = ~valid[:, None] | (entry_pos[:, None] > query_pos[None, :, None])
@@ -93,7 +95,7 @@ def observe_scores_ref(
             prob = prob.nan_to_num_(0.0)
             total = prob.pow_(power).sum((1, 2))
             if value_norms:
-                total *= values[rows].float().norm(dim=-1)
+                total *= gather_rows(arena.v, rows, v_scale).norm(dim=-1)
             if not request.is_first:
                 old = stored[rows]
                 merge = torch.maximum if request.repeated else torch.add
@@ -180,7 +182,7 @@ def observe_scores_triton(
         "DP": triton.next_power_of_2(arena.head_dim),
         "S": PAGE_SIZE,
     }
-    config = _config(row_tile, sizes["DP"], arena.k.element_size())
+    config = _config(row_tile, sizes["DP"], query_ring.element_size())
     if not plan.all_recorded:
         fill_lse(
             arena,
@@ -200,7 +202,7 @@ def observe_scores_triton(
     warps = config.score_warps * (2 if score_rows > 128 else 1)
     three_fit = warps == 4 and sizes["DP"] <= 128
     score_kernel[(rows, programs_per_head(rows, tiles))](
-        *arena,
+        *kernel_arena(arena),
         head_walk(tables, plan),
         plan.query_start,
         plan.is_first,
@@ -238,7 +240,8 @@ def observe_scores(
     Parameters
     ----------
     arena, tables, plan : only read.
-    query_ring : [slots, L, w, Hq, D], contiguous, the arena's dtype; only read.
+    query_ring : [slots, L, w, Hq, D], contiguous, the arena's dtype, unless
+        that is e4m3; only read.
     query_lse : [slots, L, w, Hq] fp32, contiguous; what was not recorded is written.
     sm_scale : factor on the logits, usually D ** -0.5.
     power : 1 or 2.

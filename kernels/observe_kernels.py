@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
+from sglang_kvc.kernels.kv_dtype import load_scale, scaled
 from sglang_kvc.kernels.observe_rows import (
     load_heads,
     load_queries,
@@ -29,10 +30,10 @@ def _attention_mass(key, query, row_lse, qk_scale, POWER: tl.constexpr):
 
 
 @triton.jit
-def _lengths(arena_v, arena_row, valid, D: tl.constexpr, DP: tl.constexpr):
+def _lengths(arena_v, arena_row, valid, v_scale, D: tl.constexpr, DP: tl.constexpr):
     """L2 norms of values, fp32."""
-    value = load_heads(arena_v, arena_row, valid, D, DP).to(tl.float32)
-    return tl.sqrt_rn(tl.sum(value * value, 1))
+    value = load_heads(arena_v, arena_row, valid, tl.float32, D, DP).to(tl.float32)
+    return scaled(tl.sqrt_rn(tl.sum(value * value, 1)), v_scale)
 
 
 @triton.jit
@@ -40,6 +41,7 @@ def score_kernel(
     arena_k,
     arena_v,
     arena_score,
+    arena_scales,
     walk,
     query_starts,
     is_first,
@@ -86,11 +88,15 @@ def score_kernel(
         walk, slot, fold_len, packed_len, token_table_stride, page_table_stride
     )
     out = scores + first_cell
+    qk_scale = scaled(qk_scale, load_scale(arena_scales, lh // H))
+    v_scale = load_scale(arena_scales, L + lh // H)
     t = tl.arange(0, TILE)
 
     row = tl.arange(0, ROWS)
     position = query_rows(row, seq_len, query_start, G, W)
-    query = load_queries(query_ring, slot, lh, row, position, L, H, G, W, D, DP)
+    query = load_queries(
+        query_ring, arena_k, slot, lh, row, position, L, H, G, W, D, DP
+    )
     cell = ring_cell(slot, lh, row, L, H, G, W)
     # A row that is not observed gives every key 2 ** -inf.
     row_lse = tl.load(query_lse + cell, mask=position >= 0, other=float("inf"))
@@ -105,11 +111,11 @@ def score_kernel(
         arena_row = tile_rows(
             i, n, lh, packed_len, first_block, pages, tail_tokens, LH, S, TILE
         )
-        key = load_heads(arena_k, arena_row, None, D, DP)
+        key = load_heads(arena_k, arena_row, None, query.dtype, D, DP)
         old = tl.load(arena_score + arena_row, mask=annotated, other=0.0)
         new = tl.sum(_attention_mass(key, query, row_lse, qk_scale, POWER), 1)
         if NORMS:
-            new *= _lengths(arena_v, arena_row, None, D, DP)
+            new *= _lengths(arena_v, arena_row, None, v_scale, D, DP)
         tl.store(out + i + t, tl.where(again, tl.maximum(old, new), old + new))
 
     done = tl.maximum(tl.cdiv(clear_tiles - first, step), 0) * step
@@ -119,7 +125,7 @@ def score_kernel(
         arena_row = tile_rows(
             i, n, lh, packed_len, first_block, pages, tail_tokens, LH, S, TILE
         )
-        key = load_heads(arena_k, arena_row, valid, D, DP)
+        key = load_heads(arena_k, arena_row, valid, query.dtype, D, DP)
         at = tl.where(entry < packed_len, -1, fold_len + entry - packed_len)
         old = tl.load(arena_score + arena_row, mask=valid & annotated, other=0.0)
         new = tl.zeros([TILE], tl.float32)
@@ -132,7 +138,7 @@ def score_kernel(
                 row = first_row + tl.arange(0, ROWS)
                 position = query_rows(row, seq_len, query_start, G, W)
                 query = load_queries(
-                    query_ring, slot, lh, row, position, L, H, G, W, D, DP
+                    query_ring, arena_k, slot, lh, row, position, L, H, G, W, D, DP
                 )
                 cell = ring_cell(slot, lh, row, L, H, G, W)
                 row_lse = tl.load(
@@ -142,6 +148,6 @@ def score_kernel(
                 visible = valid[:, None] & (at[:, None] <= position[None, :])
                 new += tl.sum(tl.where(visible, p, 0.0), 1)
         if NORMS:
-            new *= _lengths(arena_v, arena_row, valid, D, DP)
+            new *= _lengths(arena_v, arena_row, valid, v_scale, D, DP)
         total = tl.where(again, tl.maximum(old, new), old + new)
         tl.store(out + entry, total, mask=entry < size)

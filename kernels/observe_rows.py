@@ -7,6 +7,8 @@ row j, M = w * G rows.
 import triton
 import triton.language as tl
 
+from sglang_kvc.kernels.kv_dtype import matching_query, widen
+
 # Position of a row or an entry that sees, or shows, nothing.
 HIDDEN = tl.constexpr(-2)
 
@@ -34,6 +36,7 @@ def ring_cell(
 @triton.jit
 def load_queries(
     query_ring,
+    arena_k,
     slot,
     lh,
     row,
@@ -45,16 +48,23 @@ def load_queries(
     D: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Load the [rows, DP] query tile of observed rows; 0 in all other lanes."""
+    """Load the [rows, DP] query tile of observed rows, to multiply keys of `arena_k`; 0
+    in all other lanes.
+    """
     d = tl.arange(0, DP)
     cell = ring_cell(slot, lh, row, L, H, G, W)
     mask = (position >= 0)[:, None] & (d < D)[None, :]
-    return tl.load(query_ring + cell[:, None] * D + d[None, :], mask=mask, other=0.0)
+    cells = query_ring + cell[:, None] * D + d[None, :]
+    return matching_query(tl.load(cells, mask=mask, other=0.0), arena_k)
 
 
 @triton.jit
-def load_heads(arena_kv, arena_row, valid, D: tl.constexpr, DP: tl.constexpr):
-    """Load [entries, DP] keys or values; 0 in lanes not `valid` (None: all are)."""
+def load_heads(
+    arena_kv, arena_row, valid, dtype: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):
+    """Load [entries, DP] keys or values, in `dtype` if they are bytes; 0 in lanes not
+    `valid` (None: all are).
+    """
     d = tl.arange(0, DP)
     cell = arena_kv + arena_row[:, None] * D + d[None, :]
     if valid is not None:
@@ -64,4 +74,4 @@ def load_heads(arena_kv, arena_row, valid, D: tl.constexpr, DP: tl.constexpr):
         tile = tl.load(cell, mask=(d < D)[None, :], other=0.0)
     else:
         tile = tl.load(cell)
-    return tile
+    return widen(tile, dtype)

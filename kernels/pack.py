@@ -17,6 +17,7 @@ import triton
 
 from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.dispatch import use_triton
+from sglang_kvc.kernels.kv_dtype import stored_bytes
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.pack_kernels import (
     annotate_kernel,
@@ -40,7 +41,8 @@ def pack_entries_ref(
     page, in_page = dest_pages[block // heads_per_page], block % heads_per_page
     dest = (page * heads_per_page + in_page) * PAGE_SIZE + entry % PAGE_SIZE
     source = selected.source_rows.long()
-    for cells in (arena.k.view(-1, arena.head_dim), arena.v.view(-1, arena.head_dim)):
+    for part in arena[:2]:
+        cells = stored_bytes(part).view(-1, arena.head_dim)
         cells[dest] = cells[source]
     arena.score.view(-1)[dest] = selected.scores
 
@@ -86,8 +88,8 @@ def pack_entries_triton(
         return
     block = 4 * PAGE_SIZE
     pack_kernel[(-(-plan.num_kept // block),)](
-        arena.k,
-        arena.v,
+        stored_bytes(arena.k),
+        stored_bytes(arena.v),
         arena.score,
         selected.source_rows,
         selected.scores,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.addressing import head_rows_ref
+from sglang_kvc.kernels.kv_dtype import widen
 from sglang_kvc.kernels.layout import (
     PAGE_SIZE,
     BlockTables,
@@ -181,8 +182,10 @@ def head_pages(walk, slot, fold_len, packed_len, token_table_stride, page_table_
 
 @triton.jit
 def load_rows(cells, arena_row, valid, D: tl.constexpr, DP: tl.constexpr):
-    """[entries, DP] fp32 rows of the arena's K or V; 0 in lanes that are not valid."""
+    """[entries, DP] fp32 rows of the arena's K or V, without their scale; 0 in lanes
+    that are not valid.
+    """
     d = tl.arange(0, DP)
     mask = valid[:, None] & (d < D)[None, :]
     tile = tl.load(cells + arena_row[:, None] * D + d[None, :], mask=mask, other=0.0)
-    return tile.to(tl.float32)
+    return widen(tile, tl.float32).to(tl.float32)

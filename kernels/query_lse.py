@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
+from sglang_kvc.kernels.kv_dtype import load_scale, scaled, stored_bytes
 from sglang_kvc.kernels.layout import Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.observe_rows import (
     load_heads,
@@ -30,6 +31,7 @@ LOG2E = 1.4426950408889634
 @triton.jit(do_not_specialize=["first_request"])
 def lse_kernel(
     arena_k,
+    arena_scales,
     walk,
     query_starts,
     recorded,
@@ -73,13 +75,16 @@ def lse_kernel(
         pages, tail_tokens = head_pages(
             walk, slot, fold_len, packed_len, token_table_stride, page_table_stride
         )
+        qk_scale = scaled(qk_scale, load_scale(arena_scales, lh // H))
         t = tl.arange(0, TILE)
         out = partial_lse + (x.to(tl.int64) * num_splits + split) * (W * G)
 
         for first_row in range(0, W * G, ROWS):
             row = first_row + tl.arange(0, ROWS)
             position = query_rows(row, seq_len, query_start, G, W)
-            query = load_queries(query_ring, slot, lh, row, position, L, H, G, W, D, DP)
+            query = load_queries(
+                query_ring, arena_k, slot, lh, row, position, L, H, G, W, D, DP
+            )
             m = tl.full([ROWS], float("-inf"), tl.float32)
             denom = tl.zeros([ROWS], tl.float32)
             for i in range(start, end, TILE):
@@ -88,7 +93,7 @@ def lse_kernel(
                 arena_row = tile_rows(
                     i, end, lh, packed_len, first_block, pages, tail_tokens, LH, S, TILE
                 )
-                key = load_heads(arena_k, arena_row, valid, D, DP)
+                key = load_heads(arena_k, arena_row, valid, query.dtype, D, DP)
                 at = tl.where(entry < packed_len, -1, fold_len + entry - packed_len)
                 s = tl.dot(query, tl.trans(key), input_precision="ieee") * qk_scale
                 visible = valid[None, :] & (at[None, :] <= position[:, None])
@@ -175,7 +180,8 @@ def fill_lse(
     for first in range(0, num_requests, chunk):
         rows = min(chunk, num_requests - first) * heads
         lse_kernel[(rows, splits)](
-            arena.k,
+            stored_bytes(arena.k),
+            arena.scales,
             walk,
             plan.query_start,
             plan.recorded,

@@ -6,8 +6,12 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_kvc.kernels.kv_dtype import E4M3, stored_bytes
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
+
+NAN_BYTE = 0x7F
+"""NaN in e4m3."""
 
 
 class Case(NamedTuple):
@@ -137,7 +141,10 @@ def fill_arena(
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> Arena:
-    """Draw what the requests own, on the generator's device; poison the rest."""
+    """Draw what the requests own, on the generator's device; poison the rest.
+
+    Scales of an e4m3 arena differ from 1 and from layer to layer.
+    """
     owned = torch.zeros(deal.num_pages, PAGE_SIZE, dtype=torch.bool)
     owned[0] = True
     for r, packed in enumerate(deal.packed):
@@ -147,14 +154,18 @@ def fill_arena(
 
     drawn = {"generator": generator, "device": generator.device}
     shape = (deal.num_pages, layers, kv_heads, PAGE_SIZE)
-    k, v = (torch.randn(*shape, head_dim, dtype=dtype, **drawn) for _ in range(2))
+    wide = torch.bfloat16 if dtype == E4M3 else dtype
+    k, v = (torch.randn(*shape, head_dim, dtype=wide, **drawn) for _ in range(2))
     score = torch.rand(shape, **drawn)
     free = ~owned[:, None, None, :].to(generator.device)
     for cells in (k, v):
         cells.masked_fill_(free[..., None], torch.nan)
         cells[0] = 0
     score.masked_fill_(free, -1.0)
-    return Arena(k, v, score)
+    if dtype != E4M3:
+        return Arena(k, v, score)
+    scales = 0.5 + torch.rand(2, layers, **drawn)
+    return Arena(k.to(E4M3), v.to(E4M3), score, scales)
 
 
 def make_case(
@@ -168,6 +179,7 @@ def make_case(
     packed_pages: Sequence[int] | None = None,
     skew: float = 2.0,
     dtype: torch.dtype = torch.float32,
+    query_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
     window: int = 8,
@@ -185,6 +197,7 @@ def make_case(
     packed_pages : [R] pages of the packed blocks, at most fold / 16, which is
         halved (rounded up) by default.
     skew : exponent of the heads' random weights; 0 makes heads equal.
+    dtype, query_dtype : of K and V, and of the query ring; the same by default.
     window : w, rows of the query ring.
     spare_pages : free pages for packing; the packed and folded pages by default.
     poison_padding : fill the padding page with NaN, so that reading it shows.
@@ -201,14 +214,14 @@ def make_case(
     generator = torch.Generator(device).manual_seed(seed)
     arena = fill_arena(deal, layers, kv_heads, head_dim, dtype, generator)
     if poison_padding:
-        for cells in arena:
-            cells[0] = torch.nan
+        for cells in (stored_bytes(arena.k), stored_bytes(arena.v), arena.score):
+            cells[0] = torch.nan if cells.is_floating_point() else NAN_BYTE
     ring_shape = (deal.num_slots, layers, window, kv_heads * group, head_dim)
     return Case(
         arena=arena,
         tables=BlockTables(*(table.to(device) for table in tables)),
         query_ring=torch.randn(
-            ring_shape, dtype=dtype, generator=generator, device=device
+            ring_shape, dtype=query_dtype or dtype, generator=generator, device=device
         ),
         query_lse=torch.full(ring_shape[:-1], torch.nan, device=device),
         slots=deal.slots,

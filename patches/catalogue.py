@@ -33,6 +33,7 @@ PARENT = (
 
 SCHEDULER = (
     # Pools.
+    "kv_cache_configurator__configure",
     "kv_cache_configurator__profile_available_bytes",
     "kv_cache_configurator__resolve_max_num_reqs",
     "kv_cache_configurator__build_mha_kv_pool",

@@ -2,6 +2,7 @@
 
     python -m bench.kernels [--only decode,append,pass,prefill] [--quick] [--tune]
     python -m bench.kernels --only decode --quick --shape 32x4x64x256
+    python -m bench.kernels --only decode --kv-cache-dtype fp8_e4m3
 
 Needs torch, triton and one Hopper GPU; with SGLang's FlashAttention-3 (FA3), decode and
 prefill are compared with it. Without ``--shape`` it is that of Llama-3.1-8B; bf16. The
@@ -25,7 +26,9 @@ from bench.common.record import environment
 from bench.kernels import append, decode, decode_case, decode_tune, passes, prefill
 from bench.kernels.batches import Shape, make_arena
 from bench.kernels.timing import Clock, Report
+from sglang_kvc.kernels.kv_dtype import E4M3
 
+DTYPES = {"bf16": torch.bfloat16, "fp8_e4m3": E4M3}
 SECTIONS = ("decode", "append", "pass", "prefill")
 COPY_BYTES = 2 << 30
 REPLAYS, QUICK_REPLAYS = 15, 7
@@ -97,12 +100,21 @@ def main() -> None:
         metavar="LAYERSxKVxQOxDIM",
         help="layers, KV heads, query heads, head size",
     )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=DTYPES,
+        default="bf16",
+        help="decode only: K and V in e4m3, queries in bf16",
+    )
     parser.add_argument("--tune", action="store_true", help="sweep decode instead")
     parser.add_argument("--tune-seconds", type=float, default=TUNE_SECONDS)
     args = parser.parse_args()
     sections = args.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"--only knows {', '.join(SECTIONS)}, not {', '.join(unknown)}")
+    dtype = DTYPES[args.kv_cache_dtype]
+    if dtype == E4M3 and sections != ["decode"]:
+        parser.error("--kv-cache-dtype fp8_e4m3 needs --only decode")
     if not torch.cuda.is_available():
         parser.error("no GPU: nothing can be measured here")
 
@@ -116,7 +128,7 @@ def main() -> None:
     bench_copy(clock, report)
     started = time.monotonic()
     torch.manual_seed(0)
-    arena = make_arena(pages, shape, "cuda")
+    arena = make_arena(pages, shape, "cuda", dtype)
     base = (arena, shape, clock, report, args.quick)
     work: dict[str, Callable[[], None]]
     if args.tune:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_kvc.kernels.head_tables import head_tables
+from sglang_kvc.kernels.kv_dtype import E4M3
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
 
 SIGMA = 0.8
@@ -54,13 +55,20 @@ class Batch(NamedTuple):
 def make_arena(
     pages: int, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16
 ) -> Arena:
-    """Random K, V and scores: zeros would be faster than what a server reads."""
+    """Random K, V and scores: zeros would be faster than what a server reads.
+
+    In e4m3 every layer has scales of 1.
+    """
     cells = (pages, shape.layers, shape.kv_heads, PAGE_SIZE)
+    wide = torch.bfloat16 if dtype == E4M3 else dtype
     k, v = (
-        torch.empty(*cells, shape.head_dim, dtype=dtype, device=device).normal_()
+        torch.empty(*cells, shape.head_dim, dtype=wide, device=device)
+        .normal_()
+        .to(dtype)
         for _ in range(2)
     )
-    return Arena(k, v, torch.rand(cells, device=device))
+    scales = torch.ones(2, shape.layers, device=device) if dtype == E4M3 else None
+    return Arena(k, v, torch.rand(cells, device=device), scales)
 
 
 def head_blocks(

@@ -15,6 +15,7 @@ import torch
 from bench.kernels.batches import Batch, Shape, head_blocks, make_batch
 from bench.kernels.timing import Clock, Timing, require_close
 from sglang_kvc.kernels import decode_attention as decode
+from sglang_kvc.kernels.kv_dtype import E4M3
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
 
 TAIL = 40
@@ -73,25 +74,30 @@ def row_batch(
     return make_batch(blocks, folds, lens, pages, device, seed=row.requests)
 
 
-def timed_layers(batch: Batch, shape: Shape) -> list[int]:
+def timed_layers(batch: Batch, shape: Shape, itemsize: int) -> list[int]:
     """Layers whose KVs are 2 GB together, four or more, spread over the arena."""
     kvs = int(batch.resident.sum()) / shape.layers
-    layer_bytes = kvs * shape.head_dim * 4
+    layer_bytes = kvs * shape.head_dim * 2 * itemsize
     count = min(shape.layers, max(4, math.ceil(GRAPH_BYTES / layer_bytes)))
     return [i * shape.layers // count for i in range(count)]
 
 
 class Decode:
-    """One row, ready to run: query, output, reference outputs of two layers."""
+    """One row, ready to run: query, output, reference outputs of two layers.
+
+    `narrow`: the arena is e4m3, and queries are bf16.
+    """
 
     def __init__(self, arena: Arena, shape: Shape, batch: Batch) -> None:
         self.arena, self.shape, self.batch = arena, shape, batch
         self.scale = shape.head_dim**-0.5
         device = arena.k.device
         size = (len(batch.slots), shape.qo_heads, shape.head_dim)
-        self.q = torch.randn(size, device=device).to(arena.k.dtype)
+        self.narrow = arena.k.dtype == E4M3
+        dtype = torch.bfloat16 if self.narrow else arena.k.dtype
+        self.q = torch.randn(size, device=device).to(dtype)
         self.out = torch.empty_like(self.q)
-        self.layers = timed_layers(batch, shape)
+        self.layers = timed_layers(batch, shape, arena.k.element_size())
         # K and V, read once.
         kvs = [batch.layer_kvs(layer, shape.kv_heads) for layer in self.layers]
         self.bytes = sum(kvs) / len(kvs) * shape.head_dim * 2 * arena.k.element_size()

@@ -87,7 +87,11 @@ class Stages:
         self.arena, self.requests = arena, requests
         plan = self._plan()
         shape = ModelShape(
-            *arena.k.shape[1:3], ring.shape[-2], arena.head_dim, arena.k.element_size()
+            *arena.k.shape[1:3],
+            ring.shape[-2],
+            arena.head_dim,
+            arena.k.element_size(),
+            ring.element_size(),
         )
         self.row_bytes = arena.head_dim * arena.k.element_size()
         self.rule = rule_of(DEFAULTS, shape, prompt=plan.any_pooled)

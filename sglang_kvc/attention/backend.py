@@ -20,6 +20,7 @@ import torch
 from sglang.srt.layers.attention import base_attn_backend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
+from sglang_kvc.attention.kv_scales import layer_scales
 from sglang_kvc.attention.prefill import PrefillKernel
 from sglang_kvc.attention.prefill_kernels import prefill_kernels
 from sglang_kvc.attention.step_context import folds_of_forward
@@ -35,6 +36,7 @@ from sglang_kvc.kernels.decode_attention import (
 )
 from sglang_kvc.memory.agreement import agreed_chunk
 from sglang_kvc.memory.device_state import make_device_state
+from sglang_kvc.memory.kv_pool import KVScales
 from sglang_kvc.runtime import KVCompressRuntime
 from sglang_kvc.upstream.generation import UPSTREAM
 
@@ -95,6 +97,7 @@ class KVCompressAttentionBackend(base_attn_backend.AttentionBackend):
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.forward_metadata: ExtendMetadata | None = None
         sm_scale = _check_layers(model_runner.model)
+        self.token_to_kv_pool.set_scales(_layer_scales(model_runner.model))
         state = make_device_state(model_runner, options)
         self.kernels = prefill_kernels(self.token_to_kv_pool, state.tables)
         settings = UPSTREAM.resolved(model_runner.server_args)
@@ -283,6 +286,12 @@ def _check_call(k: Any, save_kv_cache: bool, extra: dict[str, Any]) -> None:
             f"the model passes {', '.join(unknown)} to attention; "
             "--kv-compress does not support it"
         )
+
+
+def _layer_scales(model: torch.nn.Module) -> dict[int, KVScales]:
+    """Scales of an e4m3 cache by layer."""
+    layers = (layer for layer in model.modules() if isinstance(layer, RadixAttention))
+    return {layer.layer_id: layer_scales(layer) for layer in layers}
 
 
 def _check_layers(model: torch.nn.Module) -> float:

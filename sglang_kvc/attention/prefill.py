@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.nn.functional as F
 
+from sglang_kvc.attention.kv_scales import fa3_inputs, flashinfer_scales
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 from sglang_kvc.scheduling.step_plan import Fold
@@ -115,8 +116,10 @@ class FlashAttention3Prefill(PrefillKernel[FlashAttention3Plan]):
         )
 
         k_view, v_view = self.pool.get_kv_buffer(layer.layer_id)
-        return flash_attn_with_kvcache(
-            q=q,
+        sequences = plan.seq_lens.shape[0]
+        query, descales = fa3_inputs(self.pool, q, layer, sequences, k_view.shape[2])
+        out: torch.Tensor = flash_attn_with_kvcache(
+            q=query,
             k_cache=k_view,
             v_cache=v_view,
             page_table=plan.pages,
@@ -126,7 +129,9 @@ class FlashAttention3Prefill(PrefillKernel[FlashAttention3Plan]):
             softmax_scale=layer.scaling,
             causal=True,
             ver=3,
+            **descales,
         )
+        return out.to(q.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,4 +215,5 @@ class FlashInferPrefill(PrefillKernel[FlashInferPlan]):
                 kv_data_type=k_view.dtype,
             )
             self._planned_for = key
-        return self._wrapper.run(q, (k_view, v_view))
+        scales = flashinfer_scales(self.pool, layer)
+        return self._wrapper.run(q, (k_view, v_view), **scales)

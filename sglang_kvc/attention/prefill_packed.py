@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sglang_kvc.attention.kv_scales import fa3_inputs
 from sglang_kvc.attention.prefill import Folds, PrefillKernel
 from sglang_kvc.kernels.head_tables import head_tables
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables
@@ -87,20 +88,25 @@ class FlashAttention3PackedPrefill(PrefillKernel[PerHeadPlan]):
         heads, dim = arena.num_kv_heads, arena.head_dim
         index = layer.layer_id - self.pool.start_layer
         grouped = q.reshape(q.shape[0] * heads, -1, dim)
+        lens = plan.lens[index].flatten()
+        query, descales = fa3_inputs(
+            self.pool, grouped.index_select(0, plan.source), layer, lens.shape[0], 1
+        )
         result = flash_attn_with_kvcache(
-            q=grouped.index_select(0, plan.source),
+            q=query,
             k_cache=arena.k.view(-1, PAGE_SIZE, 1, dim),
             v_cache=arena.v.view(-1, PAGE_SIZE, 1, dim),
             page_table=plan.blocks[index].flatten(0, 1),
-            cache_seqlens=plan.lens[index].flatten(),
+            cache_seqlens=lens,
             cu_seqlens_q=plan.cu_new,
             max_seqlen_q=plan.longest_new,
             softmax_scale=layer.scaling,
             causal=True,
             ver=3,
+            **descales,
         )
         out = torch.empty_like(grouped)
-        out.index_copy_(0, plan.source, result)
+        out.index_copy_(0, plan.source, result.to(q.dtype))
         return out.view(q.shape)
 
 

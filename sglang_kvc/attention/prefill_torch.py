@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from sglang_kvc.attention.prefill import Folds, PrefillKernel
 from sglang_kvc.kernels.addressing import head_rows_ref
+from sglang_kvc.kernels.kv_dtype import gather_rows, kv_scales
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 
@@ -40,7 +41,7 @@ class Held(NamedTuple):
 
     Attributes
     ----------
-    k, v : [H, n, D].
+    k, v : [H, n, D], in the model's dtype.
     positions : logical positions, [H, n] or the same for all heads [1, n]. -1 for a
         packed entry, which every token sees; past the request's end where a head has
         no entry. None if they are just those of the new tokens.
@@ -54,7 +55,7 @@ class Held(NamedTuple):
 class Prompts(Protocol):
     """Where the KVs of a request are."""
 
-    def held(self, chunk: Chunk, layer_id: int) -> Held:
+    def held(self, chunk: Chunk, layer_id: int, dtype: torch.dtype) -> Held:
         """Everything up to the chunk's end in a layer, the chunk included."""
         ...
 
@@ -72,13 +73,17 @@ class WholePrompts:
     pool: ArenaKVPool
     req_to_token: torch.Tensor
 
-    def held(self, chunk: Chunk, layer_id: int) -> Held:
+    def held(self, chunk: Chunk, layer_id: int, dtype: torch.dtype) -> Held:
         """The request's token pages, as one piece."""
         length = chunk.length
         pages = self.req_to_token[chunk.slot, :length:PAGE_SIZE].long() // PAGE_SIZE
         k, v = (
-            view[pages].flatten(0, 1)[:length].transpose(0, 1)
-            for view in self.pool.get_kv_buffer(layer_id)
+            _widened(view[pages], scale, dtype).flatten(0, 1)[:length].transpose(0, 1)
+            for view, scale in zip(
+                self.pool.get_kv_buffer(layer_id),
+                kv_scales(self.pool.arena, layer_id - self.pool.start_layer),
+                strict=True,
+            )
         )
         if chunk.new == length:
             return Held(k, v, None)
@@ -98,23 +103,31 @@ class PackedPrompts:
     pool: ArenaKVPool
     tables: BlockTables
 
-    def held(self, chunk: Chunk, layer_id: int) -> Held:
+    def held(self, chunk: Chunk, layer_id: int, dtype: torch.dtype) -> Held:
         """Packed blocks and tail of every head, gathered row by row."""
         arena = self.pool.arena
-        heads, dim = arena.num_kv_heads, arena.head_dim
+        heads, layer = arena.num_kv_heads, layer_id - self.pool.start_layer
         rows, valid, positions, _ = head_rows_ref(
             self.tables,
             chunk.slot,
             chunk.fold,
             chunk.length,
-            first_head=(layer_id - self.pool.start_layer) * heads,
+            first_head=layer * heads,
             num_heads=heads,
         )
         k, v = (
-            cells.view(-1, dim)[rows].masked_fill(~valid[..., None], 0)
-            for cells in (arena.k, arena.v)
+            gather_rows(cells, rows, scale, dtype).masked_fill_(~valid[..., None], 0)
+            for cells, scale in zip(arena[:2], kv_scales(arena, layer), strict=True)
         )
         return Held(k, v, positions)
+
+
+def _widened(
+    stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """What a cache holds, in `dtype`."""
+    wide = stored.to(dtype)
+    return wide if scale is None else wide.mul_(scale)
 
 
 class TorchPrefill(PrefillKernel[tuple[Chunk, ...]]):
@@ -146,7 +159,7 @@ class TorchPrefill(PrefillKernel[tuple[Chunk, ...]]):
         start = 0
         for chunk in plan:
             rows = slice(start, start + chunk.new)
-            held = self.prompts.held(chunk, layer.layer_id)
+            held = self.prompts.held(chunk, layer.layer_id, q.dtype)
             out[rows] = _attend(q[rows], held, chunk, layer.scaling)
             start = rows.stop
         return out

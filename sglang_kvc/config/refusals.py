@@ -101,7 +101,7 @@ _SWITCHED_OFF = {
 _ONE_OF: dict[str, tuple[str, tuple[Any, ...]]] = {
     "device": ("this device", (None, "cuda", "cpu")),
     "page_size": ("another page size", (None, PAGE_SIZE)),
-    "kv_cache_dtype": ("a quantised KV cache", ("auto", "bf16", "bfloat16")),
+    "kv_cache_dtype": ("this KV cache", ("auto", "bf16", "bfloat16", "fp8_e4m3")),
     "disaggregation_mode": ("prefill/decode disaggregation", (None, "null")),
     "decoupled_spec_role": ("speculative decoding", (None, "null")),
     "kv_canary": ("KV canary", (None, "none")),

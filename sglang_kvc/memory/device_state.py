@@ -28,7 +28,7 @@ class DeviceState:
     shape : of the model on this rank.
     arena : K, V and scores of all layers.
     tables : SGLang's request table and our block tables, a row a slot.
-    query_ring : last queries, [slots, L, window, Hq, D].
+    query_ring : last queries, [slots, L, window, Hq, D], in the model's dtype.
     query_lse : log-sum-exp of each of them where it was decoded, fp32.
     novelty_unit : what a key of mean novelty adds, a number a slot, fp32.
     device : where all of it lives.
@@ -75,12 +75,14 @@ def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceSt
     req_to_token = model_runner.req_to_token_pool.req_to_token
     slots = req_to_token.shape[0]
     num_qo_heads = model_runner.model_config.num_attention_heads
+    query_dtype: torch.dtype = model_runner.model_config.dtype
     shape = ModelShape(
         num_layers=arena.num_layers,
         num_kv_heads=arena.num_kv_heads,
         num_qo_heads=num_qo_heads // get_parallel().attn_tp_size,
         head_dim=arena.head_dim,
         itemsize=arena.k.element_size(),
+        query_itemsize=query_dtype.itemsize,
     )
 
     def zeros(*sizes: int) -> torch.Tensor:
@@ -97,7 +99,7 @@ def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceSt
             block_offsets=zeros(slots, arena.heads_per_page + 1),
             packed_pages=zeros(slots, pages_of(req_to_token.shape[1])),
         ),
-        query_ring=torch.zeros(*ring, shape.head_dim, dtype=pool.dtype, device=device),
+        query_ring=torch.zeros(*ring, shape.head_dim, dtype=query_dtype, device=device),
         query_lse=torch.zeros(ring, device=device),
         novelty_unit=torch.zeros(slots, device=device),
         device=device,

@@ -6,13 +6,22 @@ address spaces are described in `kernels/layout.py`.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from sglang.srt.mem_cache.memory_pool import KVCache
 
 from sglang_kvc.errors import UnsupportedModeError
+from sglang_kvc.kernels.kv_dtype import E4M3
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
+
+
+class KVScales(NamedTuple):
+    """What stored keys and values of a layer are multiplied by, see ``kv_dtype``."""
+
+    k: float
+    v: float
 
 
 class ArenaKVPool(KVCache):
@@ -23,7 +32,7 @@ class ArenaKVPool(KVCache):
     Parameters
     ----------
     size : capacity in tokens, a multiple of 16.
-    dtype : dtype of K and V.
+    dtype : dtype of K and V: that of the model, or e4m3.
     num_kv_heads, head_dim, layer_num : shape of the model on this rank.
     device : where the arena lives.
 
@@ -65,13 +74,30 @@ class ArenaKVPool(KVCache):
             k=torch.zeros(shape, dtype=dtype, device=device),
             v=torch.zeros(shape, dtype=dtype, device=device),
             score=torch.zeros(shape[:-1], dtype=torch.float32, device=device),
+            scales=torch.ones(2, layer_num, device=device) if dtype == E4M3 else None,
         )
+        self._scales = [KVScales(1.0, 1.0)] * layer_num
         self._finalize_allocation_log(size)
 
     @property
     def on_gpu(self) -> bool:
         """Whether the arena lives on a GPU."""
         return self.arena.k.is_cuda
+
+    def set_scales(self, scales: Mapping[int, KVScales]) -> None:
+        """Take the scales of an e4m3 cache, by SGLang's layer number; others are 1.
+
+        Before the first KV is written. A cache of another dtype has none.
+        """
+        if self.arena.scales is None:
+            return
+        for layer_id, layer_scales in scales.items():
+            self._scales[layer_id - self.start_layer] = layer_scales
+        self.arena.scales.copy_(torch.tensor(self._scales).T)
+
+    def scales_of(self, layer_id: int) -> KVScales:
+        """Scales of a layer, on the host: 1 unless the cache is e4m3."""
+        return self._scales[layer_id - self.start_layer]
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Bytes of K and of V."""

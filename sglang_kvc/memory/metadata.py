@@ -25,13 +25,16 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Shape of the model on this rank; `itemsize` is that of K, V and the queries."""
+    """Shape of the model on this rank; `itemsize` is that of K and V, `query_itemsize`
+    of the queries: that of the model.
+    """
 
     num_layers: int
     num_kv_heads: int
     num_qo_heads: int
     head_dim: int
     itemsize: int
+    query_itemsize: int
 
     @property
     def heads_per_page(self) -> int:
@@ -187,7 +190,7 @@ def metadata_bytes(
         * shape.num_layers
         * options.window
         * shape.num_qo_heads
-        * (shape.head_dim * shape.itemsize + LSE_BYTES)
+        * (shape.head_dim * shape.query_itemsize + LSE_BYTES)
     )
     partials = make_decode_workspace(
         max_running_requests,
@@ -202,7 +205,8 @@ def metadata_bytes(
     head_bytes = workspace_head_bytes(shape, options, context_len, pool_tokens)
     workspace = shape.heads_per_page * head_bytes + PARTIAL_BYTES
     lists = pages_of(context_len) * shape.heads_per_page * 4
-    copies = 2 * chunk_size * shape.num_qo_heads * shape.head_dim * shape.itemsize
+    copied = shape.num_qo_heads * shape.head_dim * shape.query_itemsize
+    copies = 2 * chunk_size * copied
     workspace = max(workspace, (lists + copies) if chunk_size else 0)
     return MetadataBytes(
         per_token=shape.score_bytes_per_token,

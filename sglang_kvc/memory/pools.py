@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +16,17 @@ from sglang_kvc.errors import (
     UnsupportedModeError,
     points_to,
 )
+from sglang_kvc.kernels.kv_dtype import E4M3
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 from sglang_kvc.memory.metadata import ModelShape, default_slots, metadata_bytes
 
 if TYPE_CHECKING:
     from sglang_kvc.config.options import KVCompressOptions
+
+
+AS_BYTES = torch.uint8
+"""In the place of e4m3, see `e4m3_as_bytes`; SGLang also stores it as this."""
 
 
 def options_of(configurator: Any) -> KVCompressOptions | None:
@@ -36,22 +43,42 @@ def model_shape(configurator: Any) -> ModelShape:
         num_kv_heads=config.get_num_kv_heads(tp_size),
         num_qo_heads=config.num_attention_heads // tp_size,
         head_dim=config.head_dim,
-        itemsize=torch.empty((), dtype=configurator.kv_cache_dtype).element_size(),
+        itemsize=configurator.kv_cache_dtype.itemsize,
+        query_itemsize=config.dtype.itemsize,
     )
+
+
+@contextmanager
+def e4m3_as_bytes(configurator: Any) -> Iterator[None]:
+    """Hide an e4m3 cache on the CPU from SGLang's configurator.
+
+    Its own CPU kernels need Intel AMX for one, and it refuses to start without. Ours do
+    not. All that it computes from the dtype is the size of an element.
+    """
+    hidden = (
+        options_of(configurator) is not None
+        and configurator.device == "cpu"
+        and configurator.kv_cache_dtype == E4M3
+    )
+    if hidden:
+        configurator.kv_cache_dtype = AS_BYTES
+    try:
+        yield
+    finally:
+        if hidden:
+            configurator.kv_cache_dtype = E4M3
 
 
 @points_to(Section.START_UP)
 def build_arena(configurator: Any, max_total_num_tokens: int) -> ArenaKVPool:
     """Build the arena for a pool of this many tokens."""
-    config = configurator.model_config
-    if configurator.kv_cache_dtype not in (
-        torch.bfloat16,
-        torch.float16,
-        torch.float32,
-    ):
+    config, dtype = configurator.model_config, configurator.kv_cache_dtype
+    if dtype == AS_BYTES:
+        dtype = E4M3
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32, E4M3):
         raise UnsupportedModeError(
-            "--kv-compress stores KV as bfloat16, float16 or (CPU) float32, got "
-            f"{configurator.kv_cache_dtype}; leave --kv-cache-dtype at auto"
+            "--kv-compress stores KV as bfloat16, float16, fp8_e4m3 or (CPU) float32, "
+            f"got {dtype}; leave --kv-cache-dtype at auto or say fp8_e4m3"
         )
     if config.head_dim != config.v_head_dim:
         raise UnsupportedModeError(
@@ -61,7 +88,7 @@ def build_arena(configurator: Any, max_total_num_tokens: int) -> ArenaKVPool:
     shape = model_shape(configurator)
     return ArenaKVPool(
         max_total_num_tokens,
-        dtype=configurator.kv_cache_dtype,
+        dtype=dtype,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         layer_num=shape.num_layers,

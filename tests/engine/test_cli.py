@@ -194,7 +194,7 @@ def test_config_file(parse: Callable[..., Any], tmp_path: Path) -> None:
         ("--kv-compress --page-size 64", "page_size=64"),
         ("--kv-compress --cuda-graph-backend-decode full", "graph_backend_decode"),
         ("--kv-compress --pp-size 2", "pipeline parallelism"),
-        ("--kv-compress --kv-cache-dtype fp8_e4m3", "quantised KV cache"),
+        ("--kv-compress --kv-cache-dtype fp8_e5m2", "use auto or .* fp8_e4m3"),
         ("--kv-compress --enable-hierarchical-cache", "hierarchical cache"),
         ("--attention-backend kvcompress", "only with --kv-compress"),
         ("--radix-cache-backend kvcompress", "only with --kv-compress"),

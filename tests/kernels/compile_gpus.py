@@ -2,7 +2,8 @@
 
 ``python -m tests.kernels.compile_gpus 90 [all]`` (80: A100, 89: L40S, 90: H200,
 100: B200). Where it is not sm90, only the most usual shape and the largest ones are
-compiled, to save time, unless ``all`` is given.
+compiled, to save time, unless ``all`` is given. Then those kernels that read or write K
+and V, for an e4m3 cache.
 
 The wrappers run on CPU tensors under a driver that only names the target, and each
 launch stops after compilation. Prints one JSON object a kernel: registers, spilled
@@ -26,11 +27,20 @@ from triton.runtime.jit import JITFunction
 
 from sglang_kvc.kernels.decode_attention import NewTokens, decode_attention_triton
 from sglang_kvc.kernels.decode_schedule import default_config
+from sglang_kvc.kernels.kv_dtype import E4M3
 from sglang_kvc.kernels.ops import OPS
 from sglang_kvc.kernels.testing import make_case
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 compiled: dict[str, Any] = {}
+TOUCH_KV = (
+    "append_kv",
+    "decode_attention",
+    "observe_scores",
+    "key_diff",
+    "pack_entries",
+)
+"""Ops whose kernels read or write K and V."""
 
 
 class Target:
@@ -77,7 +87,13 @@ def launch_decode(heads: int, group: int, dim: int) -> None:
     )
 
 
-def launch_step(heads: int, group: int, dim: int, **switches: Any) -> None:
+def launch_step(
+    heads: int,
+    group: int,
+    dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    **switches: Any,
+) -> None:
     """Call the decode wrappers as servers do: new tokens, rings, maybe switches."""
     lengths = [5000, 333]
     case = make_case(
@@ -87,7 +103,8 @@ def launch_step(heads: int, group: int, dim: int, **switches: Any) -> None:
         kv_heads=heads,
         group=group,
         head_dim=dim,
-        dtype=torch.bfloat16,
+        dtype=dtype,
+        query_dtype=torch.bfloat16,
     )
     q = torch.randn(2, heads * group, dim, dtype=torch.bfloat16)
     slots, seq_lens = torch.tensor(case.slots), torch.tensor(lengths)
@@ -105,9 +122,16 @@ def launch_step(heads: int, group: int, dim: int, **switches: Any) -> None:
     )
 
 
-def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> None:
-    """Call every op's kernels."""
-    kind = {"dtype": torch.bfloat16, "window": window}
+def launch_all(
+    layers: int,
+    heads: int,
+    group: int,
+    dim: int,
+    window: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Call every op's kernels; those in `TOUCH_KV` for an e4m3 cache."""
+    kind = {"dtype": dtype, "query_dtype": torch.bfloat16, "window": window}
     for folds in ([256, 128], None):
         case = make_case(
             [5000, 333],
@@ -119,6 +143,8 @@ def launch_all(layers: int, heads: int, group: int, dim: int, window: int) -> No
             **kind,
         )
         for op in OPS:
+            if dtype == E4M3 and op.name not in TOUCH_KV:
+                continue
             for args, settings in op.make_calls(case):
                 op.kernel(*args, **settings)
 
@@ -145,6 +171,11 @@ def usage(kernel: Any) -> dict[str, Any]:
     }
 
 
+def signature_types(kernel: Any) -> str:
+    """Types of a kernel's arguments, as Triton writes them."""
+    return str(kernel.src.signature)
+
+
 WIDE = ((16, 64), (5, 80), (12, 128), (16, 128), (8, 256))
 """Query heads a KV head, head_dim."""
 LARGEST = WIDE[-2:]
@@ -166,6 +197,15 @@ if __name__ == "__main__":
     for group, dim in WIDE if every else LARGEST:
         launch_all(layers=2, heads=2, group=group, dim=dim, window=32)
         launch_step(heads=2, group=group, dim=dim)
+    wide = set(compiled)
+    launch_all(layers=2, heads=3, group=4, dim=128, window=32, dtype=E4M3)
+    launch_step(heads=8, group=4, dim=128, dtype=E4M3)
+    if every:
+        launch_step(heads=2, group=8, dim=64, dtype=E4M3)
+    usual |= set(compiled) - wide
+    if every:
+        launch_all(layers=2, heads=2, group=16, dim=128, window=32, dtype=E4M3)
     for key, kernel in compiled.items():
-        json.dump({**usage(kernel), "usual": key in usual}, sys.stdout)
+        about = {"usual": key in usual, "e4m3": "*u8" in signature_types(kernel)}
+        json.dump({**usage(kernel), **about}, sys.stdout)
         sys.stdout.write("\n")

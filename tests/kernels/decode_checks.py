@@ -14,7 +14,6 @@ from sglang_kvc.kernels.decode_attention import (
     make_decode_workspace,
     plan_decode_triton,
 )
-from sglang_kvc.kernels.layout import Arena
 from sglang_kvc.kernels.testing import Case
 from tests.kernels import oracles
 
@@ -62,7 +61,7 @@ def make_new_tokens(case: Case, slots: torch.Tensor) -> NewTokens:
     fused = torch.randn(size, device=slots.device).to(arena.k.dtype)
     k, v = fused[:, 1:-2].chunk(2, dim=1)
     live = cells[: len(case.slots)]
-    for part, poison in zip(arena, (torch.nan, torch.nan, -1.0), strict=True):
+    for part, poison in zip(arena[:3], (torch.nan, torch.nan, -1.0), strict=True):
         part[live // 16, :, :, live % 16] = poison
     return NewTokens(k, v, cells, case.query_ring)
 
@@ -121,7 +120,7 @@ def check_new_tokens(
     live, window = len(case.slots), case.query_ring.shape[2]
     new = make_new_tokens(case, slots)
     mine = case._replace(
-        arena=Arena(*(part.clone() for part in case.arena)),
+        arena=case.arena.clone(),
         query_ring=case.query_ring.clone(),
         query_lse=case.query_lse.clone(),
     )
@@ -139,7 +138,7 @@ def check_new_tokens(
     oracles.assert_arith(out[:live], working[:live], truth)
     check_lse(case, q, layer, scale, mine.query_lse)
     # All but the padding page and the padding slot, where padding rows meet.
-    for ours, theirs in zip(mine.arena, case.arena, strict=True):
+    for ours, theirs in zip(mine.arena[:3], case.arena[:3], strict=True):
         torch.testing.assert_close(ours[1:], theirs[1:], atol=0, rtol=0, equal_nan=True)
     assert torch.equal(mine.query_ring[1:], case.query_ring[1:])
     separate = decode_attention_triton(case.arena, *args, **how, config=config)

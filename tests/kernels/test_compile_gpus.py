@@ -28,6 +28,9 @@ MAX_SPILL_WIDE = {
     "lse_kernel": {80: 24, 89: 24, 90: 0, 100: 0},
 }
 
+# An e4m3 cache: for sm80, which converts with integers, what Triton 3.8 makes of it.
+MAX_SPILL_E4M3 = {"score_kernel": {80: 120}}
+
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[int, subprocess.Popen[str]]]:
@@ -66,6 +69,8 @@ def test_kernels_compile_and_spill_nothing_unawares(
         capped = kernel["registers"] == CAPPED_REGISTERS
         usual = {} if kernel["usual"] and not capped else MAX_SPILL
         allowed = [usual] if kernel["usual"] else [MAX_SPILL_WIDE, usual]
+        if kernel["e4m3"]:
+            allowed.append(MAX_SPILL_E4M3)
         spills = [some.get(kernel["kernel"], {}).get(capability, 0) for some in allowed]
         assert kernel["spilled"] <= max(spills), kernel
         assert kernel["shared"] <= MAX_SHARED[capability] * 1024, kernel

@@ -38,7 +38,7 @@ def plan_pass(case: Case, fold_new: list[int] | None = None) -> Pass:
 def copy(case: Case) -> Case:
     """A deep copy of what a pass changes."""
     return case._replace(
-        arena=Arena(*(t.clone() for t in case.arena)),
+        arena=case.arena.clone(),
         tables=BlockTables(*(t.clone() for t in case.tables)),
     )
 

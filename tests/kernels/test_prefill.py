@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sglang_kvc.kernels.kv_dtype import E4M3, gather_rows, kv_scales, narrow_ref
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.kernels.testing import make_case
 from sglang_kvc.scheduling.step_plan import Fold
@@ -15,21 +16,26 @@ HEADS, GROUP, DIM, LAYERS = 2, 4, 128, 3
 CASES = [(0, 100), (64, 37), (160, 1), (0, 16)]
 
 
-def make_batch(device: str, dtype: torch.dtype):
+SCALES = {2: (0.75, 0.3)}
+"""Of the layer that is tested, where the cache is e4m3."""
+
+
+def make_batch(device: str, dtype: torch.dtype, kv_dtype: torch.dtype | None = None):
     """A pool, its request table, a ForwardBatch look-alike, and queries."""
-    from sglang_kvc.memory.kv_pool import ArenaKVPool
+    from sglang_kvc.memory.kv_pool import ArenaKVPool, KVScales
 
     torch.manual_seed(0)
     pool = ArenaKVPool(
         64 * PAGE_SIZE,
-        dtype=dtype,
+        dtype=kv_dtype or dtype,
         num_kv_heads=HEADS,
         head_dim=DIM,
         layer_num=LAYERS,
         device=device,
     )
-    pool.arena.k.normal_()
-    pool.arena.v.normal_()
+    for cells in pool.arena[:2]:
+        cells.copy_(torch.randn(cells.shape, device=device))
+    pool.set_scales({layer: KVScales(*pair) for layer, pair in SCALES.items()})
     table = torch.zeros(8, 512, dtype=torch.int32, device=device)
     pages = torch.randperm(64, device=device) + 1
     start = 0
@@ -62,7 +68,10 @@ def make_batch(device: str, dtype: torch.dtype):
 def dense(pool, table, q, layer, dtype: torch.dtype) -> torch.Tensor:
     """Causal softmax attention, request by request, in `dtype`."""
     out, start = [], 0
-    k_view, v_view = (view.to(dtype) for view in pool.get_kv_buffer(layer.layer_id))
+    views, scales = pool.get_kv_buffer(layer.layer_id), pool.scales_of(layer.layer_id)
+    k_view, v_view = (
+        view.to(dtype) * scale for view, scale in zip(views, scales, strict=True)
+    )
     for slot, (prefix, new) in enumerate(CASES, start=1):
         tokens = table[slot, : prefix + new].long()
         k, v = (c[tokens // 16, tokens % 16] for c in (k_view, v_view))
@@ -90,11 +99,55 @@ def test_gpu_backends_read_the_arena_view(name: str) -> None:
     oracles.assert_arith(out, working, truth)
 
 
+def test_torch_reads_an_e4m3_cache() -> None:
+    from sglang_kvc.attention.prefill_torch import TorchPrefill, WholePrompts
+
+    pool, table, batch, q, layer = make_batch("cpu", torch.float32, E4M3)
+    kernel = TorchPrefill(WholePrompts(pool, table))
+    out = kernel.run(kernel.plan(batch, []), q, layer)
+    torch.testing.assert_close(out, dense(pool, table, q, layer, torch.float32))
+
+
+@pytest.mark.gpu
+def test_flashinfer_reads_an_e4m3_cache() -> None:
+    """It converts K and V to bf16: errors as beside a bf16 cache."""
+    from sglang_kvc.attention.prefill import FlashInferPrefill
+
+    pool, table, batch, q, layer = make_batch("cuda", torch.bfloat16, E4M3)
+    kernel = FlashInferPrefill(pool, table)
+    out = kernel.run(kernel.plan(batch, []), q, layer)
+    truth = dense(pool, table, q, layer, torch.float64)
+    working = dense(pool, table, q, layer, torch.bfloat16)
+    oracles.assert_arith(out, working, truth)
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """The nearest values of e4m3, in fp64."""
+    return narrow_ref(x, None, E4M3).double()
+
+
+def close_as_e4m3(out: torch.Tensor, truth: torch.Tensor) -> None:
+    """FA3 rounds the weights of the values to e4m3, too, by up to 1/16 each."""
+    assert out.dtype == torch.bfloat16
+    error = (out.double() - truth).norm() / truth.norm()
+    assert error < 1 / 16, error
+
+
+@pytest.mark.gpu
+def test_fa3_multiplies_an_e4m3_cache_by_rounded_queries() -> None:
+    from sglang_kvc.attention.prefill import FlashAttention3Prefill
+
+    pool, table, batch, q, layer = make_batch("cuda", torch.bfloat16, E4M3)
+    kernel = FlashAttention3Prefill(pool, table)
+    out = kernel.run(kernel.plan(batch, []), q, layer)
+    close_as_e4m3(out, dense(pool, table, rounded(q), layer, torch.float64))
+
+
 # Compressed chunks: (sequence length, fold, new tokens) of each request.
 PACKED = [(97, 96, 1), (150, 64, 80), (400, 320, 64), (50, 0, 50)]
 
 
-def make_packed(device: str, dtype: torch.dtype):
+def make_packed(device: str, dtype: torch.dtype, kv_dtype: torch.dtype | None = None):
     """A case with skewed heads as a pool, its batch look-alike, and queries."""
     lens, folds, new = (list(column) for column in zip(*PACKED, strict=True))
     case = make_case(
@@ -104,12 +157,13 @@ def make_packed(device: str, dtype: torch.dtype):
         kv_heads=HEADS,
         group=GROUP,
         head_dim=DIM,
-        dtype=dtype,
+        dtype=kv_dtype or dtype,
+        query_dtype=dtype,
         device=device,
     )
     # Unowned cells hold NaN; FA3 loads whole pages and masks by length.
     for cells in (case.arena.k, case.arena.v):
-        cells.nan_to_num_(0.0)
+        cells.copy_(cells.float().nan_to_num(0.0))
     budgets = [PAGE_SIZE * pages for pages in case.packed_pages]
     pool = SimpleNamespace(arena=case.arena, start_layer=0, device=device)
     batch = SimpleNamespace(
@@ -127,7 +181,8 @@ def make_packed(device: str, dtype: torch.dtype):
 def packed_dense(case, q, layer, dtype: torch.dtype) -> torch.Tensor:
     """Attention over the entries of each head, one by one, in `dtype`."""
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    cells = [c.view(-1, DIM) for c in (case.arena.k, case.arena.v)]
+    scales = kv_scales(case.arena, layer.layer_id)
+    cells = list(zip(case.arena[:2], scales, strict=True))
     start = 0
     for r, (length, _, new) in enumerate(PACKED):
         for h in range(HEADS):
@@ -135,7 +190,7 @@ def packed_dense(case, q, layer, dtype: torch.dtype) -> torch.Tensor:
             rows = torch.tensor([row for row, _ in entries], device=q.device)
             k_pos = torch.tensor([pos for _, pos in entries], device=q.device)
             q_pos = torch.arange(length - new, length, device=q.device)
-            k, v = (c[rows].to(dtype) for c in cells)
+            k, v = (gather_rows(part, rows, scale, dtype) for part, scale in cells)
             group = slice(h * GROUP, (h + 1) * GROUP)
             query = q[start : start + new, group].to(dtype).transpose(0, 1)
             s = query @ k.T * layer.scaling
@@ -145,10 +200,13 @@ def packed_dense(case, q, layer, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def test_torch_attends_to_packed_blocks_and_the_causal_tail() -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.float32, E4M3])
+def test_torch_attends_to_packed_blocks_and_the_causal_tail(
+    kv_dtype: torch.dtype,
+) -> None:
     from sglang_kvc.attention.prefill_torch import PackedPrompts, TorchPrefill
 
-    case, pool, batch, folds, q, layer = make_packed("cpu", torch.float32)
+    case, pool, batch, folds, q, layer = make_packed("cpu", torch.float32, kv_dtype)
     kernel = TorchPrefill(PackedPrompts(pool, case.tables))
     out = kernel.run(kernel.plan(batch, folds), q, layer)
     torch.testing.assert_close(out, packed_dense(case, q, layer, torch.float32))
@@ -166,6 +224,17 @@ def test_fa3_attends_to_packed_blocks_and_the_causal_tail() -> None:
     truth = packed_dense(case, q, layer, torch.float64)
     working = packed_dense(case, q, layer, torch.bfloat16)
     oracles.assert_arith(out, working, truth)
+
+
+@pytest.mark.gpu
+def test_fa3_attends_to_packed_blocks_in_e4m3() -> None:
+    pytest.importorskip("sglang", reason="needs SGLang's FlashAttention-3")
+    from sglang_kvc.attention.prefill_packed import FlashAttention3PackedPrefill
+
+    case, pool, batch, folds, q, layer = make_packed("cuda", torch.bfloat16, E4M3)
+    kernel = FlashAttention3PackedPrefill(pool, case.tables)
+    out = kernel.run(kernel.plan(batch, folds), q, layer)
+    close_as_e4m3(out, packed_dense(case, rounded(q), layer, torch.float64))
 
 
 def test_no_head_has_more_blocks_than_the_table_has_columns() -> None:

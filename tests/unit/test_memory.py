@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from sglang_kvc.config.options import KVCompressOptions
@@ -13,7 +15,12 @@ from sglang_kvc.memory.metadata import (
 )
 
 LLAMA_8B = ModelShape(
-    num_layers=32, num_kv_heads=8, num_qo_heads=32, head_dim=128, itemsize=2
+    num_layers=32,
+    num_kv_heads=8,
+    num_qo_heads=32,
+    head_dim=128,
+    itemsize=2,
+    query_itemsize=2,
 )
 GIB = 1 << 30
 
@@ -38,6 +45,24 @@ def test_at_most_three_percent_at_8b_defaults() -> None:
     metadata = sizes.fixed + sizes.per_token * tokens
     assert metadata <= 0.03 * kv
     assert kv + metadata <= 110 * GIB
+
+
+def test_e4m3_halves_the_bytes_of_kvs_and_of_nothing_else() -> None:
+    """At equal bytes nearly twice the tokens: a score stays four bytes a head."""
+    narrow = dataclasses.replace(LLAMA_8B, itemsize=1)
+    assert narrow.kv_bytes_per_token * 2 == LLAMA_8B.kv_bytes_per_token
+    how = {"max_running_requests": 8, "context_len": 4096, "pool_tokens": 65536}
+    wide_sizes, sizes = (
+        metadata_bytes(shape, KVCompressOptions(), **how)
+        for shape in (LLAMA_8B, narrow)
+    )
+    assert sizes == wide_sizes
+    before, after = (
+        sizes.scale_kv_bytes(64 * GIB, shape) // shape.kv_bytes_per_token
+        for shape in (LLAMA_8B, narrow)
+    )
+    # (512 + 4) / (256 + 4) bytes a head and token.
+    assert after / before == pytest.approx(516 / 260, rel=1e-4)
 
 
 def test_nothing_is_offered_when_the_fixed_part_does_not_fit() -> None:

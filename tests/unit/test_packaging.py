@@ -52,6 +52,7 @@ def source_files() -> set[str]:
         for folder, prefix in folders.items()
         for kind in ("*.py", "page.*")
         for file in (ROOT / folder).rglob(kind)
+        if file.parent.name != "__pycache__"
     }
 
 

@@ -94,8 +94,9 @@ MEMBERS = {
         "req_pool_indices seq_lens seq_lens_cpu"
     ),
     "RadixAttention": (
-        "attn_type head_dim is_cross_attention layer_id logit_cap qk_head_dim scaling "
-        "sliding_window_size tp_k_head_num tp_q_head_num tp_v_head_num v_head_dim"
+        "attn_type head_dim is_cross_attention k_scale k_scale_float layer_id "
+        "logit_cap qk_head_dim scaling sliding_window_size tp_k_head_num "
+        "tp_q_head_num tp_v_head_num v_head_dim v_scale v_scale_float"
     ),
     "KVCacheConfigurator": (
         "device kv_cache_dtype layer_info model_config server_args sliding_window_size"

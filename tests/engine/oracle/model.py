@@ -84,6 +84,9 @@ class MaskedTokens:
     paid : by position of the query, and in the order of the layers: [H, n], what it
         paid to each position.
     keys, values : by layer, [H, length, head_dim].
+    stored : keys and values that take the place of the model's, by layer: those of a
+        server whose cache rounds them.
+    made : those of the model, by layer.
     """
 
     def __init__(self, model: MaskedModel, window: int, power: int) -> None:
@@ -93,15 +96,19 @@ class MaskedTokens:
         self.paid: dict[int, list[torch.Tensor]] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
+        self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._cache: Any = None
         self._probing = 0
 
-    def extend(self, ids: list[int]) -> None:
-        """Run more tokens, causally, over everything that is visible."""
+    def extend(self, ids: list[int]) -> torch.Tensor:
+        """Run more tokens, causally, over everything that is visible; their logits."""
         self.length += len(ids)
         self.visible = pad(self.visible, (0, len(ids)), value=True)
         out = self.model.run(self, ids, past_key_values=self._cache)
         self._cache = out.past_key_values
+        logits: torch.Tensor = out.logits[0]
+        return logits
 
     def probe(self, ids: list[int], first: int) -> None:
         """Let `ids`, at positions `first` and on, observe in the place of the oldest
@@ -126,6 +133,9 @@ class MaskedTokens:
         (heads, n, _), new = key.shape, query.shape[1]
         group = len(query) // heads
         kept = n - self._probing
+        self.made[layer] = (key, value)
+        if layer in self.stored:
+            key, value = (part[:, :n] for part in self.stored[layer])
         self.keys[layer], self.values[layer] = key[:, :kept], value[:, :kept]
         logits = query @ key.repeat_interleave(group, 0).transpose(1, 2)
         own = self.visible[layer * heads : (layer + 1) * heads]
