@@ -52,6 +52,11 @@ class Arena(NamedTuple):
     scales: torch.Tensor | None = None
     """None unless K and V are e4m3."""
 
+    @property
+    def cells(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What there is of every KV."""
+        return self.k, self.v, self.score
+
     def clone(self) -> "Arena":
         """Copy all tensors."""
         return Arena(*(None if part is None else part.clone() for part in self))

@@ -28,8 +28,8 @@ MAX_SPILL_WIDE = {
     "lse_kernel": {80: 24, 89: 24, 90: 0, 100: 0},
 }
 
-# An e4m3 cache: for sm80, which converts with integers, what Triton 3.8 makes of it.
-MAX_SPILL_E4M3 = {"score_kernel": {80: 120}}
+# An e4m3 cache, as Triton 3.8 makes it; sm80 converts with integers. Not tuned yet.
+MAX_SPILL_E4M3 = {"score_kernel": {80: 120, 89: 112, 90: 152}}
 
 
 @pytest.fixture(scope="module")

@@ -156,11 +156,13 @@ def test_gpu_graph_of_layers_with_new_tokens(tokens: int, device: str) -> None:
             part.normal_()
         graph.replay()
         outputs = [out[:batch].clone() for out in outs]
-        written = [part[1:].clone() for part in (*case.arena, case.query_ring)]
+        written = [part[1:].clone() for part in (*case.arena.cells, case.query_ring)]
         step(False)
         for ours, theirs in zip(outputs, outs, strict=True):
             assert torch.equal(ours, theirs[:batch])
-        for ours, theirs in zip(written, (*case.arena, case.query_ring), strict=True):
+        for ours, theirs in zip(
+            written, (*case.arena.cells, case.query_ring), strict=True
+        ):
             assert torch.equal(ours.nan_to_num(7.0), theirs[1:].nan_to_num(7.0))
         ours, theirs = (part[1:].nan_to_num(7.0) for part in lses)
         assert torch.equal(ours, theirs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sglang_kvc.kernels.decode_attention import decode_attention_ref
-from sglang_kvc.kernels.layout import Arena, BlockTables, PassPlan
+from sglang_kvc.kernels.layout import BlockTables, PassPlan
 from sglang_kvc.kernels.pack import (
     commit_tables,
     commit_tables_ref,
@@ -20,7 +20,7 @@ from sglang_kvc.kernels.select import (
 )
 from sglang_kvc.kernels.testing import Case, make_case, make_plan
 from tests.kernels import oracles
-from tests.kernels.test_append import bits
+from tests.kernels.test_append import CELLS, bits
 
 Pass = tuple[PassPlan, torch.Tensor, SelectedEntries, torch.Tensor]
 
@@ -45,7 +45,7 @@ def copy(case: Case) -> Case:
 
 def assert_same_state(ours: Case, theirs: Case) -> None:
     """Every cell of arena and tables is bit-equal."""
-    for name in Arena._fields:
+    for name in CELLS:
         a, b = getattr(ours.arena, name), getattr(theirs.arena, name)
         assert torch.equal(bits(a), bits(b)), name
     for name in BlockTables._fields:
