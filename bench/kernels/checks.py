@@ -99,7 +99,7 @@ def check_append(device: str, shape: Shape) -> None:
     ring[WINDOW:] = -1
     append_kv(ours.arena, k, v, q, tokens, ours.query_ring, ring, layer=1)
     append_kv_ref(theirs.arena, k, v, q, tokens, theirs.query_ring, ring, layer=1)
-    for mine, reference in zip(ours.arena, theirs.arena, strict=True):
+    for mine, reference in zip(ours.arena.cells, theirs.arena.cells, strict=True):
         require_equal("append_kv", mine, reference)
     require_equal("append_kv", ours.query_ring, theirs.query_ring)
 

@@ -41,7 +41,8 @@ def test_advise(
     assert set(full["kept"]) >= {"likelihood", "agreement", "contains", "rouge_l"}
     assert full["speed"] > 0
     assert four["speed"] > 0
-    assert found["advice"].startswith("Cannot tell from 2 prompts")
+    # Too few, and a small model may never say what is asked for.
+    assert found["advice"].startswith("Cannot tell")
     assert not found["dictated"]
     assert "--enable-custom-logit-processor" in said.err
     answers = [json.loads(line) for line in raw.read_text().splitlines()]

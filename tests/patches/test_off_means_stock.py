@@ -65,6 +65,7 @@ def calls(pool: object) -> dict[str, Call]:
             ({}, owner, "another", []),
             {},
         ),
+        "kv_cache_configurator__configure": ((owner, 1.0), {}),
         "kv_cache_configurator__profile_available_bytes": ((owner, 1), {}),
         "kv_cache_configurator__resolve_max_num_reqs": ((owner, 1 << 20), {}),
         "kv_cache_configurator__build_mha_kv_pool": (
