@@ -68,5 +68,10 @@ def shares(kept: list[list[int]], length: int) -> list[float]:
     holders = Counter(position for positions in kept for position in positions)
     fold = max(map(max, kept)) + 1
     # What is behind the fold is held by all; the latest before it always stays.
-    held = [holders[token] / len(kept) for token in range(min(fold, length))]
-    return [round(share, 3) for share in held] + [1.0] * (length - len(held))
+    heads = len(kept)
+    # In thousandths, halves up.
+    held = [
+        (holders[token] * 1000 + heads // 2) // heads / 1000
+        for token in range(min(fold, length))
+    ]
+    return held + [1.0] * (length - len(held))
