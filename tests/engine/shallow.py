@@ -1,4 +1,4 @@
-"""The small model's first layers: the same weights in a quarter of the time.
+"""The small model's first layers: the same weights, a fifth of the work.
 
 Most tests compare two systems, or a system with an oracle, and ask nothing of the
 answers. They take six of the thirty layers. Tests that judge answers ask the server of
