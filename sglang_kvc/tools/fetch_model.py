@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_kvc.errors import KVCError
+from sglang_kvc.tools.gguf_convert import limit_tokenizer
 
 _CHUNK_BYTES = 1 << 22
 _LOOK_S = 0.5
@@ -111,6 +112,7 @@ def fetch(name: str) -> Path:
         raise FetchError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
     target = models_dir() / name
     if (target / "config.json").is_file():
+        limit_tokenizer(target)
         return target
     source = MODELS[name]
     target.parent.mkdir(parents=True, exist_ok=True)

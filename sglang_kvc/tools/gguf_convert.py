@@ -7,6 +7,8 @@ does, needs four times the memory of the result.
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ _BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_NO_LIMIT = 1 << 62
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -106,6 +109,32 @@ def convert(source: Path, target: Path) -> None:
     # It would drop spaces before punctuation, which byte-level BPE must keep.
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(target)
+    limit_tokenizer(target)
+
+
+def limit_tokenizer(folder: Path) -> None:
+    """Give a model's tokenizer the length of its context, if it has none of its own.
+
+    transformers writes 10 ** 30 for none, and with such a number SGLang 0.5.17 answers
+    ``/tokenize`` with HTTP 500. What was converted before this was known is mended.
+
+    Parameters
+    ----------
+    folder : Path
+        Hugging Face folder; without a tokenizer nothing is done.
+    """
+    target = folder / "tokenizer_config.json"
+    if not target.is_file():
+        return
+    tokenizer = json.loads(target.read_text())
+    if tokenizer.get("model_max_length", 0) < _NO_LIMIT:
+        return
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer["model_max_length"] = config["max_position_embeddings"]
+    # Others may be reading it.
+    new = target.with_name(f".{target.name}-{os.getpid()}")
+    new.write_text(json.dumps(tokenizer, indent=2) + "\n")
+    new.replace(target)
 
 
 def _read_tensors(source: Path, config: Any) -> dict[str, Any]:

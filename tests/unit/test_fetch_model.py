@@ -186,6 +186,22 @@ def test_unpermute_inverts_llama_cpp_row_order() -> None:
     np.testing.assert_array_equal(gguf_convert.unpermute(stored, num_heads), original)
 
 
+@pytest.mark.parametrize(("given", "left"), [(10**30, 64), (32, 32)])
+def test_a_tokenizer_without_a_length_gets_that_of_the_context(
+    tmp_path: Path, given: int, left: int
+) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
+    gguf_convert.limit_tokenizer(tmp_path)
+    written = tmp_path / "tokenizer_config.json"
+    written.write_text(json.dumps({"model_max_length": given, "eos_token": "x"}))
+    gguf_convert.limit_tokenizer(tmp_path)
+    assert json.loads(written.read_text()) == {
+        "model_max_length": left,
+        "eos_token": "x",
+    }
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_fetched_model_is_complete() -> None:
     """The real model: needs the network once; without it, skipped outside CI."""
     folder = fetch_model.models_dir() / NAME
@@ -197,6 +213,7 @@ def test_fetched_model_is_complete() -> None:
     assert config["tie_word_embeddings"] is True
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer["eos_token"] == "<|im_end|>"
+    assert tokenizer["model_max_length"] == config["max_position_embeddings"] == 8192
     assert "<|im_start|>" in (folder / "chat_template.jinja").read_text()
     with (folder / "model.safetensors").open("rb") as weights:
         (size,) = struct.unpack("<Q", weights.read(8))
