@@ -51,6 +51,14 @@ def narrow_ref(
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
+def widen_ref(
+    stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """What a cache holds, in `dtype`: `narrow_ref` undone, but for its rounding."""
+    wide = stored.to(dtype)
+    return wide if scale is None else wide.mul_(scale)
+
+
 def gather_rows(
     cells: torch.Tensor,
     rows: torch.Tensor,
@@ -66,8 +74,7 @@ def gather_rows(
     scale : of their layer, see `kv_scales`; None leaves it out.
     """
     flat = stored_bytes(cells).view(-1, cells.shape[-1])
-    found = flat[rows].view(cells.dtype).to(dtype)
-    return found if scale is None else found.mul_(scale)
+    return widen_ref(flat[rows].view(cells.dtype), scale, dtype)
 
 
 def kv_scales(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from sglang_kvc.attention.prefill import Folds, PrefillKernel
 from sglang_kvc.kernels.addressing import head_rows_ref
-from sglang_kvc.kernels.kv_dtype import gather_rows, kv_scales
+from sglang_kvc.kernels.kv_dtype import gather_rows, kv_scales, widen_ref
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 
@@ -78,7 +78,7 @@ class WholePrompts:
         length = chunk.length
         pages = self.req_to_token[chunk.slot, :length:PAGE_SIZE].long() // PAGE_SIZE
         k, v = (
-            _widened(view[pages], scale, dtype).flatten(0, 1)[:length].transpose(0, 1)
+            widen_ref(view[pages], scale, dtype).flatten(0, 1)[:length].transpose(0, 1)
             for view, scale in zip(
                 self.pool.get_kv_buffer(layer_id),
                 kv_scales(self.pool.arena, layer_id - self.pool.start_layer),
@@ -120,14 +120,6 @@ class PackedPrompts:
             for cells, scale in zip(arena[:2], kv_scales(arena, layer), strict=True)
         )
         return Held(k, v, positions)
-
-
-def _widened(
-    stored: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """What a cache holds, in `dtype`."""
-    wide = stored.to(dtype)
-    return wide if scale is None else wide.mul_(scale)
 
 
 class TorchPrefill(PrefillKernel[tuple[Chunk, ...]]):

@@ -73,7 +73,7 @@ class RequestState:
     settled_blocks, settled_shares : as `PassInFlight.head_blocks` and `token_shares`,
         of the last settled pass.
     positions : with ``report_tokens``, where in the text each packed KV stands; the
-        pass runner's (`eviction.kept_tokens`).
+        pass runner's (`eviction.reports`).
     in_flight : launched passes that are not settled.
     """
 
