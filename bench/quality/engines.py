@@ -28,7 +28,6 @@ def engine_keywords(
     keywords: dict[str, Any] = {
         "model_path": model,
         "skip_server_warmup": True,
-        "cuda_graph_backend_prefill": "disabled",
         "enable_custom_logit_processor": True,
         "random_seed": 0,
         "log_level": "warning",

@@ -4,7 +4,8 @@ It reads one command per line from its standard input and answers one JSON line 
 file descriptor ``--answer-fd``. Standard output and error are SGLang's log.
 
 Commands (``op``): ``run``, ``itl`` and ``first`` serve prompts, see
-`loads.Load.command`; ``alive`` is a small request, ``flush`` empties the prefix
+`loads.Load.command`; ``answers`` gives back the tokens, see `agreement`; ``alive`` is a
+small request, ``flush`` empties the prefix
 cache, ``quit`` ends the child, as does the end of its input.
 """
 
@@ -141,6 +142,13 @@ class Server:
             **token_gaps([seen for seen, _ in results]),
             **summarize(ids, [info for _, info in results]),
         }
+
+    def answers(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Token ids that come back for given prompts, all sent at once."""
+        outputs = self.engine.generate(
+            input_ids=command["prompts"], sampling_params=command["params"]
+        )
+        return {"ids": [output["output_ids"] for output in outputs]}
 
     def alive(self, command: dict[str, Any]) -> dict[str, Any]:
         """A small request; answers how many tokens came back."""

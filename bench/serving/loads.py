@@ -14,9 +14,11 @@ from typing import Any
 STOCK, ABSENT, OURS = "stock", "absent", "kvc"
 """Plugin not loaded; plugin loaded, flag not given; flag given."""
 SMALL_GROUP, ALL_GROUP, FLAG_GROUP = EVERY = ("small", "all", "flag")
-LARGE_GROUP = "70b"
-"""For ``bench/shapes/llama-3.1-70b-fp8``; not in "every"."""
-GROUPS = (*EVERY, LARGE_GROUP)
+LARGE_GROUP, BYTES_GROUP = "70b", "bytes"
+"""For ``bench/shapes/llama-3.1-70b-fp8``, and bf16 beside e4m3 caches of equal bytes;
+not in "every"."""
+GROUPS = (*EVERY, LARGE_GROUP, BYTES_GROUP)
+FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 PAPER_MIN_BUDGET = 128
 DEFAULT_MIN_BUDGET = 512
 
@@ -53,6 +55,8 @@ class Load:
         Server setting of ours for this load.
     engine : dict
         Further engine keywords of ours. An engine of its own serves such loads.
+    shared : dict
+        Further engine keywords of every system; likewise.
     seconds : dict
         Expected device seconds by rate (0: stock and the plugin without its flag).
     targets, step_targets : dict
@@ -77,6 +81,7 @@ class Load:
     systems: tuple[str, ...] = (STOCK, OURS)
     min_budget: int = DEFAULT_MIN_BUDGET
     engine: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
     seconds: dict[float, float] = field(default_factory=dict)
     targets: dict[float, float] = field(default_factory=dict)
     step_targets: dict[float, float] = field(default_factory=dict)
@@ -241,6 +246,41 @@ LOADS: dict[str, Load] = {
             stock_prompts=32,
             systems=(STOCK,),
             seconds={0: 30},
+        ),
+        # As the first of the small ones, with a cache of half the bytes a token.
+        _paper(
+            "6000x500@40960+fp8",
+            128,
+            (6000, 500),
+            40960,
+            BYTES_GROUP,
+            rates=(8, 4, 64, 1),
+            stock_prompts=32,
+            rate_prompts={1: 32},
+            shared=FP8,
+            seconds={0: 25, 1: 28, 4: 45, 8: 35, 64: 25},
+            targets={1: 0.98, 4: 1.8},
+        ),
+        _paper(
+            "9000x300@24576",
+            24,
+            (9000, 300),
+            24576,
+            BYTES_GROUP,
+            rates=(8, 4, 1),
+            seconds={0: 26, 1: 27, 4: 14, 8: 10},
+            targets={1: 0.98},
+        ),
+        _paper(
+            "9000x300@49152+fp8",
+            24,
+            (9000, 300),
+            49152,
+            BYTES_GROUP,
+            rates=(8, 4, 1),
+            shared=FP8,
+            seconds={0: 15, 1: 16, 4: 11, 8: 10},
+            targets={1: 0.98},
         ),
         # First in its group: it needs an engine that has served nothing yet.
         Load(

@@ -62,7 +62,6 @@ def engine_keywords(
         "kv_compress_chunk_queries": args.chunk_queries,
         "kv_compress_min_budget": args.min_budget,
         "skip_server_warmup": True,
-        "cuda_graph_backend_prefill": "disabled",
         "random_seed": args.seed,
     }
     if args.yarn:

@@ -11,7 +11,7 @@ import json
 import time
 from typing import Any
 
-from bench.serving.loads import ABSENT, OURS, SMALL_GROUP, STOCK, Load
+from bench.serving.loads import ABSENT, BYTES_GROUP, OURS, SMALL_GROUP, STOCK, Load
 
 END_SECONDS = 12.0
 """What checking and stopping the engines takes."""
@@ -52,9 +52,11 @@ class Run:
 
 def spec_of(load: Load, system: str) -> Spec:
     """The engine that serves this load."""
+    shared = tuple(load.shared.items())
     if system != OURS:
-        return Spec(system, load.pool)
-    return Spec(system, load.pool, load.min_budget, tuple(load.engine.items()))
+        return Spec(system, load.pool, extra=shared)
+    extra = (*shared, *load.engine.items())
+    return Spec(system, load.pool, load.min_budget, extra)
 
 
 def engine_arguments(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
@@ -67,9 +69,6 @@ def engine_arguments(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
         "skip_server_warmup": True,
         "log_level": "info",
         "decode_log_interval": 10,
-        # Equal terms: the plugin switches prefill graphs off (they are untested with
-        # passes), so what they are worth must not show up as a cost of compression.
-        "cuda_graph_backend_prefill": "disabled",
         "random_seed": 0,
     }
     if args.device:
@@ -83,9 +82,9 @@ def engine_arguments(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
     if spec.system != OURS:
         # More than any load sends. Ours chooses its number itself: slots cost memory.
         kwargs["max_running_requests"] = 256
+    kwargs |= dict(spec.extra)
     if spec.system == OURS:
         kwargs |= {"kv_compress": True, "kv_compress_min_budget": spec.min_budget}
-        kwargs |= dict(spec.extra)
     else:
         extra = {k: v for k, v in extra.items() if not k.startswith("kv_compress")}
     return {**kwargs, **extra}
@@ -116,8 +115,9 @@ def plan(loads: list[Load], repeats: int, together: int = 0) -> list[list[Run]]:
                 if OURS in load.systems and level < len(load.rates):
                     rate = load.rates[level]
                     runs.append(Run(load, spec_of(load, OURS), rate, repeat))
-    small = [run for run in runs if run.load.group == SMALL_GROUP]
-    alone = [run for run in runs if run.load.group != SMALL_GROUP]
+    pools = (SMALL_GROUP, BYTES_GROUP)
+    small = [run for run in runs if run.load.group in pools]
+    alone = [run for run in runs if run.load.group not in pools]
     engines = list(dict.fromkeys(run.spec for run in small))
     step = together or max(len(engines), 1)
     groups = [engines[i : i + step] for i in range(0, len(engines), step)]

@@ -36,10 +36,6 @@ _BACKEND_FIELDS = (
     "decode_attention_backend",
     "radix_cache_backend",
 )
-_DEFAULTS = {
-    # Captured prefill is untested with our backend.
-    "cuda_graph_backend_prefill": "disabled",
-}
 _POST_CAPTURE_SIZING = "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"
 _VARIABLES_OFF = {
     _POST_CAPTURE_SIZING: "our pool is fixed",
@@ -80,7 +76,7 @@ def construct(build: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
     free = {name: value for name, value in given.items() if name not in forced}
     refuse_settings([*contradictions(given, forced), *unsupported_values(free)])
     os.environ[_POST_CAPTURE_SIZING] = "0"
-    server_args = build(**{**values, **_DEFAULTS, **given, **forced})
+    server_args = build(**{**values, **forced})
     setattr(server_args, OPTIONS_ATTRIBUTE, options)
     if UPSTREAM.resolved(server_args) is server_args:
         # Of a later release the check_server_args hook is the first to see results.

@@ -118,6 +118,15 @@ def test_unknown_keyword_leaves_the_load_out(capsys: Any) -> None:
     assert kept is not None and kept.engine == {}, "it is the default"
 
 
+def test_a_cache_of_another_dtype_is_that_of_every_system() -> None:
+    load = LOADS["6000x500@40960+fp8"]
+    for system in (STOCK, OURS):
+        arguments = engine_arguments(namespace(), spec_of(load, system))
+        assert arguments["kv_cache_dtype"] == "fp8_e4m3"
+    plain = engine_arguments(namespace(), spec_of(LOADS["6000x500@20480"], STOCK))
+    assert "kv_cache_dtype" not in plain
+
+
 def test_engine_arguments_differ_in_the_plugin_only() -> None:
     load = LOADS["6000x500@20480"]
     args = namespace(extra_args='{"kv_compress_interval": 16, "tp_size": 1}')

@@ -1,0 +1,163 @@
+"""How many greedy answers several ways of serving one model have in common.
+
+    python -m bench.serving.agreement --model PATH --text essays.txt --rate 1 \\
+        --way 'stock: {"stock": true}' --way 'ours: {}' \\
+        --way 'two: {"tp_size": 2}' --out bench/results/agreement.jsonl
+
+A way is a name and JSON keywords of ``sglang.Engine``; ``"stock": true`` leaves the
+plugin out. The first way is what the others are compared with. Prompts are passages of
+the text, one request each, all sent at once. Answers of two kernels may part at a near
+tie and then differ to the end, so the place of the first difference is shown, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from bench.common.ports import free_ports
+from bench.common.record import ROOT, environment, write_record
+from bench.serving.child import Child
+from bench.serving.engine import sampling_params
+from bench.serving.session import IDLE_SECONDS, START_LIMIT
+
+ANSWER_LIMIT = 300.0
+
+
+def parse_way(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and keywords of ``name: {...}``."""
+    name, found, keywords = text.partition(":")
+    if not found:
+        raise argparse.ArgumentTypeError(f"a way is 'name: {{...}}', got {text!r}")
+    try:
+        values = json.loads(keywords)
+    except json.JSONDecodeError as problem:
+        raise argparse.ArgumentTypeError(f"{name}: not JSON: {problem}") from problem
+    return name.strip(), values
+
+
+def passages(
+    model: str, text: Path, lengths: tuple[int, int], count: int
+) -> list[list[int]]:
+    """Token ids of `count` passages, spread over the text."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model)(text.read_text())["input_ids"]
+    rng = random.Random(0)
+    found = []
+    for number in range(count):
+        length = rng.randint(*lengths)
+        start = (len(ids) - length) * number // max(count - 1, 1)
+        found.append(ids[start : start + length])
+    return found
+
+
+def start(args: argparse.Namespace, way: dict[str, Any], log: Path) -> Child:
+    """An engine in a process of its own."""
+    stock = way.get("stock", False)
+    keywords = {
+        "model_path": args.model,
+        "load_format": args.load_format,
+        "skip_tokenizer_init": True,
+        "skip_server_warmup": True,
+        "log_level": "info",
+        "random_seed": 0,
+        "max_total_tokens": args.pool,
+        "nccl_port": free_ports(1)[0],
+        **json.loads(args.extra_args),
+        **({} if stock else {"kv_compress": True}),
+        **{name: value for name, value in way.items() if name != "stock"},
+    }
+    command = [sys.executable, "-m", "bench.serving.engine"]
+    plugins = {"SGLANG_PLUGINS": "none" if stock else "kvcompress"}
+    return Child([*command, "--engine", json.dumps(keywords)], log, plugins)
+
+
+def agreement(first: list[list[int]], other: list[list[int]]) -> dict[str, Any]:
+    """Answers that are equal, and the tokens before the first difference."""
+    pairs = list(zip(first, other, strict=True))
+    alike = [
+        len(list(takewhile(lambda two: two[0] == two[1], zip(*pair, strict=False))))
+        for pair in pairs
+    ]
+    return {
+        "equal": sum(one == two for one, two in pairs),
+        "alike_tokens": alike,
+        "tokens": [len(one) for one, _ in pairs],
+    }
+
+
+def main() -> None:
+    """Ask every way, compare, record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--way", type=parse_way, action="append", required=True)
+    parser.add_argument("--rate", type=float, default=1, help="of ours")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--lengths", type=int, nargs=2, default=(100, 1900))
+    parser.add_argument("--output", type=int, default=64)
+    parser.add_argument("--pool", type=int, default=65536, help="tokens")
+    parser.add_argument("--extra-args", default="{}", help="JSON, of every way")
+    parser.add_argument(
+        "--apart", action="store_true", help="one engine after the other"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "bench/results/agreement.jsonl"
+    )
+    args = parser.parse_args()
+    prompts = passages(args.model, args.text, tuple(args.lengths), args.prompts)
+    answers: dict[str, list[list[int]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def begin(number: int) -> Child:
+            return start(args, args.way[number][1], Path(folder) / f"{number}.log")
+
+        children = [] if args.apart else [begin(n) for n in range(len(args.way))]
+        for number, (name, way) in enumerate(args.way):
+            child = begin(number) if args.apart else children[number]
+            try:
+                child.wait(START_LIMIT)
+                rate = None if way.get("stock") else args.rate
+                params = sampling_params({"output_len": args.output, "rate": rate})
+                command = {"op": "answers", "prompts": prompts, "params": params}
+                answers[name] = child.ask(command, ANSWER_LIMIT)["ids"]
+                # SGLang ends a server whose idle check finds a lost page.
+                time.sleep(IDLE_SECONDS)
+                child.ask({"op": "flush"}, ANSWER_LIMIT)
+                child.ask({"op": "alive"}, ANSWER_LIMIT)
+            finally:
+                child.close()
+    (first, _), *others = args.way
+    for name, way in others:
+        result = agreement(answers[first], answers[name])
+        record = {
+            **environment(),
+            "model": Path(args.model).name,
+            "load_format": args.load_format,
+            "rate": args.rate,
+            "first": dict(args.way)[first],
+            "other": way,
+            "extra": json.loads(args.extra_args),
+            **result,
+        }
+        write_record(args.out, record)
+        print(
+            f"{name}: {result['equal']} of {len(prompts)} answers equal those of "
+            f"{first}; {sum(result['alike_tokens'])} of {sum(result['tokens'])} tokens "
+            "before the first difference"
+        )
+
+
+if __name__ == "__main__":
+    main()
