@@ -74,8 +74,8 @@ def store_token(
     """
     d = tl.arange(0, DP)
     row = (token // S * LH + lh) * S + token % S
-    tl.store(arena_k + row * D + d, narrow(k, k_scale), mask=d < D)
-    tl.store(arena_v + row * D + d, narrow(v, v_scale), mask=d < D)
+    tl.store(arena_k + row * D + d, narrow(k, k_scale, arena_k), mask=d < D)
+    tl.store(arena_v + row * D + d, narrow(v, v_scale, arena_v), mask=d < D)
     tl.store(arena_score + row, 0.0)
 
 

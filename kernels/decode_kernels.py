@@ -25,7 +25,7 @@ from sglang_kvc.kernels.decode_rows import (
     store_part,
     store_row,
 )
-from sglang_kvc.kernels.kv_dtype import load_scale, matching_query, scaled, widen
+from sglang_kvc.kernels.kv_dtype import load_scale, matching_query, widen
 
 
 @triton.jit
@@ -255,11 +255,11 @@ def decode_tiles_kernel(
             )
 
         query = matching_query(query, arena.k)
-        logit_scale = scaled(qk_scale, k_scale)
+        logit_scale = qk_scale * k_scale
         m, denom, acc = attend_tiles(
             arena, table, query, begin, end, lh, logit_scale, LH, D, S, GP, DP, TILE
         )
-        acc = scaled(acc, v_scale)
+        acc = acc * v_scale
         out_row = out + b * out_token_stride + h * G * out_head_stride
         target = (out_row, out_head_stride, query_lse, ring_head)
         if (row_first >= first_tile) & (row_last <= last_tile):

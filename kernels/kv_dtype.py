@@ -106,9 +106,9 @@ def widen(tile, dtype: tl.constexpr):
 
 
 @triton.jit
-def narrow(x, scale):
-    """What is stored of `x`: itself if `scale` is None, else bytes of x / scale."""
-    if scale is not None:
+def narrow(x, scale, cells):
+    """What `cells` store of `x`: bytes of x / scale if they are bytes, else `x`."""
+    if cells.dtype.element_ty == tl.uint8:
         y = tl.div_rn(x.to(tl.float32), scale).to(x.dtype).to(tl.float32)
         sign = (y.to(tl.uint32, bitcast=True) >> 24) & 0x80
         is_nan = y != y
@@ -128,16 +128,11 @@ def narrow(x, scale):
 
 @triton.jit
 def load_scale(scales, index):
-    """Scale number `index` of [2, L]; None where the cache is not e4m3."""
-    return tl.load(scales + index) if scales is not None else None
+    """Scale number `index` of [2, L]; 1 where the cache is not e4m3.
 
-
-@triton.jit
-def scaled(x, scale):
-    """`x` times `scale`, which may be None for 1."""
-    if scale is not None:
-        x = x * scale
-    return x
+    Not None: Triton 3.6 has no such value. The compiler drops a product with 1.
+    """
+    return tl.load(scales + index) if scales is not None else 1.0
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
-from sglang_kvc.kernels.kv_dtype import load_scale, scaled
+from sglang_kvc.kernels.kv_dtype import load_scale
 from sglang_kvc.kernels.observe_rows import (
     load_heads,
     load_queries,
@@ -33,7 +33,7 @@ def _attention_mass(key, query, row_lse, qk_scale, POWER: tl.constexpr):
 def _lengths(arena_v, arena_row, valid, v_scale, D: tl.constexpr, DP: tl.constexpr):
     """L2 norms of values, fp32."""
     value = load_heads(arena_v, arena_row, valid, tl.float32, D, DP).to(tl.float32)
-    return scaled(tl.sqrt_rn(tl.sum(value * value, 1)), v_scale)
+    return tl.sqrt_rn(tl.sum(value * value, 1)) * v_scale
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def score_kernel(
         walk, slot, fold_len, packed_len, token_table_stride, page_table_stride
     )
     out = scores + first_cell
-    qk_scale = scaled(qk_scale, load_scale(arena_scales, lh // H))
+    qk_scale = qk_scale * load_scale(arena_scales, lh // H)
     v_scale = load_scale(arena_scales, L + lh // H)
     t = tl.arange(0, TILE)
 

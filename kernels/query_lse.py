@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
-from sglang_kvc.kernels.kv_dtype import load_scale, scaled, stored_bytes
+from sglang_kvc.kernels.kv_dtype import load_scale, stored_bytes
 from sglang_kvc.kernels.layout import Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.observe_rows import (
     load_heads,
@@ -75,7 +75,7 @@ def lse_kernel(
         pages, tail_tokens = head_pages(
             walk, slot, fold_len, packed_len, token_table_stride, page_table_stride
         )
-        qk_scale = scaled(qk_scale, load_scale(arena_scales, lh // H))
+        qk_scale = qk_scale * load_scale(arena_scales, lh // H)
         t = tl.arange(0, TILE)
         out = partial_lse + (x.to(tl.int64) * num_splits + split) * (W * G)
 

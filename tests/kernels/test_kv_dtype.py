@@ -78,7 +78,7 @@ def widen_kernel(stored, wide, N: tl.constexpr):
 @triton.jit
 def narrow_kernel(wide, stored, scales, N: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(stored + i, narrow(tl.load(wide + i), tl.load(scales)))
+    tl.store(stored + i, narrow(tl.load(wide + i), tl.load(scales), stored))
 
 
 @pytest.mark.interpreter
