@@ -25,7 +25,12 @@ from sglang_kvc.kernels.decode_rows import (
     store_part,
     store_row,
 )
-from sglang_kvc.kernels.kv_dtype import load_scale, matching_query, widen
+from sglang_kvc.kernels.kv_dtype import (
+    load_pairs,
+    load_scale,
+    matching_query,
+    widen,
+)
 
 
 @triton.jit
@@ -107,30 +112,41 @@ def attend_tiles(
     Returns the largest logits [GP], their sums of 2 ** (logit - largest) [GP] and the
     sums of V so weighted [GP, DP]. Masked lanes of K and V hold 0, of the logits -inf.
     """
+    BYTES: tl.constexpr = arena.v.dtype.element_ty == tl.uint8
+    # Columns of V and of the output a load: bytes come in pairs, see `load_pairs`.
+    VD: tl.constexpr = DP // 2 if BYTES else DP
     d = tl.arange(0, DP)
     t = tl.arange(0, TILE)
     m = tl.full([GP], float("-inf"), tl.float32)
     # A sum for each lane of a tile: one reduction over warps less in the loop.
     mass = tl.zeros([GP, TILE], tl.float32)
-    acc = tl.zeros([GP, DP], tl.float32)
+    acc = tl.zeros([GP, VD], tl.float32)
+    odd_acc = tl.zeros([GP, VD], tl.float32)
     for start in range(begin, end, TILE):
         ok = start + t < end
         arena_row = tile_rows(start, end, lh, *table, LH, S, TILE)
         cell = arena_row[:, None] * D + d[None, :]
         mask = ok[:, None] & (d < D)[None, :]
         k = tl.load(arena.k + cell, mask=mask, other=0.0)
-        v = tl.load(arena.v + cell, mask=mask, other=0.0)
+        if BYTES:
+            v, v_odd = load_pairs(arena.v, arena_row, ok, query.dtype, D, VD)
+        else:
+            v = tl.load(arena.v + cell, mask=mask, other=0.0)
         k = widen(k, query.dtype)
-        v = widen(v, query.dtype)
         s = tl.dot(query, tl.trans(k), input_precision="ieee") * qk_scale
         s = tl.where(ok[None, :], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         decay = tl.exp2(m - m_new)
         prob = tl.exp2(s - m_new[:, None])
         mass = mass * decay[:, None] + prob
-        pv = tl.dot(prob.to(v.dtype), v, input_precision="ieee")
-        acc = acc * decay[:, None] + pv
+        weight = prob.to(v.dtype)
+        acc = acc * decay[:, None] + tl.dot(weight, v, input_precision="ieee")
+        if BYTES:
+            pv = tl.dot(weight, v_odd, input_precision="ieee")
+            odd_acc = odd_acc * decay[:, None] + pv
         m = m_new
+    if BYTES:
+        acc = tl.interleave(acc, odd_acc)
     return m, tl.sum(mass, 1), acc
 
 

@@ -106,6 +106,23 @@ def widen(tile, dtype: tl.constexpr):
 
 
 @triton.jit
+def load_pairs(
+    cells, arena_row, ok, dtype: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr
+):
+    """Even and odd columns of rows of bytes, each [rows, HALF] in `dtype`; 0 if not ok.
+
+    A product over the rows needs them transposed, which tensor cores load by 16 bits
+    only. Two neighbouring bytes are as many; single ones would be read one by one.
+    """
+    pair = tl.arange(0, HALF)
+    two = cells.to(tl.pointer_type(tl.uint16))
+    cell = arena_row[:, None] * (D // 2) + pair[None, :]
+    both = tl.load(two + cell, mask=ok[:, None] & (pair < D // 2)[None, :], other=0)
+    even = widen((both & 0xFF).to(tl.uint8), dtype)
+    return even, widen((both >> 8).to(tl.uint8), dtype)
+
+
+@triton.jit
 def narrow(x, scale, cells):
     """What `cells` store of `x`: bytes of x / scale if they are bytes, else `x`."""
     if cells.dtype.element_ty == tl.uint8:

@@ -41,7 +41,6 @@ _NOT_ABOVE_ONE = {
     "dcp_size": "decode context parallelism",
     "attn_cp_size": "context parallelism",
     "attn_dp_size": "data-parallel attention",
-    "nnodes": "several nodes",
     "tokenizer_worker_num": "several tokenizer workers, which load no plugins",
 }
 

@@ -86,6 +86,8 @@ def add_one(
     headroom, need = Headroom.of(adder), PromptNeed.of(req)
     if need is None:
         return call()
+    if not server.turns.takes(adder.log_input_tokens, need.missing):
+        return schedule_policy.AddReqResult.OTHER
     result = _add_one(adder, server, headroom, need, req, call)
     refused = result is schedule_policy.AddReqResult.NO_TOKEN
     allocator = adder.token_to_kv_pool_allocator

@@ -7,6 +7,7 @@ from typing import Protocol
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.passes import PassScheduler
+from sglang_kvc.scheduling.turns import Turns
 
 
 class Server(Protocol):
@@ -16,10 +17,12 @@ class Server(Protocol):
     ----------
     chunk_rule : when prompts are compressed between chunks, and the size of the pool.
     pass_scheduler : passes, and what a round of admission leaves behind.
+    turns : of prompts and answers.
     """
 
     chunk_rule: ChunkRule
     pass_scheduler: PassScheduler
+    turns: Turns
 
     @property
     def options(self) -> KVCompressOptions:

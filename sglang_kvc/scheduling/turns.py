@@ -4,7 +4,8 @@ Stock SGLang runs waiting prompts one after another, and who has an answer to co
 for all of them. Here a few decode steps go between, by default two: SGLang hands out
 the tokens of a step when it has launched the next one, so those of a single step would
 wait for the launch of a prefill. If as many prompts wait as requests run, prompts go
-first as in SGLang: then it pays to fill the batch.
+first as in SGLang: then it pays to fill the batch. And a prefill that answers wait for
+takes several prompts only if they are short.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from typing import Any
 from sglang_kvc.upstream.types import Scheduler
 
 
+SHARED_TOKENS = 2048
+"""New tokens that several prompts may bring to one prefill while answers wait."""
+
+
 class Turns:
     """Whose turn it is, prompts' or answers', on one server."""
 
     def __init__(self) -> None:
         self._decoded = 0
+        self._hurry = False
 
     def decode_first(
         self, scheduler: Scheduler, running_batch: Any, steps: int
@@ -36,10 +42,21 @@ class Turns:
             self._decoded = 0
         else:
             self._decoded += 1
-        if self._decoded >= steps:
-            return False
         waiting = len(scheduler.waiting_queue) + (scheduler.chunked_req is not None)
-        return waiting < len(running_batch.reqs) and _answers_wait(running_batch)
+        few = steps > 0 and waiting < len(running_batch.reqs)
+        self._hurry = few and _answers_wait(running_batch)
+        return self._hurry and self._decoded < steps
+
+    def takes(self, taken: int, more: int) -> bool:
+        """Whether a prefill takes another prompt.
+
+        Parameters
+        ----------
+        taken : new tokens of the prompts that it has.
+        more : new tokens of this one.
+        """
+        alone = not taken or not self._hurry
+        return alone or taken + more <= SHARED_TOKENS
 
 
 def _answers_wait(running_batch: Any) -> bool:

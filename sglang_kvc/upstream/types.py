@@ -125,9 +125,11 @@ class PrefillAdder(Protocol):
     ----------
     rem_chunk_tokens : what is left of this step's chunk; None without chunks.
     can_run_list, preempt_list : who was admitted, and who must make room.
+    log_input_tokens : that those admitted have to compute.
     """
 
     running_batch: Any
+    log_input_tokens: int
     tree_cache: Any
     token_to_kv_pool_allocator: Any
     can_run_list: list[Any]

@@ -29,7 +29,6 @@ CASES: list[tuple[str, Any]] = [
     ("dcp_size", 2),
     ("attn_cp_size", 2),
     ("attn_dp_size", 2),
-    ("nnodes", 2),
     ("tokenizer_worker_num", 2),
     ("speculative_algorithm", "EAGLE"),
     ("decoupled_spec_role", "drafter"),

@@ -78,6 +78,21 @@ def test_where_many_wait_the_batch_is_filled_first(
     assert Turns().decode_first(behind, ANSWERS, 2) == answers_first
 
 
+@pytest.mark.parametrize(
+    ("waiting", "steps", "together"), [(3, 2, 2048), (4, 2, 10**6), (3, 0, 10**6)]
+)
+def test_answers_wait_for_one_long_prompt_at_a_time(
+    waiting: int, steps: int, together: int
+) -> None:
+    """It may be as long as it likes; short ones share a prefill."""
+    turns = Turns()
+    for last in (PREFILL, DECODE, DECODE):
+        turns.decode_first(scheduler(last, waiting=waiting), ANSWERS, steps)
+    assert turns.takes(0, 10**6)
+    assert turns.takes(together - 500, 500)
+    assert turns.takes(together - 500, 501) == (together > 2048)
+
+
 def runtime(steps: int) -> Any:
     """The part of a server that the hooks use."""
     return SimpleNamespace(
