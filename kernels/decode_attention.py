@@ -178,7 +178,9 @@ def decode_attention_triton(
     out = torch.empty_like(q) if out is None else out
     layers, heads = arena.num_layers, arena.num_kv_heads
     group = num_qo_heads // heads
-    config = config or default_config(head_dim)
+    if config is None:
+        byte_cells = arena.k.element_size() == 1
+        config = default_config(head_dim, group, byte_cells=byte_cells)
     programs = num_programs(config, q.device)
     if workspace is None:
         workspace = make_decode_workspace(

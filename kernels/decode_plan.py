@@ -234,12 +234,13 @@ def plan_decode_triton(
     slots, seq_lens : [B] int32 or int64, as in `decode_attention`.
     workspace : from `make_decode_workspace`.
     num_kv_heads : H.
-    config : default of the workspace's head_dim.
+    config : default of the workspace's shape.
     """
     batch, heads = slots.shape[0], num_kv_heads
     num_layers = tables.heads_per_page // heads
     check_workspace(workspace, batch, num_layers, heads)
-    config = config or default_config(workspace.partial_out.shape[-1])
+    _, group, head_dim = workspace.partial_out.shape
+    config = config or default_config(head_dim, group)
     programs = num_programs(config, slots.device)
     check_programs(workspace, programs)
     rows = batch * heads

@@ -49,14 +49,36 @@ class DecodeConfig(NamedTuple):
     row_slack: int | None = 1
 
 
-# By head_dim rounded up to a power of two. At 64 the compiler would take so many
-# registers that only two programs fit on a multiprocessor.
-_CONFIGS = {64: DecodeConfig(max_registers=168), 128: DecodeConfig()}
+# Three programs fit on a multiprocessor with up to 168 registers a thread. Some shapes
+# need more: two programs then, which load further ahead (times: docs/benchmarks.md).
+# Under a limit that it does not reach, Triton 3.6 spills; 3.8 does not, and needs it.
+_LIMIT = 168 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else None
+_THREE = DecodeConfig(max_registers=_LIMIT)
+_TWO = DecodeConfig(num_stages=5, programs_per_sm=2)
+_NARROW = DecodeConfig(num_stages=5, max_registers=168)
+_GROUPS_OF_THREE = range(2, 5)
 
 
-def default_config(head_dim: int) -> DecodeConfig:
-    """Return the tuned configuration of a head_dim."""
-    return _CONFIGS.get(triton.next_power_of_2(head_dim), DecodeConfig())
+def default_config(
+    head_dim: int, group: int = 4, *, byte_cells: bool = False
+) -> DecodeConfig:
+    """Return the tuned configuration of a shape.
+
+    Parameters
+    ----------
+    head_dim, group : D and Hq / H.
+    byte_cells : whether K and V are e4m3. The plan is the same.
+    """
+    lanes = triton.next_power_of_2(head_dim)
+    if lanes <= 64:
+        config = _NARROW
+    else:
+        few = lanes == 128 and group in _GROUPS_OF_THREE
+        config = _THREE if few else _TWO
+    if not byte_cells:
+        return config
+    limit = config.max_registers if config is _TWO else 168
+    return config._replace(num_stages=4, max_registers=limit)
 
 
 @lru_cache
@@ -122,16 +144,16 @@ def make_decode_workspace(
     max_batch : B of the largest call.
     num_qo_heads, num_kv_heads : Hq and H on this rank.
     head_dim, device, num_layers : as in the arena; "meta" serves to count bytes.
-    config : default of `head_dim`; the one with the most programs of those to be used.
+    config : default of the shape; the one with the most programs of those to be used.
 
     Returns
     -------
     DecodeWorkspace : at Hq = 32, H = 8, D = 128, B = 256, L = 32 and 528 programs,
         5 MB.
     """
-    config = config or default_config(head_dim)
-    programs = num_programs(config, device)
     rows, group = max_batch * num_kv_heads, num_qo_heads // num_kv_heads
+    config = config or default_config(head_dim, group)
+    programs = num_programs(config, device)
     ints = {"dtype": torch.int32, "device": device}
     floats = {"dtype": torch.float32, "device": device}
     return DecodeWorkspace(

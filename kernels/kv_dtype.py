@@ -105,6 +105,20 @@ def widen(tile, dtype: tl.constexpr):
     return tile
 
 
+# Of two pairs in $2, four bytes: the first of each in fp16, then the second of each.
+# The compiler takes three times as many instructions for it.
+_UNZIP = tl.constexpr("""{
+.reg .b32 low, high;
+.reg .b16 first, second, rest;
+prmt.b32 low, $2, 0, 0x4420;
+prmt.b32 high, $2, 0, 0x4431;
+mov.b32 {first, rest}, low;
+mov.b32 {second, rest}, high;
+cvt.rn.f16x2.e4m3x2 $0, first;
+cvt.rn.f16x2.e4m3x2 $1, second;
+}""")
+
+
 @triton.jit
 def load_pairs(
     cells, arena_row, ok, dtype: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr
@@ -118,8 +132,20 @@ def load_pairs(
     two = cells.to(tl.pointer_type(tl.uint16))
     cell = arena_row[:, None] * (D // 2) + pair[None, :]
     both = tl.load(two + cell, mask=ok[:, None] & (pair < D // 2)[None, :], other=0)
-    even = widen((both & 0xFF).to(tl.uint8), dtype)
-    return even, widen((both >> 8).to(tl.uint8), dtype)
+    if cuda_capability_geq(8, 9):
+        even, odd = tl.inline_asm_elementwise(
+            _UNZIP,
+            "=r,=r,r",
+            [both],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+        even, odd = even.to(dtype), odd.to(dtype)
+    else:
+        even = widen((both & 0xFF).to(tl.uint8), dtype)
+        odd = widen((both >> 8).to(tl.uint8), dtype)
+    return even, odd
 
 
 @triton.jit

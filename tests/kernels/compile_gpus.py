@@ -118,7 +118,9 @@ def launch_step(
         sm_scale=0.1,
         query_lse=case.query_lse,
         new_tokens=NewTokens(q[:, :heads], q[:, :heads], slots, case.query_ring),
-        config=default_config(dim)._replace(**switches),
+        config=default_config(dim, group, byte_cells=dtype == E4M3)._replace(
+            **switches
+        ),
     )
 
 

@@ -215,7 +215,7 @@ def test_gpu_sweep(
         window=1,
         spare_pages=0,
     )
-    config = default_config(dim)._replace(**switches)
+    config = default_config(dim, group)._replace(**switches)
     check(case, layer=1, padding=padding, config=config)
     check_new_tokens(case, layer=1, padding=padding, config=config)
 
