@@ -30,9 +30,8 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_name()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(
-            query, capture_output=True, text=True, check=False
-        ).stdout.strip()
+        said = subprocess.run(query, capture_output=True, text=True, check=False)
+        driver = said.stdout.partition("\n")[0].strip()  # a line for each GPU
     versions = {}
     for name in ("sglang", "torch", "triton", "flashinfer-python", "transformers"):
         try:
