@@ -4,9 +4,10 @@
 those files. Most tests keep one core busy for minutes, so on two cores two lanes take
 little more than half the time:
 
-* all that needs neither Triton's interpreter nor SGLang in processes of its own;
+* all that does not need Triton's interpreter, servers last;
 * kernels, in a process of their own, because the interpreter must be chosen before
-  Triton is imported, and SGLang's own kernels must not run in it; then servers.
+  Triton is imported, and SGLang's own kernels must not run in it; then what the first
+  lane has not begun, from its end: servers first.
 
 The second lane is shown when the first one is done.
 """
@@ -21,26 +22,35 @@ import threading
 import time
 from typing import IO
 
+from tests.claims import BACKWARDS, CLAIMS
+
 NO_TESTS = 5
 """Exit code of pytest that has found none."""
 KERNELS = "tests/kernels"
 LOOK_S = 0.5
 
 
-def lanes(paths: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Arguments of pytest for the first lane, and for each run in the second."""
-    chosen = paths or [f"--ignore={KERNELS}"]
-    kernels = [] if paths else [[KERNELS]]
-    return ["-m", "not server", *chosen], [*kernels, ["-m", "server", *chosen]]
+def run(
+    arguments: list[str],
+    claims: str = "",
+    backwards: bool = False,
+    out: IO[bytes] | None = None,
+) -> int:
+    """Run pytest once; its exit code.
 
-
-def run(arguments: list[str], out: IO[bytes] | None = None) -> int:
-    """Run pytest once; its exit code."""
+    Parameters
+    ----------
+    claims : the folder of a selection that two runs share.
+    backwards : whether this is the second of them.
+    """
     env = dict(os.environ)
-    # Some twenty processes import SGLang: 18 s of CPU, or 45 where no bytecode is kept.
+    # Some fifteen processes import SGLang, which takes thrice as long without bytecode.
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     if arguments == [KERNELS]:
         env["TRITON_INTERPRET"] = "1"
+    if claims:
+        env |= {CLAIMS: claims, BACKWARDS: str(int(backwards))}
+        arguments = ["-p", "tests.claims", *arguments]
     command = [sys.executable, "-m", "pytest", *arguments]
     return subprocess.run(
         command, stdout=out, stderr=out, env=env, check=False
@@ -49,14 +59,22 @@ def run(arguments: list[str], out: IO[bytes] | None = None) -> int:
 
 def main(paths: list[str]) -> int:
     """Run both lanes; 0 if all tests passed and there was one."""
-    first, second = lanes(paths)
+    chosen = paths or [f"--ignore={KERNELS}"]
     codes: list[int] = []
-    with tempfile.NamedTemporaryFile() as log, open(log.name, "rb") as shown:
-        behind = threading.Thread(
-            target=lambda: codes.extend(run(each, log) for each in second)
-        )
+    with (
+        tempfile.TemporaryDirectory() as claims,
+        tempfile.NamedTemporaryFile() as log,
+        open(log.name, "rb") as shown,
+    ):
+
+        def second() -> None:
+            if not paths:
+                codes.append(run([KERNELS], out=log))
+            codes.append(run(chosen, claims, True, log))
+
+        behind = threading.Thread(target=second)
         behind.start()
-        codes.append(run(first))
+        codes.append(run(chosen, claims))
         running = True
         while running:
             running = behind.is_alive()

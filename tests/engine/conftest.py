@@ -57,11 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def server(
-    whole_model_path: str, tmp_path_factory: pytest.TempPathFactory
+    model_path: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """A running server, shared: a start takes a minute. It is asked for JSON, too."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with running(whole_model_path, log) as started:
+    with running(model_path, log) as started:
         yield started
 
 

@@ -26,7 +26,7 @@ from tests.engine.inprocess import (
     make_server_args,
 )
 from tests.engine.stress import POOL, STRICT, PageAudit
-from tests.engine.tiny_model import FEW_LAYERS, VOCAB, write_tiny_model
+from tests.engine.tiny_model import ONE_LAYER, VOCAB, write_tiny_model
 
 CHUNK = 512
 BEYOND = POOL + 40
@@ -222,11 +222,14 @@ def outgrown_and_retracted_without_chunks(server: InProcessScheduler) -> Facts:
 @scenario
 def outputs_longer_than_the_pool(server: InProcessScheduler) -> Facts:
     """C1."""
-    return one_after_another(
+    # Both at once: together they hold a quarter of the pool.
+    small = [
+        Request("budget", ids(20), BEYOND, {"budget": 64}),
+        Request("rate", ids(20), BEYOND, {"rate": 8}),
+    ]
+    return facts(server.serve(small)) | one_after_another(
         server,
         [
-            Request("budget", ids(20), BEYOND, {"budget": 64}),
-            Request("rate", ids(20), BEYOND, {"rate": 8}),
             Request("whole", ids(20), BEYOND, {"enabled": False}),
             # Two copies fit up to 1,104 tokens; from there on it keeps everything.
             Request("near", ids(500), 1500, {"rate": 2}),
@@ -319,7 +322,7 @@ def main(target: str, only: list[str]) -> None:
     report: dict[str, Facts] = {}
     with tempfile.TemporaryDirectory() as folder:
         args = make_server_args(
-            write_tiny_model(Path(folder), FEW_LAYERS),
+            write_tiny_model(Path(folder), ONE_LAYER),
             compress=True,
             chunked_prefill_size=CHUNK,
             max_total_tokens=POOL,

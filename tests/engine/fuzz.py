@@ -28,10 +28,11 @@ from tests.engine.inprocess import (
     make_server_args,
 )
 from tests.engine.stress import POOL, STRICT, PageAudit
-from tests.engine.tiny_model import FEW_LAYERS, VOCAB, write_tiny_model
+from tests.engine.tiny_model import ONE_LAYER, VOCAB, write_tiny_model
 
 REQUESTS = 30
-CONTEXT = 4096
+LONGEST = 280
+"""New tokens: more than the longest interval of `SETTINGS`, so that passes repeat."""
 REPORTS = {"report_heads": True, "report_tokens": True}
 COUNTED = ("passes", "chunk_passes", "deferred_passes")
 
@@ -100,7 +101,7 @@ def draw(rng: random.Random, name: str, setting: Setting, count: int) -> list[Re
             Request(
                 f"{name}-{i:03}",
                 ids,
-                max_new=rng.choice([0, 1, 2, 17, 40, 90, 400]),
+                max_new=rng.choice([0, 1, 2, 17, 40, 90, LONGEST]),
                 kv=rng.choice(options),
                 arrive=arrive,
                 abort_at=arrive + rng.randrange(0, 60) if aborted else None,
@@ -237,7 +238,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         server = InProcessScheduler(
             make_server_args(
-                write_tiny_model(Path(folder), FEW_LAYERS),
+                write_tiny_model(Path(folder), ONE_LAYER),
                 compress=True,
                 chunked_prefill_size=256,
                 max_total_tokens=POOL,

@@ -11,13 +11,13 @@ import importlib
 import multiprocessing
 import os
 import pickle
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sglang_kvc.upstream.ranks import CHECK
+from tests.engine import warm
 from tests.engine.inprocess import (
     InProcessScheduler,
     Output,
@@ -104,27 +104,17 @@ def serve_jobs(folder: Path, jobs: list[Job]) -> list[Result]:
     """Run jobs one after another, in processes of their own."""
     source, target = folder / "jobs.pkl", folder / "results.pkl"
     source.write_bytes(pickle.dumps(jobs))
-    env = {**os.environ, CHECK: "1"}
-    command = [sys.executable, "-m", "tests.engine.ranks", source, target]
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert target.exists(), run.stderr[-4000:]
+    words, environ = (source, target), {CHECK: "1"}
+    log = folder / "ranks.log"
+    said = warm.run("tests.engine.ranks", *words, log=log, environ=environ)
+    assert target.exists(), said
     results: list[Result] = pickle.loads(target.read_bytes())
     return results
 
 
 def main(source: str, target: str) -> None:
     """Fork the ranks of every job: SGLang is imported once for all of them."""
-    importlib.import_module("sglang.srt.managers.scheduler")
-    # As in a server, before what they patch is imported. The models take 5 s.
-    importlib.import_module("sglang.srt.plugins").load_plugins()
-    importlib.import_module("sglang.srt.models.registry")
+    importlib.import_module("tests.engine.preloaded")
     jobs: list[Job] = pickle.loads(Path(source).read_bytes())
     folder = Path(target).parent
     results = [_run(job, folder / f"job{i}") for i, job in enumerate(jobs)]

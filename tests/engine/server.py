@@ -27,6 +27,7 @@ FLAGS = (
     "--chunked-prefill-size 256 --max-total-tokens 8192 --max-running-requests 8 "
     "--enable-cache-report --enable-metrics --sleep-on-idle"
 ).split()
+LAUNCHER = "sglang.launch_server"
 START_S = 900
 """Only what hangs takes so long: on a busy machine two ranks needed more than 300."""
 ANSWER_S = 600
@@ -85,7 +86,11 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(
-    model_path: str, log: Path, extra: Sequence[str] = (), may_end: bool = False
+    model_path: str,
+    log: Path,
+    extra: Sequence[str] = (),
+    may_end: bool = False,
+    launcher: str = LAUNCHER,
 ) -> Iterator[Server]:
     """``python -m sglang.launch_server --kv-compress`` on the CPU.
 
@@ -93,6 +98,7 @@ def running(
     ----------
     extra : more flags.
     may_end : whether a test may end it.
+    launcher : a module in the place of SGLang's.
     """
     port = free_port()
     environment = dict(os.environ)
@@ -103,6 +109,7 @@ def running(
     command = serve.server_command(
         model_path, "127.0.0.1", port, False, [*FLAGS, *extra]
     )
+    command[command.index(LAUNCHER)] = launcher
     with log.open("wb") as out, pytest.MonkeyPatch.context() as patch:
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1")

@@ -1,8 +1,9 @@
 """The small model's first layers: the same weights, a fifth of the work.
 
-Most tests compare two systems, or a system with an oracle, and ask nothing of the
-answers. They take six of the thirty layers. Tests that judge answers ask the server of
-the HTTP tests, which has the whole model. With `WHOLE` set every test has it.
+Most tests compare two systems, or a system with an oracle, or ask what the server says
+of a request, and nothing of the answers. They take six of the thirty layers.
+`test_quality.py` judges answers and has the whole model. With `WHOLE` set every test
+has it.
 """
 
 from __future__ import annotations

@@ -6,9 +6,6 @@ with: the oracle attends to the KVs that the server has stored.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ import torch
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.kernels.kv_dtype import E4M3, narrow_ref
+from tests.engine import warm
 from tests.engine.e4m3 import BUDGET, LENGTH, MIXED, NEW, SCALES
 from tests.engine.kept import OPTIONS
 from tests.engine.oracle import TIE, Oracle, Step, check_few_differ
@@ -34,14 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def report(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Report of `tests.engine.e4m3`, run in a process of its own."""
     target = tmp_path_factory.mktemp("e4m3") / "report.pt"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.engine.e4m3", model, target],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert target.exists(), run.stderr[-4000:]
+    log = warm.run("tests.engine.e4m3", model, target, log=target.with_suffix(".log"))
+    assert target.exists(), log
     result: dict[str, Any] = torch.load(target, weights_only=False)
     assert "traceback" not in result, result["traceback"]
     return result

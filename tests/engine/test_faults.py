@@ -7,14 +7,11 @@ unfair. The scenarios are in `faults.py`; those of single functions in tests/uni
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engine import warm
 from tests.engine.faults import BEYOND, SCENARIOS
 from tests.engine.stress import POOL
 
@@ -28,18 +25,16 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Facts]:
     done: dict[str, Facts] = {}
     while missing := [name for name in SCENARIOS if name not in done]:
         target.unlink(missing_ok=True)
-        run = subprocess.run(
-            [sys.executable, "-m", "tests.engine.faults", target, *missing],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parents[2],
+        log = warm.run(
+            "tests.engine.faults",
+            target,
+            *missing,
+            log=target.with_suffix(".log"),
             timeout=1200,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
         )
         new = json.loads(target.read_text()) if target.exists() else {}
         if not new:
-            new = {missing[0]: {"traceback": run.stderr[-4000:]}}
+            new = {missing[0]: {"traceback": log}}
         done |= new
     return done
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engine import warm
 from tests.engine.fuzz import SETTINGS
 
 REQUESTS = 20
@@ -21,17 +18,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Report of `tests.engine.fuzz`, run in a process of its own."""
     target = tmp_path_factory.mktemp("fuzz") / "report.json"
     slice_of_it = ["--seeds", "0", "1", "--requests", str(REQUESTS)]
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.engine.fuzz", target, *slice_of_it],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
+    log = warm.run(
+        "tests.engine.fuzz",
+        target,
+        *slice_of_it,
+        log=target.with_suffix(".log"),
         timeout=1800,
-        # Threads of small CPU ops wait for each other on a busy machine.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
     )
-    assert target.exists(), run.stderr[-4000:]
+    assert target.exists(), log
     result: dict[str, Any] = json.loads(target.read_text())
     return result
 

@@ -42,7 +42,7 @@ TALKS = 6
 
 @pytest.fixture(scope="module")
 def second(
-    whole_model_path: str, tmp_path_factory: pytest.TempPathFactory
+    model_path: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """A server of two ranks, of the same model as the first. The last test kills it."""
     log = tmp_path_factory.mktemp("second") / "log.txt"
@@ -54,7 +54,8 @@ def second(
         # only those of one replica.
         if isinstance(UPSTREAM, Generation22):
             patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"0|{1 % cores}")
-        with running(whole_model_path, log, flags, may_end=True) as started:
+        forking = "tests.engine.forking_server"
+        with running(model_path, log, flags, True, forking) as started:
             yield started
 
 
@@ -271,7 +272,7 @@ def test_a_killed_server_loses_no_others_requests(
     gateway: Server, server: Server, second: Server, talks: list[Talk]
 ) -> None:
     """Streams of the other one end as always; what comes later is served there."""
-    count = 60
+    count = 200
 
     def start(talk: Talk) -> tuple[str, Iterator[dict[str, Any]]]:
         body = body_of([], count, None) | {"stream": True}

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engine import warm
 from tests.engine.inprocess import InProcessScheduler, Output, Request
 from tests.engine.stock import diverging_ids
 from tests.engine.texts import prompt
@@ -48,15 +45,9 @@ def stock_outputs(
     source, target = folder / "requests.json", folder / "outputs.json"
     requests = identity_requests(model_path)
     source.write_text(json.dumps([dataclasses.asdict(r) for r in requests]))
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.engine.stock", model_path, source, target],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert target.exists(), run.stderr[-4000:]
+    words = (model_path, source, target)
+    log = warm.run("tests.engine.stock", *words, log=folder / "log.txt")
+    assert target.exists(), log
     return json.loads(target.read_text())
 
 

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.engine import warm
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Report of `tests.engine.stress`, run in a process of its own."""
     target = tmp_path_factory.mktemp("stress") / "report.json"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.engine.stress", target],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert target.exists(), run.stderr[-4000:]
+    log = warm.run("tests.engine.stress", target, log=target.with_suffix(".log"))
+    assert target.exists(), log
     result: dict[str, Any] = json.loads(target.read_text())
     assert "traceback" not in result, result["traceback"]
     return result

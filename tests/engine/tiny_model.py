@@ -11,6 +11,8 @@ VOCAB = 512
 LAYERS, HEADS = 4, 2
 FEW_LAYERS = 2
 """Where nobody asks what the heads have kept."""
+ONE_LAYER = 1
+"""Where nobody asks what is answered: only who waits, ends, and owns which page."""
 
 
 def write_tiny_model(folder: Path, layers: int = LAYERS) -> str:

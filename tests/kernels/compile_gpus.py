@@ -1,9 +1,9 @@
 """Compile every kernel for one kind of GPU, without a GPU.
 
 ``python -m tests.kernels.compile_gpus 90 [all]`` (80: A100, 89: L40S, 90: H200,
-100: B200). Then those kernels that read or write K and V, for an e4m3 cache. Where it
-is not sm90, only the most usual shape is compiled, and decode for the largest ones, to
-save time, unless ``all`` is given.
+100: B200). Kernels that read or write K and V are compiled for more shapes and for an
+e4m3 cache. Where it is not sm90, only the most usual shape is compiled, and decode for
+the largest ones, to save time, unless ``all`` is given.
 
 The wrappers run on CPU tensors under a driver that only names the target, and each
 launch stops after compilation. Prints one JSON object a kernel: registers, spilled
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,15 @@ from triton.runtime.jit import JITFunction
 from sglang_kvc.kernels.decode_attention import NewTokens, decode_attention_triton
 from sglang_kvc.kernels.decode_schedule import default_config
 from sglang_kvc.kernels.kv_dtype import E4M3
-from sglang_kvc.kernels.ops import OPS
+from sglang_kvc.kernels.ops import OPS, Op
 from sglang_kvc.kernels.testing import make_case
+from tests.kernels.touch_kv import TOUCH_KV
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 compiled: dict[str, Any] = {}
-TOUCH_KV = (
-    "append_kv",
-    "decode_attention",
-    "observe_scores",
-    "key_diff",
-    "pack_entries",
-)
-"""Ops whose kernels read or write K and V."""
+KV_OPS = [op for op in OPS if op.name in TOUCH_KV]
+"""The others know neither the dtype nor the shape of K and V."""
+PASS_OPS = [op for op in KV_OPS if op.name != "decode_attention"]
 
 
 class Target:
@@ -131,8 +128,9 @@ def launch_all(
     dim: int,
     window: int,
     dtype: torch.dtype = torch.bfloat16,
+    ops: Sequence[Op] = OPS,
 ) -> None:
-    """Call every op's kernels; those in `TOUCH_KV` for an e4m3 cache."""
+    """Call the kernels of `ops`."""
     kind = {"dtype": dtype, "query_dtype": torch.bfloat16, "window": window}
     for folds in ([256, 128], None):
         case = make_case(
@@ -144,9 +142,7 @@ def launch_all(
             head_dim=dim,
             **kind,
         )
-        for op in OPS:
-            if dtype == E4M3 and op.name not in TOUCH_KV:
-                continue
+        for op in ops:
             for args, settings in op.make_calls(case):
                 op.kernel(*args, **settings)
 
@@ -190,7 +186,7 @@ if __name__ == "__main__":
     launch_all(layers=2, heads=3, group=4, dim=128, window=32)
     launch_step(heads=8, group=4, dim=128)
     if every:
-        launch_all(layers=2, heads=2, group=7, dim=96, window=8)
+        launch_all(layers=2, heads=2, group=7, dim=96, window=8, ops=KV_OPS)
         launch_decode(heads=2, group=8, dim=64)
         launch_step(heads=2, group=7, dim=96)
         launch_step(heads=2, group=8, dim=64)
@@ -198,16 +194,18 @@ if __name__ == "__main__":
     usual = set(compiled)
     for group, dim in WIDE if every else LARGEST:
         if every:
-            launch_all(layers=2, heads=2, group=group, dim=dim, window=32)
+            # Decode as servers do it: the next line.
+            launch_all(2, heads=2, group=group, dim=dim, window=32, ops=PASS_OPS)
         launch_step(heads=2, group=group, dim=dim)
     wide = set(compiled)
-    launch_all(layers=2, heads=3, group=4, dim=128, window=32, dtype=E4M3)
+    bytes_ = {"dtype": E4M3, "ops": KV_OPS}
+    launch_all(layers=2, heads=3, group=4, dim=128, window=32, **bytes_)
     launch_step(heads=8, group=4, dim=128, dtype=E4M3)
     if every:
         launch_step(heads=2, group=8, dim=64, dtype=E4M3)
     usual |= set(compiled) - wide
     if every:
-        launch_all(layers=2, heads=2, group=16, dim=128, window=32, dtype=E4M3)
+        launch_all(layers=2, heads=2, group=16, dim=128, window=32, **bytes_)
     for key, kernel in compiled.items():
         about = {"usual": key in usual, "e4m3": "*u8" in signature_types(kernel)}
         json.dump({**usage(kernel), **about}, sys.stdout)

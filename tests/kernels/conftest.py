@@ -6,9 +6,12 @@ on the GPU.
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.kernels.interpreter import patch_once_a_launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -30,6 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("interpreter") and not (ON_GPU or INTERPRETED):
             item.add_marker(no_triton)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """See `interpreter`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            patch_once_a_launch(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,28 +7,29 @@ import pytest
 import torch
 
 from sglang_kvc.kernels import layout
+from sglang_kvc.kernels.layout import Arena
 from sglang_kvc.kernels.ops import OPS, Op, outcome
 from sglang_kvc.kernels.testing import Case, make_case
+from tests.kernels.touch_kv import TOUCH_KV
 
 FOLDER = Path(layout.__file__).parent
 # Its forms give the plan in different shapes; test_decode_plan.py compares them.
 OWN_TEST = {"plan_decode"}
 
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+each_of_kv = pytest.mark.parametrize(
+    "op", [op for op in OPS if op.name in TOUCH_KV], ids=lambda op: op.name
+)
 
 
 # Query heads a KV head, head_dim: the widest of both, and what is no power of two.
 SHAPES = [(5, 80), (12, 128), (16, 64), (16, 128), (8, 256)]
 
 
-def case(
-    device: str, folds: list[int] | None = None, group: int = 3, head_dim: int = 32
-) -> Case:
+def case(device: str, folds: list[int] | None = None) -> Case:
     """Three requests; the last one has a partly filled page."""
     lengths = [70, 160, 227]
-    return make_case(
-        lengths, folds, layers=2, group=group, head_dim=head_dim, device=device
-    )
+    return make_case(lengths, folds, layers=2, group=3, head_dim=32, device=device)
 
 
 def test_every_op_with_a_kernel_is_listed() -> None:
@@ -52,12 +53,35 @@ def test_kernel_equals_reference(op: Op, folds: list[int] | None, device: str) -
 
 
 @pytest.mark.interpreter
-@each_op
+@each_of_kv
 @pytest.mark.parametrize(("group", "head_dim"), SHAPES)
 def test_kernel_equals_reference_for_every_shape(
     op: Op, group: int, head_dim: int, device: str
 ) -> None:
-    compare(op, case(device, [0, 144, 96], group, head_dim))
+    """Of K and V; two requests of two tiles and more, one layer."""
+    shape = {"layers": 1, "group": group, "head_dim": head_dim}
+    compare(op, make_case([70, 131], [0, 96], **shape, device=device))
+
+
+@each_op
+def test_who_touches_keys_and_values(op: Op) -> None:
+    """The others give the same whatever keys and values are, and leave them as such."""
+    touched = False
+    for call in op.make_calls(case("cpu", [0, 144, 96])):
+        args = [redrawn(arg) if isinstance(arg, Arena) else arg for arg in call.args]
+        before = [part for arg in args if isinstance(arg, Arena) for part in arg[:2]]
+        one = outcome(op.reference, call)
+        other = outcome(op.reference, call._replace(args=tuple(args)))
+        for mine, theirs in zip(one, other, strict=True):
+            like = [part for part in before if part.shape == theirs.shape] or [mine]
+            touched |= not any(torch.equal(part, theirs) for part in like)
+    assert touched == (op.name in TOUCH_KV)
+
+
+def redrawn(arena: Arena) -> Arena:
+    """The same with other keys and values."""
+    k, v = (torch.rand_like(part) for part in arena[:2])
+    return arena._replace(k=k, v=v)
 
 
 def compare(op: Op, made: Case) -> None:

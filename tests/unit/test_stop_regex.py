@@ -77,6 +77,6 @@ def test_the_worst_accepted_patterns_are_short(pattern: str) -> None:
     check_stop_regex(pattern)
     text = "a" * 4096
     compiled = re.compile(pattern)
-    start = time.perf_counter()
+    start = time.thread_time()
     assert compiled.search(text) is None
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
