@@ -13,9 +13,10 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.config.pages import pages_of
-from sglang_kvc.kernels.layout import Arena, BlockTables
+from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
+from sglang_kvc.kernels.query_ring import QueryRing, ring_pages
 from sglang_kvc.memory.kv_pool import ArenaKVPool
-from sglang_kvc.memory.metadata import ModelShape
+from sglang_kvc.memory.metadata import LSE_DTYPE, ModelShape
 
 
 @dataclass
@@ -28,8 +29,8 @@ class DeviceState:
     shape : of the model on this rank.
     arena : K, V and scores of all layers.
     tables : SGLang's request table and our block tables, a row a slot.
-    query_ring : last queries, [slots, L, window, Hq, D], in the model's dtype.
-    query_lse : log-sum-exp of each of them where it was decoded, fp32.
+    query_ring : last queries of every slot, in 8 bits.
+    query_lse : log-sum-exp of each, [slots, L, window, Hq] fp16.
     novelty_unit : what a key of mean novelty adds, a number a slot, fp32.
     device : where all of it lives.
     """
@@ -38,7 +39,7 @@ class DeviceState:
     shape: ModelShape
     arena: Arena
     tables: BlockTables
-    query_ring: torch.Tensor
+    query_ring: QueryRing
     query_lse: torch.Tensor
     novelty_unit: torch.Tensor
     device: Any
@@ -99,8 +100,23 @@ def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceSt
             block_offsets=zeros(slots, arena.heads_per_page + 1),
             packed_pages=zeros(slots, pages_of(req_to_token.shape[1])),
         ),
-        query_ring=torch.zeros(*ring, shape.head_dim, dtype=query_dtype, device=device),
-        query_lse=torch.zeros(ring, device=device),
+        query_ring=_make_rings(slots, shape, options.window, device),
+        query_lse=torch.zeros(ring, dtype=LSE_DTYPE, device=device),
         novelty_unit=torch.zeros(slots, device=device),
         device=device,
+    )
+
+
+def _make_rings(slots: int, shape: ModelShape, window: int, device: Any) -> QueryRing:
+    """Rings of all slots, in memory of their own that looks like pages of the arena."""
+    each = ring_pages(window, shape.group, shape.itemsize)
+    block = PAGE_SIZE * shape.head_dim * shape.itemsize
+    size = (1 + slots * each, shape.num_layers, shape.num_kv_heads, block)
+    pages = torch.arange(slots * each, device=device, dtype=torch.int32) + 1
+    cells = {"dtype": torch.uint8, "device": device}
+    return QueryRing(
+        torch.zeros(size, **cells),
+        torch.zeros(size, **cells),
+        pages.view(slots, each),
+        window,
     )

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens, pages_of
 from sglang_kvc.kernels.decode_attention import make_decode_workspace
 from sglang_kvc.kernels.plan_heads import PARTIAL_BYTES
+from sglang_kvc.kernels.query_ring import ring_pages
 from sglang_kvc.kernels.select import SCRATCH_BYTES_PER_GROUP, SCRATCH_BYTES_PER_HEAD
 
 SCORE_BYTES = 4
-LSE_BYTES = 4
+LSE_DTYPE = torch.float16
+"""Of recorded log-sum-exps: 0.4 % of a query's weight, the same for all keys."""
 MAX_SLOTS, MIN_SLOTS = 256, 16
 TOKENS_PER_SLOT = 192
 """A default slot for so many tokens of the pool: few requests hold less for long."""
@@ -40,6 +44,11 @@ class ModelShape:
     def heads_per_page(self) -> int:
         """Head blocks in a page, L * H."""
         return self.num_layers * self.num_kv_heads
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_qo_heads // self.num_kv_heads
 
     def num_groups(self, allocation: str) -> int:
         """Groups of heads that share a budget, see `select_entries`."""
@@ -185,12 +194,10 @@ def metadata_bytes(
         page lists of all heads and copies of the queries and outputs of one layer.
     """
     slots = max_running_requests + 1
-    ring = (
-        slots
-        * shape.num_layers
-        * options.window
-        * shape.num_qo_heads
-        * (shape.head_dim * shape.query_itemsize + LSE_BYTES)
+    pages = ring_pages(options.window, shape.group, shape.itemsize)
+    rows = shape.num_layers * options.window * shape.num_qo_heads
+    ring = slots * (
+        pages * PAGE_SIZE * shape.kv_bytes_per_token + rows * LSE_DTYPE.itemsize
     )
     partials = make_decode_workspace(
         max_running_requests,

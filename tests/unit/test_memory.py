@@ -80,7 +80,7 @@ def test_ring_is_the_window_of_every_slot(window: int) -> None:
         context_len=4096,
         pool_tokens=8192,
     )
-    assert sizes.ring == 11 * 32 * window * 32 * (128 * 2 + 4)
+    assert sizes.ring == 11 * 32 * window * 32 * (128 + 2)
 
 
 def test_a_small_pool_gets_fewer_slots_and_less_workspace() -> None:
