@@ -5,7 +5,7 @@ tensor                  shape                  written
 ======================  =====================  =========================================
 ``arena.k``, ``.v``     [pages, L, H, S, D]    [t // S, layer, :, t % S] = k, v
 ``arena.score``         [pages, L, H, S]       [t // S, layer, :, t % S] = 0
-``query_ring``          [slots, L, w, Hq, D]   [slot, layer, p % w] = q
+``query_ring``          see ``query_ring``     row p % w of a slot = q, in 8 bits
 ======================  =====================  =========================================
 
 with t = out_cache_loc and slot * w + p % w = ring_index (-1: not recorded). This kernel
@@ -25,6 +25,13 @@ from sglang_kvc.kernels.kv_dtype import (
     stored_bytes,
 )
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
+from sglang_kvc.kernels.query_ring import (
+    QueryRing,
+    encode_queries,
+    ring_line,
+    ring_page,
+    store_queries_ref,
+)
 
 
 def append_kv_ref(
@@ -33,7 +40,7 @@ def append_kv_ref(
     v: torch.Tensor,
     q: torch.Tensor,
     out_cache_loc: torch.Tensor,
-    query_ring: torch.Tensor,
+    query_ring: QueryRing,
     ring_index: torch.Tensor,
     *,
     layer: int,
@@ -47,9 +54,9 @@ def append_kv_ref(
         stored_bytes(cells)[page, layer, :, offset] = stored
     arena.score[page, layer, :, offset] = 0.0
     recorded = ring_index >= 0
-    ring = ring_index[recorded]
-    window = query_ring.shape[2]
-    query_ring[ring // window, layer, ring % window] = q[recorded].to(query_ring.dtype)
+    slots = ring_index[recorded] // query_ring.window
+    rows = ring_index[recorded] % query_ring.window
+    store_queries_ref(query_ring, slots, rows, q[recorded], layer=layer)
 
 
 @triton.jit
@@ -89,7 +96,9 @@ def _append_kernel(
     arena_score,
     scales,
     out_cache_loc,
-    query_ring,
+    ring_k,
+    ring_v,
+    ring_pages,
     ring_index,
     k_token_stride,
     k_head_stride,
@@ -102,6 +111,9 @@ def _append_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     W: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    N: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
     GP: tl.constexpr,
@@ -147,9 +159,11 @@ def _append_kernel(
             mask=mask,
             other=0.0,
         )
-        cell = ((ring // W) * L + layer) * W + ring % W
-        cell = cell * (H * G) + query_head
-        tl.store(query_ring + cell[:, None] * D + d[None, :], query, mask=mask)
+        page = ring_page(ring_pages, ring // W, ring % W, True, R, N)
+        lh = layer * H + h
+        line = ring_line(ring_k, ring_v, page, ring % W, lh, L * H, G, D, R, B)
+        cell = line + g[:, None] * D + d[None, :]
+        tl.store(cell, encode_queries(query, DP), mask=mask & (page > 0))
 
 
 def append_kv_triton(
@@ -158,7 +172,7 @@ def append_kv_triton(
     v: torch.Tensor,
     q: torch.Tensor,
     out_cache_loc: torch.Tensor,
-    query_ring: torch.Tensor,
+    query_ring: QueryRing,
     ring_index: torch.Tensor,
     *,
     layer: int,
@@ -177,7 +191,7 @@ def append_kv_triton(
         arena.score,
         arena.scales,
         out_cache_loc,
-        query_ring,
+        *query_ring[:3],
         ring_index,
         k.stride(0),
         k.stride(1),
@@ -189,7 +203,7 @@ def append_kv_triton(
         L=arena.num_layers,
         H=num_kv_heads,
         G=group,
-        W=query_ring.shape[2],
+        **query_ring.sizes(group, head_dim),
         D=head_dim,
         S=PAGE_SIZE,
         GP=triton.next_power_of_2(group),
@@ -204,7 +218,7 @@ def append_kv(
     v: torch.Tensor,
     q: torch.Tensor,
     out_cache_loc: torch.Tensor,
-    query_ring: torch.Tensor,
+    query_ring: QueryRing,
     ring_index: torch.Tensor,
     *,
     layer: int,
@@ -218,7 +232,7 @@ def append_kv(
     q : [N, Hq, D], last dimension contiguous, after RoPE.
     out_cache_loc : [N] int64 token ids. Equal ids (the padding rows of a decode graph)
         leave one of the rows.
-    query_ring : [slots, L, w, Hq, D], contiguous, written in place.
+    query_ring : written in place; slots without a ring record nothing.
     ring_index : [N] int64, slot * w + p % w, or -1 to record nothing. The indices that
         are not -1 must differ.
     layer : which layer of the arena and the ring.

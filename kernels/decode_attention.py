@@ -13,8 +13,8 @@ tensor                  shape                  meaning
 ``q``                   [B, Hq, D]             query of the newest token
 ``slots``               [B] int32 or int64     row of each request in the tables
 ``seq_lens``            [B] int32 or int64     logical tokens, the newest one included
-``query_lse``           [slots, L, w, Hq]      fp32, optional: log2-sum-exp2 of q, which
-                                               is at position p, goes to row p % w
+``query_lse``           [slots, L, w, Hq]      optional: log2-sum-exp2 of q, which is at
+                                               position p, goes to row p % w
 ======================  =====================  =========================================
 
 Given `NewTokens`, a step needs no `append_kv`: decode attention then writes what that
@@ -42,6 +42,7 @@ from sglang_kvc.kernels.decode_schedule import (
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.kv_dtype import gather_rows, kernel_arena, kv_scales
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
+from sglang_kvc.kernels.query_ring import QueryRing
 
 __all__ = [
     "DecodeConfig",
@@ -72,13 +73,24 @@ class NewTokens(NamedTuple):
     k, v : [B, H, D], last dimension contiguous.
     out_cache_loc : [B] int64, token ids: those that ``req_to_token`` has at position
         seq_len - 1. Padding rows have token 0.
-    query_ring : [slots, L, w, Hq, D], contiguous, written in place.
+    query_ring : written in place; slots without a ring record nothing.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     out_cache_loc: torch.Tensor
-    query_ring: torch.Tensor
+    query_ring: QueryRing
+
+
+class KernelTokens(NamedTuple):
+    """`NewTokens` as the kernel takes them."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    out_cache_loc: torch.Tensor
+    ring_k: torch.Tensor
+    ring_v: torch.Tensor
+    ring_pages: torch.Tensor
 
 
 def plan_decode(
@@ -126,8 +138,8 @@ def decode_attention_ref(
     out = torch.empty_like(q) if out is None else out
     if new_tokens is not None:
         k, v, loc, ring = new_tokens
-        window = ring.shape[2]
-        ring_index = slots.long() * window + (seq_lens.long() - 1) % window
+        rows = (seq_lens.long() - 1) % ring.window
+        ring_index = slots.long() * ring.window + rows
         append_kv_ref(arena, k, v, q, loc, ring, ring_index, layer=layer)
     dtype = torch.float32 if upcast else q.dtype
     heads, head_dim = arena.num_kv_heads, arena.head_dim
@@ -154,7 +166,8 @@ def decode_attention_ref(
         out[b] = (s.softmax(-1) @ v).view(-1, head_dim).to(out.dtype)
         if query_lse is not None:
             row = (seq_len - 1) % query_lse.shape[2]
-            query_lse[slot, layer, row] = s.float().logsumexp(-1).flatten() * LOG2E
+            lse = s.float().logsumexp(-1).flatten() * LOG2E
+            query_lse[slot, layer, row] = lse.to(query_lse.dtype)
     return out
 
 
@@ -207,20 +220,25 @@ def decode_attention_triton(
     tile_bytes = 2 * config.tile * padded_dim * arena.k.element_size()
     num_stages = min(config.num_stages, 2 + 2 * (_TILE_BYTES // tile_bytes))
     strides = [0] * 4
-    rings = [] if query_lse is None else [query_lse.shape[2]]
+    sizes = {"W": 1, "R": 1, "B": 1, "N": 1}
+    if query_lse is not None:
+        sizes["W"] = query_lse.shape[2]
+    new = None
     if new_tokens is not None:
+        ring = new_tokens.query_ring
+        if query_lse is not None and sizes["W"] != ring.window:
+            rows = [sizes["W"], ring.window]
+            raise ValueError(f"query_lse and query_ring have {rows} rows a layer")
         strides = [x.stride(i) for x in new_tokens[:2] for i in (0, 1)]
-        rings.append(new_tokens.query_ring.shape[2])
-    rings = rings or [1]
-    if rings[0] != rings[-1]:
-        raise ValueError(f"query_lse and query_ring have {rings} rows a layer")
+        sizes = ring.sizes(group, head_dim)
+        new = KernelTokens(*new_tokens[:3], *ring[:3])
     decode_tiles_kernel[(programs,)](
         kernel_arena(arena),
         tables.req_to_token,
         tables.packed_pages,
         workspace,
         q,
-        new_tokens,
+        new,
         query_lse,
         out,
         q.stride(0),
@@ -240,7 +258,7 @@ def decode_attention_triton(
         G=group,
         D=head_dim,
         S=PAGE_SIZE,
-        W=rings[0],
+        **sizes,
         GP=max(16, padded_group),
         GR=padded_group,
         DP=padded_dim,

@@ -31,6 +31,7 @@ from sglang_kvc.kernels.kv_dtype import (
     matching_query,
     widen,
 )
+from sglang_kvc.kernels.query_ring import encode_queries, ring_line, ring_page
 
 
 @triton.jit
@@ -62,31 +63,39 @@ def load_new_token(
 @triton.jit
 def store_new_token(
     arena,
-    query_ring,
+    new,
     key,
     value,
     token,
-    query,
+    query_row,
+    q_head_stride,
+    page,
+    row_in_ring,
     lh,
-    ring_head,
     k_scale,
     v_scale,
     LH: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
-    GP: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    GR: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Write K and V to head `lh` of `token`, the [GP, DP] query to the ring; then a
-    barrier, because all threads read what some wrote.
+    """Write K and V to head `lh` of `token`, and the G queries at `query_row` to a row
+    of the ring if its `page` is not 0; then a barrier, because all threads read what
+    some wrote.
     """
-    g = tl.arange(0, GP)
+    g = tl.arange(0, GR)
     d = tl.arange(0, DP)
     cells = (arena.k, arena.v, arena.score)
     store_token(key, value, token, lh, *cells, k_scale, v_scale, LH, D, S, DP)
-    cell = (ring_head + g).to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(query_ring + cell, query, mask=(g < G)[:, None] & (d < D)[None, :])
+    mask = (g < G)[:, None] & (d < D)[None, :]
+    query_cell = query_row + g[:, None] * q_head_stride + d[None, :]
+    codes = encode_queries(tl.load(query_cell, mask=mask, other=0.0), DP)
+    line = ring_line(new.ring_k, new.ring_v, page, row_in_ring, lh, LH, G, D, R, B)
+    tl.store(line + g[:, None] * D + d[None, :], codes, mask=mask & (page > 0))
     tl.debug_barrier()
 
 
@@ -190,6 +199,9 @@ def decode_tiles_kernel(
     D: tl.constexpr,
     S: tl.constexpr,
     W: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    N: tl.constexpr,
     GP: tl.constexpr,
     GR: tl.constexpr,
     DP: tl.constexpr,
@@ -201,8 +213,8 @@ def decode_tiles_kernel(
 
     Pointers: arena an `Arena` and tables as in ``layout``; work a `DecodeWorkspace`, of
     whose records planned_programs are ahead of the rows, with arrivals 0 before and
-    after; q, out [B, H * G, D], any token and head stride; new a `NewTokens`, or None
-    to store nothing; query_lse [slots, LH / H, W, H * G] fp32, or None to record
+    after; q, out [B, H * G, D], any token and head stride; new a `KernelTokens`, or
+    None to store nothing; query_lse [slots, LH / H, W, H * G], or None to record
     nothing.
 
     Who writes what: the program whose part of a row ends it stores its new token and
@@ -240,33 +252,39 @@ def decode_tiles_kernel(
         lh = layer * H + h
         begin = (tile - row_first) * TILE
         end = tl.minimum((part_last - row_first) * TILE, n)
+        row_in_ring = (fold_len + n - packed_len - 1) % W
         if new is not None:
             # Loaded together with the query, which is waited for first.
             strides = (k_token_stride, k_head_stride, v_token_stride, v_head_stride)
             key, value, token = load_new_token(new, b, h, end == n, *strides, D, DP)
+            page = ring_page(new.ring_pages, slot, row_in_ring, end == n, R, N)
         query = tl.load(q + q_cell, mask=g_mask, other=0.0)
 
-        position = fold_len + n - packed_len - 1
         # In int32: in int64 it takes the registers that make the kernel spill.
-        ring_row = (slot.to(tl.int32) * (LH // H) + layer) * W + position % W
-        ring_head = (ring_row * H + h) * G
+        lse_row = (slot.to(tl.int32) * (LH // H) + layer) * W + row_in_ring
+        ring_head = (lse_row * H + h) * G
         if new is not None and end == n:
+            # The query once more, from L1: without the rows that pad it for products.
             store_new_token(
                 arena,
-                new.query_ring,
+                new,
                 key,
                 value,
                 token,
-                query,
+                q + b * q_token_stride + h * G * q_head_stride,
+                q_head_stride,
+                page,
+                row_in_ring,
                 lh,
-                ring_head,
                 k_scale,
                 v_scale,
                 LH,
                 G,
                 D,
                 S,
-                GP,
+                R,
+                B,
+                GR,
                 DP,
             )
 

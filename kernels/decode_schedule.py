@@ -51,9 +51,8 @@ class DecodeConfig(NamedTuple):
 
 # Three programs fit on a multiprocessor with up to 168 registers a thread. Some shapes
 # need more: two programs then, which load further ahead (times: docs/benchmarks.md).
-# Under a limit that it does not reach, Triton 3.6 spills; 3.8 does not, and needs it.
-_LIMIT = 168 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else None
-_THREE = DecodeConfig(max_registers=_LIMIT)
+# What the limit makes the compiler spill costs less than a third program gains.
+_THREE = DecodeConfig(max_registers=168)
 _TWO = DecodeConfig(num_stages=5, programs_per_sm=2)
 _NARROW = DecodeConfig(num_stages=5, max_registers=168)
 _GROUPS_OF_THREE = range(2, 5)

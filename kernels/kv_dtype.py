@@ -187,3 +187,9 @@ def matching_query(query, cells):
     if cells.dtype.element_ty == tl.uint8 and query.dtype == tl.bfloat16:
         query = query.to(tl.float16)
     return query
+
+
+@triton.constexpr_function
+def matching_dtype(dtype):
+    """Dtype of products with K of `dtype`, as `matching_query` makes it of bf16."""
+    return tl.float16 if dtype == tl.uint8 else dtype

@@ -12,8 +12,8 @@ tensor                  shape                      meaning
 ``fold_lens``           [slots] int32              logical tokens held as packed blocks
 ``block_offsets``       [slots, L*H + 1] int32     exclusive prefix sum of blocks a head
 ``packed_pages``        [slots, max_pages] int32   pages that hold the packed blocks
-``query_ring``          [slots, L, w, Hq, D]       query of position p at ring row p % w
-``query_lse``           [slots, L, w, Hq] fp32     its log2-sum-exp2, if it was decoded
+``query_ring``          see ``query_ring``         query of position p at ring row p % w
+``query_lse``           [slots, L, w, Hq]          its log2-sum-exp2, if it was decoded
 ======================  =========================  ===================================
 
 Address spaces. A *token* t is (page, offset) = (t // S, t % S). A *block* is the S KVs

@@ -16,10 +16,10 @@ other queries is worked out here, which takes a sweep of its own over the keys.
 ======================  =====================  =========================================
 tensor                  shape                  meaning
 ======================  =====================  =========================================
-``query_ring``          [slots, L, w, Hq, D]   row j: largest position p < seq_len with
+``query_ring``          see ``query_ring``     row j: largest position p < seq_len with
                                                p % w = j; observed iff p >= query_start
-``query_lse``           [slots, L, w, Hq]      fp32, row j belongs to ring row j; read
-                                               where plan.recorded, else written
+``query_lse``           [slots, L, w, Hq]      row j belongs to ring row j; read where
+                                               plan.recorded, else written
 ``scores``              [plan.num_entries]     fp32 workspace, layout in `PassPlan`;
                                                0 at positions >= seq_len
 ======================  =====================  =========================================
@@ -41,13 +41,18 @@ from sglang_kvc.kernels.plan_heads import (
     programs_per_head,
 )
 from sglang_kvc.kernels.query_lse import LOG2E, fill_lse
+from sglang_kvc.kernels.query_ring import (
+    QueryRing,
+    load_queries_ref,
+    query_dtype,
+)
 
 
 def observe_scores_ref(
     arena: Arena,
     tables: BlockTables,
     plan: PassPlan,
-    query_ring: torch.Tensor,
+    query_ring: QueryRing,
     query_lse: torch.Tensor,
     *,
     sm_scale: float,
@@ -55,7 +60,8 @@ def observe_scores_ref(
     value_norms: bool = False,
 ) -> torch.Tensor:
     """Plain torch form of `observe_scores`; loops over requests and layers."""
-    heads, window = arena.num_kv_heads, query_ring.shape[2]
+    heads, window = arena.num_kv_heads, query_ring.window
+    group = query_lse.shape[3] // heads
     stored = arena.score.view(-1)
     scores = torch.zeros(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     for request in plan.requests():
@@ -63,7 +69,15 @@ def observe_scores_ref(
         cells = head_cells_ref(tables, request)
         positions = range(max(request.query_start, seq_len - window, 0), seq_len)
         query_pos = torch.tensor(positions, device=arena.k.device)
-        queries = query_ring[slot, :, query_pos % window]
+        ring_rows = query_pos % window
+        queries = load_queries_ref(
+            query_ring,
+            torch.full_like(query_pos, slot),
+            ring_rows,
+            group=group,
+            head_dim=arena.head_dim,
+            dtype=query_dtype(arena),
+        )
         for layer in range(arena.num_layers):
             k_scale, v_scale = kv_scales(arena, layer)
             first = layer * heads
@@ -76,8 +90,7 @@ def observe_scores_ref(
                 num_heads=heads,
             )
             # [H, J * G, D] x [H, D, n]
-            query = queries[layer].unflatten(1, (heads, -1))
-            group = query.shape[2]
+            query = queries[:, layer].unflatten(1, (heads, group))
             query = query.permute(1, 0, 2, 3).flatten(1, 2).float()
             k = gather_rows(arena.k, rows, k_scale)
             k = k.masked_fill_(~valid[..., None], 0)
@@ -85,11 +98,11 @@ def observe_scores_ref(
             s = s.unflatten(1, (len(positions), group))
             hidden = ~valid[:, None] | (entry_pos[:, None] > query_pos[None, :, None])
             s.masked_fill_(hidden[:, :, None], float("-inf"))
-            ring_rows = query_pos % window
             if not request.recorded:
                 lse = s.logsumexp(-1).transpose(0, 1).flatten(1) * LOG2E
-                query_lse[slot, layer, ring_rows] = lse
+                query_lse[slot, layer, ring_rows] = lse.to(query_lse.dtype)
             lse = query_lse[slot, layer, ring_rows].unflatten(1, (heads, group))
+            lse = lse.float()
             prob = (s * LOG2E - lse.transpose(0, 1)[..., None]).exp2_()
             # A query that sees nothing has a row of NaN: it scores nothing.
             prob = prob.nan_to_num_(0.0)
@@ -110,8 +123,9 @@ def observe_scores_ref(
 class ObserveConfig(NamedTuple):
     """Tiles of the two sweeps: queries x keys, and how the second one is run.
 
-    `score_registers` caps the registers of a thread where that lets a multiprocessor
-    hold three programs, not two: those of four warps, heads of up to 128 dimensions.
+    The last two cap the registers of a thread where that lets a multiprocessor hold
+    three programs, not two: heads of up to 128 dimensions; of the second sweep those of
+    four warps, of the first those of 128 queries.
     """
 
     lse_rows: int
@@ -121,6 +135,7 @@ class ObserveConfig(NamedTuple):
     score_warps: int
     score_stages: int
     score_registers: int | None = None
+    lse_registers: int | None = None
 
 
 _CONFIG = ObserveConfig(
@@ -131,12 +146,13 @@ _CONFIG = ObserveConfig(
     score_warps=4,
     score_stages=3,
     score_registers=168,
+    lse_registers=80,
 )
 # Queries that are read again for every tile of keys, or that are wide: what the
 # pipeline holds of them must fit in the 99 KiB of an Ada GPU.
 _MANY_CONFIG = _CONFIG._replace(score_rows=128, score_warps=8, score_stages=2)
 _LONG_CONFIG = _MANY_CONFIG._replace(
-    lse_rows=64, score_rows=64, score_tile=32, score_warps=4
+    lse_rows=64, score_rows=64, score_tile=32, score_warps=4, lse_registers=None
 )
 _WIDE_CONFIG = ObserveConfig(
     lse_rows=32,
@@ -162,7 +178,7 @@ def observe_scores_triton(
     arena: Arena,
     tables: BlockTables,
     plan: PassPlan,
-    query_ring: torch.Tensor,
+    query_ring: QueryRing,
     query_lse: torch.Tensor,
     *,
     sm_scale: float,
@@ -171,18 +187,18 @@ def observe_scores_triton(
 ) -> torch.Tensor:
     """Triton form of `observe_scores`."""
     num_requests, heads = plan.slots.shape[0], arena.heads_per_page
-    window, group = query_ring.shape[2], query_ring.shape[3] // arena.num_kv_heads
+    window, group = query_ring.window, query_lse.shape[3] // arena.num_kv_heads
     row_tile = max(triton.next_power_of_2(window * group), 16)
     sizes = {
         "L": arena.num_layers,
         "H": arena.num_kv_heads,
         "G": group,
-        "W": window,
+        **query_ring.sizes(group, arena.head_dim),
         "D": arena.head_dim,
         "DP": triton.next_power_of_2(arena.head_dim),
         "S": PAGE_SIZE,
     }
-    config = _config(row_tile, sizes["DP"], query_ring.element_size())
+    config = _config(row_tile, sizes["DP"], arena.k.element_size())
     if not plan.all_recorded:
         fill_lse(
             arena,
@@ -194,6 +210,7 @@ def observe_scores_triton(
             sizes=sizes,
             max_rows=config.lse_rows,
             tile=config.lse_tile,
+            max_registers=config.lse_registers,
         )
     scores = torch.empty(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     rows = num_requests * heads
@@ -207,7 +224,7 @@ def observe_scores_triton(
         plan.query_start,
         plan.is_first,
         plan.repeated,
-        query_ring,
+        *query_ring[:3],
         query_lse,
         scores,
         *tables.row_strides,
@@ -228,7 +245,7 @@ def observe_scores(
     arena: Arena,
     tables: BlockTables,
     plan: PassPlan,
-    query_ring: torch.Tensor,
+    query_ring: QueryRing,
     query_lse: torch.Tensor,
     *,
     sm_scale: float,
@@ -240,9 +257,8 @@ def observe_scores(
     Parameters
     ----------
     arena, tables, plan : only read.
-    query_ring : [slots, L, w, Hq, D], contiguous, the arena's dtype, unless
-        that is e4m3; only read.
-    query_lse : [slots, L, w, Hq] fp32, contiguous; what was not recorded is written.
+    query_ring : only read.
+    query_lse : [slots, L, w, Hq], contiguous; what was not recorded is written.
     sm_scale : factor on the logits, usually D ** -0.5.
     power : 1 or 2.
     value_norms : weigh new mass by the L2 norm of the value, in fp32.
@@ -257,7 +273,7 @@ def observe_scores(
     """
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power}")
-    op = observe_scores_triton if use_triton(query_ring) else observe_scores_ref
+    op = observe_scores_triton if use_triton(query_lse) else observe_scores_ref
     return op(
         arena,
         tables,

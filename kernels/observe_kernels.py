@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
-from sglang_kvc.kernels.kv_dtype import load_scale
+from sglang_kvc.kernels.kv_dtype import load_scale, matching_dtype
 from sglang_kvc.kernels.observe_rows import (
     load_heads,
     load_queries,
@@ -46,7 +46,9 @@ def score_kernel(
     query_starts,
     is_first,
     repeated,
-    query_ring,
+    ring_k,
+    ring_v,
+    ring_pages,
     query_lse,
     scores,
     token_table_stride,
@@ -56,6 +58,9 @@ def score_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     W: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    N: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     S: tl.constexpr,
@@ -91,15 +96,16 @@ def score_kernel(
     qk_scale = qk_scale * load_scale(arena_scales, lh // H)
     v_scale = load_scale(arena_scales, L + lh // H)
     t = tl.arange(0, TILE)
+    rings = (ring_k, ring_v, ring_pages)
 
     row = tl.arange(0, ROWS)
     position = query_rows(row, seq_len, query_start, G, W)
-    query = load_queries(
-        query_ring, arena_k, slot, lh, row, position, L, H, G, W, D, DP
-    )
+    dtype: tl.constexpr = matching_dtype(arena_k.dtype.element_ty)
+    query = load_queries(*rings, slot, lh, row, position, dtype, LH, G, D, DP, R, B, N)
     cell = ring_cell(slot, lh, row, L, H, G, W)
     # A row that is not observed gives every key 2 ** -inf.
     row_lse = tl.load(query_lse + cell, mask=position >= 0, other=float("inf"))
+    row_lse = row_lse.to(tl.float32)
     # Entries before this one are seen by every observed row.
     oldest = tl.maximum(tl.maximum(seq_len - W, query_start), 0)
     clear = packed_len + tl.maximum(oldest + 1 - fold_len, 0)
@@ -138,12 +144,12 @@ def score_kernel(
                 row = first_row + tl.arange(0, ROWS)
                 position = query_rows(row, seq_len, query_start, G, W)
                 query = load_queries(
-                    query_ring, arena_k, slot, lh, row, position, L, H, G, W, D, DP
+                    *rings, slot, lh, row, position, dtype, LH, G, D, DP, R, B, N
                 )
                 cell = ring_cell(slot, lh, row, L, H, G, W)
                 row_lse = tl.load(
                     query_lse + cell, mask=position >= 0, other=float("inf")
-                )
+                ).to(tl.float32)
                 p = _attention_mass(key, query, row_lse, qk_scale, POWER)
                 visible = valid[:, None] & (at[:, None] <= position[None, :])
                 new += tl.sum(tl.where(visible, p, 0.0), 1)

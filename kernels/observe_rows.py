@@ -7,7 +7,13 @@ row j, M = w * G rows.
 import triton
 import triton.language as tl
 
-from sglang_kvc.kernels.kv_dtype import matching_query, widen
+from sglang_kvc.kernels.kv_dtype import widen
+from sglang_kvc.kernels.query_ring import (
+    decode_queries,
+    ring_line,
+    ring_page,
+    scales_of,
+)
 
 # Position of a row or an entry that sees, or shows, nothing.
 HIDDEN = tl.constexpr(-2)
@@ -35,27 +41,32 @@ def ring_cell(
 
 @triton.jit
 def load_queries(
-    query_ring,
-    arena_k,
+    ring_k,
+    ring_v,
+    ring_pages,
     slot,
     lh,
     row,
     position,
-    L: tl.constexpr,
-    H: tl.constexpr,
+    dtype: tl.constexpr,
+    LH: tl.constexpr,
     G: tl.constexpr,
-    W: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    N: tl.constexpr,
 ):
-    """Load the [rows, DP] query tile of observed rows, to multiply keys of `arena_k`; 0
-    in all other lanes.
-    """
+    """Load the [rows, DP] query tile of observed rows in `dtype`; 0 in other lanes."""
     d = tl.arange(0, DP)
-    cell = ring_cell(slot, lh, row, L, H, G, W)
-    mask = (position >= 0)[:, None] & (d < D)[None, :]
-    cells = query_ring + cell[:, None] * D + d[None, :]
-    return matching_query(tl.load(cells, mask=mask, other=0.0), arena_k)
+    seen = position >= 0
+    page = ring_page(ring_pages, slot, row // G, seen, R, N)
+    line = ring_line(ring_k, ring_v, page, row // G, lh, LH, G, D, R, B)
+    cell = (line + row % G * D)[:, None]
+    first = tl.load(cell + tl.arange(0, 8)[None, :], mask=seen[:, None], other=0)
+    mask = seen[:, None] & (d < D)[None, :]
+    codes = tl.load(cell + d[None, :], mask=mask, other=0)
+    return decode_queries(codes, scales_of(first), dtype, DP)
 
 
 @triton.jit

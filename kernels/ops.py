@@ -102,7 +102,7 @@ def _batch(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _queries(case: Case) -> torch.Tensor:
     """Slots are different, so these are: one row of each request's ring."""
-    return case.query_ring[case.slots, -1, 0]
+    return case.queries[case.slots, -1, 0].to(case.query_dtype)
 
 
 def _new_tokens(case: Case) -> decode_attention.NewTokens:
@@ -117,8 +117,7 @@ def _new_tokens(case: Case) -> decode_attention.NewTokens:
 def _append(case: Case) -> Iterator[Call]:
     slots, lens = _batch(case)
     k, v, where, ring = _new_tokens(case)
-    window = ring.shape[2]
-    rows = slots * window + (lens - 1) % window
+    rows = slots * ring.window + (lens - 1) % ring.window
     args = (case.arena, k, v, _queries(case), where, ring, rows)
     yield Call(args, {"layer": case.arena.num_layers - 1})
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
-from sglang_kvc.kernels.kv_dtype import load_scale, stored_bytes
+from sglang_kvc.kernels.kv_dtype import load_scale, matching_dtype, stored_bytes
 from sglang_kvc.kernels.layout import Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.observe_rows import (
     load_heads,
@@ -24,6 +24,7 @@ from sglang_kvc.kernels.plan_heads import (
     plan_head,
     split_heads,
 )
+from sglang_kvc.kernels.query_ring import QueryRing
 
 LOG2E = 1.4426950408889634
 
@@ -35,7 +36,9 @@ def lse_kernel(
     walk,
     query_starts,
     recorded,
-    query_ring,
+    ring_k,
+    ring_v,
+    ring_pages,
     partial_lse,
     token_table_stride,
     page_table_stride,
@@ -45,6 +48,9 @@ def lse_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     W: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    N: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     S: tl.constexpr,
@@ -83,7 +89,21 @@ def lse_kernel(
             row = first_row + tl.arange(0, ROWS)
             position = query_rows(row, seq_len, query_start, G, W)
             query = load_queries(
-                query_ring, arena_k, slot, lh, row, position, L, H, G, W, D, DP
+                ring_k,
+                ring_v,
+                ring_pages,
+                slot,
+                lh,
+                row,
+                position,
+                matching_dtype(arena_k.dtype.element_ty),
+                LH,
+                G,
+                D,
+                DP,
+                R,
+                B,
+                N,
             )
             m = tl.full([ROWS], float("-inf"), tl.float32)
             denom = tl.zeros([ROWS], tl.float32)
@@ -125,7 +145,7 @@ def merge_lse_kernel(
     MAX_SPLITS: tl.constexpr,
 ):
     """Grid (requests * L * H, row blocks): log2-sum-exp2 over dim 1 of the partials
-    [requests * L * H, num_splits, W * G] into query_lse [slots, L, W, H * G] fp32.
+    [requests * L * H, num_splits, W * G] into query_lse [slots, L, W, H * G].
     """
     x = tl.program_id(0).to(tl.int64)
     r = first_request + x // (L * H)
@@ -150,23 +170,25 @@ def fill_lse(
     arena: Arena,
     tables: BlockTables,
     plan: PassPlan,
-    query_ring: torch.Tensor,
+    query_ring: QueryRing,
     query_lse: torch.Tensor,
     *,
     sm_scale: float,
     sizes: dict[str, int],
     max_rows: int,
     tile: int,
+    max_registers: int | None,
 ) -> None:
     """Work out the log2-sum-exp2 of queries that were not decoded.
 
     Parameters
     ----------
     arena, tables, plan, query_ring : as in `observe_scores`.
-    query_lse : [slots, L, w, Hq] fp32; written where the plan does not say recorded.
+    query_lse : [slots, L, w, Hq]; written where the plan does not say recorded.
     sm_scale : as in `observe_scores`.
-    sizes : L, H, G, W, D, DP and S, which `lse_kernel` is compiled for.
+    sizes : L, H, G, W, R, B, N, D, DP and S, which `lse_kernel` is compiled for.
     max_rows, tile : queries and keys that a program takes at a time.
+    max_registers : that a thread may use if a program takes 128 queries; None: any.
     """
     num_requests, heads = plan.slots.shape[0], arena.heads_per_page
     axes = {name: sizes[name] for name in "LHGW"}
@@ -185,7 +207,7 @@ def fill_lse(
             walk,
             plan.query_start,
             plan.recorded,
-            query_ring,
+            *query_ring[:3],
             partial,
             *tables.row_strides,
             first,
@@ -193,6 +215,7 @@ def fill_lse(
             ROWS=lse_rows,
             TILE=tile,
             num_warps=8 if lse_rows == 128 else 4,
+            maxnreg=max_registers if lse_rows == 128 else None,
             **sizes,
         )
         merge_lse_kernel[(rows, -(-num_rows // 128))](

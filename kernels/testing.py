@@ -6,9 +6,16 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_kvc.kernels import query_ring as rings
 from sglang_kvc.kernels.kv_dtype import E4M3, stored_bytes
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
+from sglang_kvc.kernels.query_ring import (
+    QueryRing,
+    load_queries_ref,
+    ring_pages,
+    store_queries_ref,
+)
 
 NAN_BYTE = 0x7F
 """NaN in e4m3."""
@@ -18,13 +25,15 @@ class Case(NamedTuple):
     """A batch of requests in an arena. Request r has slots[r], seq_lens[r] and so on.
 
     Cells that no request owns hold NaN (K, V) and -1 (score), and ``query_lse`` holds
-    NaN: reading one shows.
+    NaN: reading one shows. ``query_ring`` lies in memory of its own; every slot but the
+    padding's has one. ``query_dtype`` is that of the model.
     """
 
     arena: Arena
     tables: BlockTables
-    query_ring: torch.Tensor
+    query_ring: QueryRing
     query_lse: torch.Tensor
+    query_dtype: torch.dtype
     slots: list[int]
     seq_lens: list[int]
     folds: list[int]
@@ -34,7 +43,24 @@ class Case(NamedTuple):
     @property
     def group(self) -> int:
         """Query heads of a KV head."""
-        return self.query_ring.shape[3] // self.arena.num_kv_heads
+        return self.query_lse.shape[3] // self.arena.num_kv_heads
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """What passes see of all rings, [slots, L, w, Hq, D]; the padding's is 0."""
+        slots, window = self.query_lse.shape[0], self.query_lse.shape[2]
+        device = self.query_lse.device
+        each = torch.arange(slots, device=device).repeat_interleave(window)
+        found = load_queries_ref(
+            self.query_ring,
+            each,
+            torch.arange(window, device=device).repeat(slots),
+            group=self.group,
+            head_dim=self.arena.head_dim,
+            dtype=rings.query_dtype(self.arena),
+        ).unflatten(0, (slots, window))
+        found[0] = 0
+        return found.transpose(1, 2)
 
 
 def _deal_blocks(
@@ -168,6 +194,40 @@ def fill_arena(
     return Arena(k.to(E4M3), v.to(E4M3), score, scales)
 
 
+def fill_ring(
+    queries: torch.Tensor, arena: Arena, generator: torch.Generator
+) -> QueryRing:
+    """Rings of all slots but the padding's, in shuffled pages of their own.
+
+    `queries` [slots, L, w, Hq, D] are what is stored; cells between rings are noise.
+    """
+    slots, layers, window, num_heads, head_dim = queries.shape
+    heads, device = arena.num_kv_heads, queries.device
+    size = arena.k.element_size()
+    each = ring_pages(window, num_heads // heads, size)
+    pages = torch.randperm((slots - 1) * each, generator=generator, device=device) + 1
+    shape = (1 + len(pages), layers, heads, PAGE_SIZE * head_dim * size)
+    noise = {"generator": generator, "device": device, "dtype": torch.uint8}
+    k, v = (torch.randint(0, 256, shape, **noise) for _ in range(2))
+    table = torch.cat([pages.new_zeros(each), pages]).view(slots, each).int()
+    ring = QueryRing(k, v, table, window)
+    each_slot = torch.arange(slots, device=device).repeat_interleave(window)
+    rows = torch.arange(window, device=device).repeat(slots)
+    for layer in range(layers):
+        asked = queries[:, layer].flatten(0, 1)
+        store_queries_ref(ring, each_slot, rows, asked, layer=layer)
+    return ring
+
+
+def random_ring(slots: int, window: int, num_heads: int, arena: Arena) -> QueryRing:
+    """Rings of random queries, `num_heads` a layer, beside an arena."""
+    generator = torch.Generator(arena.k.device).manual_seed(0)
+    shape = (slots, arena.num_layers, window, num_heads, arena.head_dim)
+    drawn = {"generator": generator, "device": arena.k.device}
+    queries = torch.randn(shape, dtype=rings.query_dtype(arena), **drawn)
+    return fill_ring(queries, arena, generator)
+
+
 def make_case(
     seq_lens: Sequence[int],
     folds: Sequence[int] | None = None,
@@ -197,7 +257,7 @@ def make_case(
     packed_pages : [R] pages of the packed blocks, at most fold / 16, which is
         halved (rounded up) by default.
     skew : exponent of the heads' random weights; 0 makes heads equal.
-    dtype, query_dtype : of K and V, and of the query ring; the same by default.
+    dtype, query_dtype : of K and V, and of the model; the same by default.
     window : w, rows of the query ring.
     spare_pages : free pages for packing; the packed and folded pages by default.
     poison_padding : fill the padding page with NaN, so that reading it shows.
@@ -217,12 +277,15 @@ def make_case(
         for cells in (stored_bytes(arena.k), stored_bytes(arena.v), arena.score):
             cells[0] = torch.nan if cells.is_floating_point() else NAN_BYTE
     ring_shape = (deal.num_slots, layers, window, kv_heads * group, head_dim)
+    model_dtype = query_dtype or dtype
+    queries = torch.randn(
+        ring_shape, dtype=model_dtype, generator=generator, device=device
+    )
     return Case(
         arena=arena,
         tables=BlockTables(*(table.to(device) for table in tables)),
-        query_ring=torch.randn(
-            ring_shape, dtype=query_dtype or dtype, generator=generator, device=device
-        ),
+        query_ring=fill_ring(queries, arena, generator),
+        query_dtype=model_dtype,
         query_lse=torch.full(ring_shape[:-1], torch.nan, device=device),
         slots=deal.slots,
         seq_lens=deal.seq_lens,

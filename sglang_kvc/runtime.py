@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.config.pages import pages_of
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.eviction.runner import PassRunner
 from sglang_kvc.eviction.scorers import get_scorer
@@ -77,6 +78,7 @@ class KVCompressRuntime:
             options,
             req_to_token.shape[0],
             probes=options.chunk_queries == "prompt" and observes,
+            ring_tokens=state.ring_tokens if observes else 0,
         )
         self.turns = Turns()
         self.chunk_rule = ChunkRule(
@@ -102,7 +104,7 @@ class KVCompressRuntime:
     @property
     def page_list_width(self) -> int:
         """Pages of the longest request: what page lists are set aside for."""
-        return self.state.tables.packed_pages.shape[1]
+        return pages_of(self.state.tables.req_to_token.shape[1])
 
     def watch(self, scheduler: Scheduler) -> None:
         """Count for ``/metrics`` from now on, if this rank of the server shows any."""
@@ -133,6 +135,7 @@ class KVCompressRuntime:
             context_len=max_len,
             pool_tokens=tokens,
             chunk_size=self.chunk_rule.chunk_size,
+            prefill_tokens=max(get_schedule().chunked_prefill_size or 0, 0),
         )
         kv_bytes = state.arena.k.nbytes + state.arena.v.nbytes
         parts = parts_of(

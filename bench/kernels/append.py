@@ -9,6 +9,8 @@ from bench.kernels.checks import WINDOW, check_append, qkv
 from bench.kernels.timing import Clock, Report, Timing
 from sglang_kvc.kernels.append import append_kv
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
+from sglang_kvc.kernels.query_ring import QueryRing
+from sglang_kvc.kernels.testing import random_ring
 
 SECTION = "append"
 DECODE_BATCHES = (1, 64, 256)
@@ -27,8 +29,7 @@ def bench_append(
     if not checked:
         return
     slots = max(DECODE_BATCHES) + 1
-    size = (slots, shape.layers, WINDOW, shape.qo_heads, shape.head_dim)
-    ring = torch.empty(size, dtype=arena.k.dtype, device=device).normal_()
+    ring = random_ring(slots, WINDOW, shape.qo_heads, arena)
     for count in DECODE_BATCHES[-1:] if quick else DECODE_BATCHES:
         with report.guard(f"append_kv decode {count}"):
             targets = decode_targets(count, arena.k.shape[0], device)
@@ -63,7 +64,7 @@ def _bench_tokens(
     name: str,
     arena: Arena,
     shape: Shape,
-    ring: torch.Tensor,
+    ring: QueryRing,
     targets: tuple[torch.Tensor, torch.Tensor],
     clock: Clock,
     report: Report,
@@ -83,5 +84,6 @@ def _bench_tokens(
     row = shape.head_dim * k.element_size()
     # K and V are read and written, a score is zeroed; queries only where recorded.
     nbytes = count * shape.kv_heads * (4 * row + 4)
-    nbytes += int((index >= 0).sum()) * shape.qo_heads * 2 * row
+    # A query is stored in a byte an element.
+    nbytes += int((index >= 0).sum()) * shape.qo_heads * (row + shape.head_dim)
     report.add(SECTION, "append_kv", name, timing, nbytes, host_us=host)

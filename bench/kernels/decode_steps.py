@@ -16,6 +16,8 @@ from bench.kernels.decode_case import TOLERANCE, Decode
 from bench.kernels.timing import Clock, Timing, require_close
 from sglang_kvc.kernels import decode_attention as decode
 from sglang_kvc.kernels.append import append_kv
+from sglang_kvc.kernels.testing import random_ring
+from sglang_kvc.memory.metadata import LSE_DTYPE
 
 
 def bench_steps(
@@ -63,10 +65,8 @@ def _new_tokens(case: Decode) -> tuple[decode.NewTokens, torch.Tensor]:
     shape, batch, like = case.shape, case.batch, case.q
     k, v = (torch.randn_like(like[:, : shape.kv_heads]) for _ in range(2))
     ring = (int(batch.slots.max()) + 1, shape.layers, WINDOW, shape.qo_heads)
-    query_ring = torch.empty(
-        *ring, shape.head_dim, dtype=like.dtype, device=like.device
-    )
+    query_ring = random_ring(ring[0], WINDOW, shape.qo_heads, case.arena)
     rows = batch.tables.req_to_token[batch.slots.long()]
     last = rows.gather(1, batch.seq_lens.long()[:, None] - 1)[:, 0]
     new = decode.NewTokens(k, v, last.long(), query_ring)
-    return new, torch.empty(ring, dtype=torch.float32, device=like.device)
+    return new, torch.empty(ring, dtype=LSE_DTYPE, device=like.device)

@@ -31,8 +31,9 @@ from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, PassPlan
 from sglang_kvc.kernels.pack import commit_tables, pack_entries
 from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 from sglang_kvc.kernels.pool import pool_scores
+from sglang_kvc.kernels.query_ring import QueryRing
 from sglang_kvc.kernels.select import SelectionRule, select_entries
-from sglang_kvc.memory.metadata import ModelShape
+from sglang_kvc.memory.metadata import LSE_DTYPE, ModelShape
 
 SCORER = get_scorer(METRIC)
 
@@ -74,13 +75,15 @@ class Stages:
     Parameters
     ----------
     arena, ring : KVs and queries, of any request.
+    num_heads : query heads of a layer.
     batch, requests : of a case, see `pass_batch`.
     """
 
     def __init__(
         self,
         arena: Arena,
-        ring: torch.Tensor,
+        ring: QueryRing,
+        num_heads: int,
         batch: Batch,
         requests: Sequence[PassRequest],
     ) -> None:
@@ -88,10 +91,10 @@ class Stages:
         plan = self._plan()
         shape = ModelShape(
             *arena.k.shape[1:3],
-            ring.shape[-2],
+            num_heads,
             arena.head_dim,
             arena.k.element_size(),
-            ring.element_size(),
+            arena.k.element_size(),
         )
         self.row_bytes = arena.head_dim * arena.k.element_size()
         self.rule = rule_of(DEFAULTS, shape, prompt=plan.any_pooled)
@@ -102,7 +105,11 @@ class Stages:
         ]
         self.context = ScoreContext(
             query_ring=ring,
-            query_lse=torch.zeros(ring.shape[:-1], device=ring.device),
+            query_lse=torch.zeros(
+                (len(ring.pages), arena.num_layers, WINDOW, num_heads),
+                dtype=LSE_DTYPE,
+                device=arena.k.device,
+            ),
             arena=arena,
             tables=batch.tables,
             plan=plan,
@@ -110,7 +117,9 @@ class Stages:
         )
         self.observe_unrecorded()
         self.raw = self.observe()
-        self.novelty_unit = torch.zeros(len(batch.tables.fold_lens), device=ring.device)
+        self.novelty_unit = torch.zeros(
+            len(batch.tables.fold_lens), device=arena.k.device
+        )
         self.scores = self.pool()
         reward_novelty(
             self.context,
@@ -189,7 +198,7 @@ class Stages:
         entries, kept, first = plan.num_entries, plan.num_kept, plan.any_pooled
         # The products of a query with a key: for the scores, and for log-sum-exps that
         # were not recorded.
-        rows = WINDOW * self.context.query_ring.shape[-2] // arena.num_kv_heads
+        rows = WINDOW * self.context.query_lse.shape[-1] // arena.num_kv_heads
         flops = 2 * rows * arena.head_dim * entries * (2 if first else 1)
         # Row index and score come with a survivor; K, V and score go out.
         read, written = kept * (2 * row_bytes + 8), kept * (2 * row_bytes + 4)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from bench.kernels.batches import Shape
 from bench.kernels.checks import WINDOW, check_pass
 from bench.kernels.pass_cases import PassCase, pass_batch
 from bench.kernels.pass_stages import Stage, Stages
 from bench.kernels.timing import CheckError, Clock, Report
 from sglang_kvc.kernels.layout import Arena
+from sglang_kvc.kernels.testing import random_ring
 
 SECTION = "pass"
 SLOTS = 65
@@ -47,13 +46,17 @@ def bench_pass(
     for name, reason in wrong.items():
         with report.guard(f"pass {name}"):
             raise CheckError(reason)
-    size = (SLOTS, shape.layers, WINDOW, shape.qo_heads, shape.head_dim)
-    ring = torch.empty(size, dtype=arena.k.dtype, device=device).normal_()
+    ring = random_ring(SLOTS, WINDOW, shape.qo_heads, arena)
     for case in QUICK_CASES if quick else CASES:
         with report.guard(case.name):
             _bench_case(
                 # No name here: its scores must not outlive the case.
-                Stages(arena, ring, *pass_batch(case, shape, len(arena.k), device)),
+                Stages(
+                    arena,
+                    ring,
+                    shape.qo_heads,
+                    *pass_batch(case, shape, len(arena.k), device),
+                ),
                 case.name,
                 clock,
                 report,

@@ -142,7 +142,7 @@ class KVCompressAttentionBackend(base_attn_backend.AttentionBackend):
         self.forward_metadata = ExtendMetadata(
             kernel=kernel,
             plan=kernel.plan(forward_batch, folds),
-            ring_rows=_ring_rows(forward_batch, self.runtime.state.query_ring.shape[2]),
+            ring_rows=_ring_rows(forward_batch, self.runtime.state.query_ring.window),
         )
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:

@@ -43,7 +43,7 @@ def _head_dim_fits(facts: Facts) -> bool:
 def _group_size_fits(facts: Facts) -> bool:
     model = facts.model_config
     size, rest = divmod(model.num_attention_heads, model.num_key_value_heads)
-    return rest == 0 and (size <= MAX_GROUP_SIZE or not facts.on_gpu)
+    return rest == 0 and size <= MAX_GROUP_SIZE
 
 
 def _no_made_up_heads(facts: Facts) -> bool:

@@ -5,6 +5,7 @@ Passes, probes and prefills take this record; none of them knows the runtime abo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,15 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_kvc.config.options import KVCompressOptions
-from sglang_kvc.config.pages import pages_of
-from sglang_kvc.kernels.layout import Arena, BlockTables
+from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
+from sglang_kvc.kernels.query_ring import QueryRing, ring_in, ring_pages
 from sglang_kvc.memory.kv_pool import ArenaKVPool
-from sglang_kvc.memory.metadata import ModelShape
+from sglang_kvc.memory.metadata import (
+    LSE_DTYPE,
+    ModelShape,
+    mlp_width,
+    packed_width,
+)
 
 
 @dataclass
@@ -28,8 +34,8 @@ class DeviceState:
     shape : of the model on this rank.
     arena : K, V and scores of all layers.
     tables : SGLang's request table and our block tables, a row a slot.
-    query_ring : last queries, [slots, L, window, Hq, D], in the model's dtype.
-    query_lse : log-sum-exp of each of them where it was decoded, fp32.
+    query_ring : last queries of every slot that has got pages for them, in 8 bits.
+    query_lse : log-sum-exp of each, [slots, L, window, Hq] fp16.
     novelty_unit : what a key of mean novelty adds, a number a slot, fp32.
     device : where all of it lives.
     """
@@ -38,7 +44,7 @@ class DeviceState:
     shape: ModelShape
     arena: Arena
     tables: BlockTables
-    query_ring: torch.Tensor
+    query_ring: QueryRing
     query_lse: torch.Tensor
     novelty_unit: torch.Tensor
     device: Any
@@ -55,11 +61,23 @@ class DeviceState:
             return host
         return host.pin_memory().to(self.device, non_blocking=True)
 
+    @property
+    def ring_tokens(self) -> int:
+        """Tokens of the pool that a ring takes."""
+        return self.query_ring.pages.shape[1] * PAGE_SIZE
+
     def reset_slots(self, slots: list[int]) -> None:
-        """Forget what the previous owners of `slots` had packed (forward stream)."""
+        """Forget what the previous owners of `slots` had (forward stream)."""
         index = self.to_device(slots)
         self.tables.fold_lens.index_fill_(0, index, 0)
         self.tables.block_offsets.index_fill_(0, index, 0)
+        self.query_ring.pages.index_fill_(0, index, 0)
+
+    def set_rings(self, rings: Mapping[int, torch.Tensor]) -> None:
+        """Give slots the pages of these tokens for their rings (forward stream)."""
+        pages = torch.stack([tokens[::PAGE_SIZE] for tokens in rings.values()])
+        pages = (pages // PAGE_SIZE).to(self.query_ring.pages.dtype)
+        self.query_ring.pages.index_copy_(0, self.to_device(list(rings)), pages)
 
 
 def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceState:
@@ -83,12 +101,14 @@ def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceSt
         head_dim=arena.head_dim,
         itemsize=arena.k.element_size(),
         query_itemsize=query_dtype.itemsize,
+        mlp_width=mlp_width(model_runner.model_config, get_parallel().attn_tp_size),
     )
 
     def zeros(*sizes: int) -> torch.Tensor:
         return torch.zeros(sizes, dtype=torch.int32, device=device)
 
     ring = (slots, shape.num_layers, options.window, shape.num_qo_heads)
+    pages = ring_pages(options.window, shape.group, shape.itemsize)
     return DeviceState(
         options=options,
         shape=shape,
@@ -97,10 +117,10 @@ def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceSt
             req_to_token=req_to_token,
             fold_lens=zeros(slots),
             block_offsets=zeros(slots, arena.heads_per_page + 1),
-            packed_pages=zeros(slots, pages_of(req_to_token.shape[1])),
+            packed_pages=zeros(slots, packed_width(req_to_token.shape[1], pool.size)),
         ),
-        query_ring=torch.zeros(*ring, shape.head_dim, dtype=query_dtype, device=device),
-        query_lse=torch.zeros(ring, device=device),
+        query_ring=ring_in(arena, zeros(slots, pages), options.window),
+        query_lse=torch.zeros(ring, dtype=LSE_DTYPE, device=device),
         novelty_unit=torch.zeros(slots, device=device),
         device=device,
     )

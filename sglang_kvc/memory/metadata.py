@@ -1,32 +1,42 @@
 """Bytes of our metadata, so that they are charged before the pool is sized.
 
-Per token of KV: one fp32 score per layer and head, inside the arena. Per running
-request: the rings of queries and their log-sum-exps, and the block tables. Once: the
-decode and pass workspaces.
+Per token of KV: one fp32 score per layer and head, inside the arena. Per request slot:
+log-sum-exps of its last queries, and the block tables. Once: the decode workspace.
+
+The queries themselves lie in pages of the pool, and only for requests that can be
+compressed (`scheduling.rings`). The workspace of passes and chunks takes the memory
+that SGLang leaves for the activations of a prefill step, which are gone by then; what
+does not fit there is charged.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens, pages_of
 from sglang_kvc.kernels.decode_attention import make_decode_workspace
 from sglang_kvc.kernels.plan_heads import PARTIAL_BYTES
+from sglang_kvc.kernels.query_ring import ring_pages
 from sglang_kvc.kernels.select import SCRATCH_BYTES_PER_GROUP, SCRATCH_BYTES_PER_HEAD
 
 SCORE_BYTES = 4
-LSE_BYTES = 4
+LSE_DTYPE = torch.float16
+"""Of log-sum-exps: off by 0.6 % of a query's weight below 32, the same for all keys."""
 MAX_SLOTS, MIN_SLOTS = 256, 16
-TOKENS_PER_SLOT = 192
+TOKENS_PER_SLOT = 64
 """A default slot for so many tokens of the pool: few requests hold less for long."""
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """Shape of the model on this rank; `itemsize` is that of K and V, `query_itemsize`
-    of the queries: that of the model.
+    of the queries: that of the model. `mlp_width`: elements that an MLP makes of a
+    token at once; 0: not known.
     """
 
     num_layers: int
@@ -35,11 +45,17 @@ class ModelShape:
     head_dim: int
     itemsize: int
     query_itemsize: int
+    mlp_width: int = 0
 
     @property
     def heads_per_page(self) -> int:
         """Head blocks in a page, L * H."""
         return self.num_layers * self.num_kv_heads
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_qo_heads // self.num_kv_heads
 
     def num_groups(self, allocation: str) -> int:
         """Groups of heads that share a budget, see `select_entries`."""
@@ -64,19 +80,20 @@ class MetadataBytes:
     Attributes
     ----------
     per_token : scores, per token of the pool.
-    ring, tables, workspace : fixed parts, see `metadata_bytes`; the ring with its
-        log-sum-exps.
+    lse, tables, workspace : fixed parts, see `metadata_bytes`.
+    ring : of the pool, the queries of a request that can be compressed.
     """
 
     per_token: int
-    ring: int
+    lse: int
     tables: int
     workspace: int
+    ring: int
 
     @property
     def fixed(self) -> int:
         """Bytes that do not grow with the pool."""
-        return self.ring + self.tables + self.workspace
+        return self.lse + self.tables + self.workspace
 
     def scale_kv_bytes(self, available: int, shape: ModelShape) -> int:
         """Bytes to offer for K and V out of `available` for K, V and our metadata."""
@@ -87,8 +104,8 @@ class MetadataBytes:
     def describe_fixed(self) -> str:
         """Describe the parts that do not grow with the pool, for an error message."""
         return (
-            f"{self.fixed / GIB:.2f} GiB (query ring {self.ring / GIB:.2f}, workspace "
-            f"{self.workspace / GIB:.2f}, tables {self.tables / GIB:.2f})"
+            f"{self.fixed / GIB:.2f} GiB (log-sum-exps {self.lse / GIB:.2f}, "
+            f"workspace {self.workspace / GIB:.2f}, tables {self.tables / GIB:.2f})"
         )
 
     def describe(self, kv_bytes: int, tokens: int) -> str:
@@ -98,8 +115,27 @@ class MetadataBytes:
         return (
             f"KV-Compress metadata: {total / GIB:.3f} GiB = "
             f"{100 * total / max(kv_bytes, 1):.2f} % of {kv_bytes / GIB:.2f} GiB of KV "
-            "(scores, query rings, block tables, workspace)"
+            "(scores, log-sum-exps, block tables, workspace); of the KV "
+            f"{self.ring / MIB:.2f} MiB more for every running request that can be "
+            "compressed"
         )
+
+
+def mlp_width(model_config: Any, tp_size: int) -> int:
+    """`ModelShape.mlp_width` of SGLang's ModelConfig: gate and up of a dense model."""
+    config = getattr(model_config, "hf_text_config", None)
+    sizes = [
+        getattr(config, name, None) or 0
+        for name in ("num_experts", "num_local_experts", "n_routed_experts")
+    ]
+    if any(sizes):
+        return 0
+    return 2 * (getattr(config, "intermediate_size", None) or 0) // tp_size
+
+
+def packed_width(context_len: int, pool_tokens: int) -> int:
+    """Packed pages that a request can hold: none is longer, none has more than all."""
+    return min(pages_of(context_len), pages_of(pool_tokens) + 1)
 
 
 def default_slots(pool_tokens: int) -> int:
@@ -159,6 +195,20 @@ def workspace_head_bytes(
     return pass_head_bytes(entries, kept, counts, pooled=True)
 
 
+def activation_bytes(shape: ModelShape, tokens: int) -> tuple[int, int]:
+    """Bytes that a prefill step of `tokens` tokens takes for a time.
+
+    Returns
+    -------
+    whole, beside : of the step, at the least; and by how much its MLPs take more than
+        its attention (query, key, value and output).
+    """
+    attention = 2 * (shape.num_qo_heads + shape.num_kv_heads) * shape.head_dim
+    size = tokens * shape.query_itemsize
+    beside = max(shape.mlp_width - attention, 0)
+    return size * (attention + beside), size * beside
+
+
 def metadata_bytes(
     shape: ModelShape,
     options: KVCompressOptions,
@@ -167,6 +217,7 @@ def metadata_bytes(
     context_len: int,
     pool_tokens: int,
     chunk_size: int = 0,
+    prefill_tokens: int = 0,
 ) -> MetadataBytes:
     """Bytes of our metadata for a server of this shape.
 
@@ -176,22 +227,21 @@ def metadata_bytes(
     context_len : longest request, tokens.
     pool_tokens : tokens of the KV pool, or more.
     chunk_size : tokens of a prefill step, if prompts can be compressed between chunks.
+    prefill_tokens : of a prefill step, whose activations SGLang leaves memory for; 0:
+        prompts are prefilled whole, and nothing is known of them.
 
     Returns
     -------
     MetadataBytes
-        The pass workspace is the most that `PassRunner` holds at once
-        (`workspace_head_bytes`). A chunk of a compressed prompt takes, at another time,
-        page lists of all heads and copies of the queries and outputs of one layer.
+        The workspace is that of decode attention, and what of two others exceeds the
+        activations of a prefill step. A pass, behind all of them, takes what
+        `PassRunner` holds at once (`workspace_head_bytes`). A chunk of a compressed
+        prompt takes page lists of all heads, and in attention copies of the queries and
+        outputs of one layer.
     """
     slots = max_running_requests + 1
-    ring = (
-        slots
-        * shape.num_layers
-        * options.window
-        * shape.num_qo_heads
-        * (shape.head_dim * shape.query_itemsize + LSE_BYTES)
-    )
+    pages = ring_pages(options.window, shape.group, shape.itemsize)
+    rows = shape.num_layers * options.window * shape.num_qo_heads
     partials = make_decode_workspace(
         max_running_requests,
         shape.num_qo_heads,
@@ -201,16 +251,18 @@ def metadata_bytes(
         num_layers=shape.num_layers,
     )
     decode_workspace = sum(part.nbytes for part in partials)
-    table_ints = 1 + (shape.heads_per_page + 1) + pages_of(context_len)
+    width = packed_width(context_len, pool_tokens)
+    table_ints = 1 + (shape.heads_per_page + 1) + width + pages
     head_bytes = workspace_head_bytes(shape, options, context_len, pool_tokens)
     workspace = shape.heads_per_page * head_bytes + PARTIAL_BYTES
     lists = pages_of(context_len) * shape.heads_per_page * 4
     copied = shape.num_qo_heads * shape.head_dim * shape.query_itemsize
-    copies = 2 * chunk_size * copied
-    workspace = max(workspace, (lists + copies) if chunk_size else 0)
+    chunks = (lists + 2 * chunk_size * copied) if chunk_size else 0
+    whole, beside = activation_bytes(shape, prefill_tokens)
     return MetadataBytes(
         per_token=shape.score_bytes_per_token,
-        ring=ring,
+        lse=slots * rows * LSE_DTYPE.itemsize,
         tables=slots * table_ints * 4,
-        workspace=decode_workspace + workspace,
+        workspace=decode_workspace + max(workspace - whole, chunks - beside, 0),
+        ring=pages * PAGE_SIZE * shape.kv_bytes_per_token,
     )

@@ -19,7 +19,12 @@ from sglang_kvc.errors import (
 from sglang_kvc.kernels.kv_dtype import E4M3
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.memory.kv_pool import ArenaKVPool
-from sglang_kvc.memory.metadata import ModelShape, default_slots, metadata_bytes
+from sglang_kvc.memory.metadata import (
+    ModelShape,
+    default_slots,
+    metadata_bytes,
+    mlp_width,
+)
 
 if TYPE_CHECKING:
     from sglang_kvc.config.options import KVCompressOptions
@@ -45,6 +50,7 @@ def model_shape(configurator: Any) -> ModelShape:
         head_dim=config.head_dim,
         itemsize=configurator.kv_cache_dtype.itemsize,
         query_itemsize=config.dtype.itemsize,
+        mlp_width=mlp_width(config, tp_size),
     )
 
 
@@ -143,6 +149,7 @@ def subtract_metadata(configurator: Any, available: int) -> int:
         context_len=configurator.model_config.context_len,
         pool_tokens=tokens,
         chunk_size=max(schedule.chunked_prefill_size or 0, 0),
+        prefill_tokens=max(schedule.chunked_prefill_size or 0, 0),
     )
     left = sizes.scale_kv_bytes(available, shape)
     if left <= 0:

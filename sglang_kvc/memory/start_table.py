@@ -57,14 +57,14 @@ def parts_of(
     """
     arena, slots = state.arena, state.tables.req_to_token.shape[0]
     tokens = arena.k.shape[0] * PAGE_SIZE
-    chunks = "taken while passes and chunks run"
+    chunks = "passes and chunks also take what prefill steps leave"
     return [
         Part("weights", weights),
         Part("keys and values", arena.k.nbytes + arena.v.nbytes, f"{tokens} tokens"),
         Part("scores", sizes.per_token * tokens, "one for every key"),
         Part(
-            "query rings",
-            sizes.ring,
+            "log-sum-exps",
+            sizes.lse,
             f"{slots} slots of {state.options.window} queries",
         ),
         Part("block tables", sizes.tables, f"{slots} slots"),

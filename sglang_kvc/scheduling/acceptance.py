@@ -48,7 +48,9 @@ def attach_policy(req: Req, server: Server) -> None:
     if req.input_embeds is not None or req.positional_embed_overrides is not None:
         # The end of a prompt scores its chunks by token ids, see `probe`.
         rule = dataclasses.replace(rule, mode="never")
-    attached.attach_policy(req, RequestPolicy(options, request, rule))
+    ring = server.pass_scheduler.rings.tokens if request.enabled else 0
+    rule = dataclasses.replace(rule, pool_tokens=rule.pool_tokens - ring)
+    attached.attach_policy(req, RequestPolicy(options, request, rule, ring))
 
 
 def limit_request(
@@ -79,9 +81,7 @@ def limit_request(
             message = pointed(message, Section.LONG_PROMPTS)
             attached.attach_refusal(req, Refusal(Reason.TOO_LONG, message))
             return
-        req.origin_input_ids = req.origin_input_ids[
-            : policy.pool_tokens - 2 * PAGE_SIZE
-        ]
+        req.origin_input_ids = req.origin_input_ids[: policy.whole_pool - 2 * PAGE_SIZE]
     length = len(req.origin_input_ids)
     most = min(max_req_len - length - 1, reach(policy, length) - length)
     if asked is not None:
@@ -107,7 +107,7 @@ def readmit(req: Req) -> Refusal | None:
         return None
     length, found = len(req.origin_input_ids) + len(req.output_ids), course_of(req)
     if found is None or found.way is Way.KEEP:
-        room = policy.pool_tokens - length - PAGE_SIZE - 1
+        room = policy.whole_pool - length - PAGE_SIZE - 1
     else:
         room = reach(policy, length) - length
     params = req.sampling_params
@@ -119,14 +119,14 @@ def readmit(req: Req) -> Refusal | None:
     message = (
         f"The request was interrupted for want of memory after {len(req.output_ids)} "
         f"tokens. It has {length} tokens by now, and the KV pool of "
-        f"{policy.pool_tokens} cannot take them in again. Send the prompt and what has "
+        f"{policy.whole_pool} cannot take them in again. Send the prompt and what has "
         "been generated, at a higher rate, or when fewer requests run."
     )
     return Refusal(Reason.OUT_OF_MEMORY, pointed(message, Section.REQUESTS))
 
 
 def _too_long(policy: RequestPolicy, length: int) -> str:
-    pool, budget = policy.pool_tokens, policy.budget(length)
+    pool, budget = policy.whole_pool, policy.budget(length)
     if floor_tokens(length) <= budget:
         return (
             f"The prompt has {length} tokens, more than the KV pool of {pool}, and "

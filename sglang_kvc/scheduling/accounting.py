@@ -10,7 +10,7 @@ from sglang_kvc.upstream.types import InvariantChecker
 
 
 def uncounted_tokens(checker: InvariantChecker, passes: PassScheduler) -> int:
-    """Tokens in target pages of passes in flight, and of a prompt that waits.
+    """Tokens in rings, in target pages of passes in flight, and of a waiting prompt.
 
     A pass is in flight until it is settled. A prompt that waits between two chunks, for
     memory or for its turn, is in no batch.
@@ -19,7 +19,7 @@ def uncounted_tokens(checker: InvariantChecker, passes: PassScheduler) -> int:
         id(b): b for b in (checker.get_last_batch(), checker.get_running_batch())
     }
     reqs = {id(r): r for b in batches.values() if b is not None for r in b.reqs}
-    total = 0
+    total = passes.rings.held
     waiting = passes.waiting_prompt
     if (
         waiting is not None

@@ -33,6 +33,7 @@ class PromptNeed:
     hit : of the cached prefix that it starts from, or computed by earlier chunks.
     folded : whether the prompt has been compressed between chunks already.
     left : that it may still decode.
+    ring : of the pages that its queries will take in this step.
     """
 
     policy: RequestPolicy
@@ -41,6 +42,7 @@ class PromptNeed:
     hit: int
     folded: bool
     left: int
+    ring: int
 
     @classmethod
     def of(cls, req: Req) -> PromptNeed | None:
@@ -55,6 +57,7 @@ class PromptNeed:
             hit=UPSTREAM.prefix_len(req),
             folded=state is not None and state.fold > 0,
             left=tokens_left(req),
+            ring=way.ring if state is None else 0,
         )
 
     @property
@@ -113,7 +116,7 @@ def _add_one(
     way = need.way
     with _as_if_eos_counted(req.sampling_params):
         if way.way in (Way.KEEP, Way.LATER):
-            with _clip_of(need.clip):
+            with headroom.charged_also(need.ring), _clip_of(need.clip):
                 return call()
         if not way.chunk:
             return _admit(headroom, server, need, call)
@@ -141,7 +144,7 @@ def preempt(
     # SGLang takes the clip or max_new_tokens, but the copy is needed either way.
     with (
         _all_tokens_asked(req.sampling_params),
-        _clip_of(need.way.step - need.length + PAGE_SIZE + 1),
+        _clip_of(need.way.step + need.ring - need.length + PAGE_SIZE + 1),
     ):
         try:
             return headroom.preempt(call)
@@ -157,17 +160,18 @@ def _admit(
     If it could in this step but for the tails of running requests, their passes are
     made due.
     """
-    way, clip = need.way, need.clip
+    way, clip, ring = need.way, need.clip, need.ring
     # One pass at a time needs a second packed copy.
-    if way.later + way.copy >= headroom.free - headroom.steady:
+    if way.later + way.copy + ring >= headroom.free - headroom.steady:
         return schedule_policy.AddReqResult.NO_TOKEN
-    missing = need.missing + clip + PAGE_SIZE + 1 - (headroom.free - headroom.now)
+    needed = need.missing + clip + ring + PAGE_SIZE + 1
+    missing = needed - (headroom.free - headroom.now)
     if missing > 0:
         headroom.squeeze(missing, server.pass_scheduler.due_lens)
         return schedule_policy.AddReqResult.NO_TOKEN
     # SGLang takes the clip or what is left, but the copy is needed either way.
-    more = max(clip - need.left, 0)
-    with headroom.charged_now(way.later, more), _clip_of(clip):
+    more = max(clip - need.left, 0) + ring
+    with headroom.charged_now(way.later + ring, more), _clip_of(clip):
         return call()
 
 

@@ -50,6 +50,8 @@ class Course:
     copy : what a later pass needs beside that for a moment.
     chunk : with BETWEEN, tokens of a chunk; else 0.
     max_hit : longest cached prefix that it may start from.
+    ring : what its last queries take beside all that, from its first step to its end;
+        0 if it never reaches a pass.
     """
 
     way: Way
@@ -58,12 +60,12 @@ class Course:
     copy: int = 0
     chunk: int = 0
     max_hit: int = UNLIMITED
+    ring: int = 0
 
     def fits(self, pool_tokens: int) -> bool:
         """Whether an empty pool of this size admits it; strict, as SGLang's test."""
-        return (
-            self.step + PAGE_SIZE < pool_tokens and self.later + self.copy < pool_tokens
-        )
+        room = pool_tokens - self.ring
+        return self.step + PAGE_SIZE < room and self.later + self.copy < room
 
 
 def course(
@@ -88,7 +90,13 @@ def course(
     if policy.compresses(length):
         budget = policy.budget(length)
         later, copy = _after_first_pass(policy, length, ahead)
-        after = Course(Way.AFTER, length + budget + PAGE_SIZE, later, copy)
+        after = Course(
+            Way.AFTER,
+            length + budget + PAGE_SIZE,
+            later,
+            copy,
+            ring=policy.ring_tokens,
+        )
         candidates = [after]
         rule = policy.chunk_rule
         chunk = rule.chunk_tokens(length, budget) if rule is not None else 0
@@ -100,6 +108,7 @@ def course(
                 copy,
                 chunk,
                 rule.max_hit(budget, chunk),
+                policy.ring_tokens,
             )
             first = rule.prefers(length)
             candidates = [between, after] if first else [after, between]
@@ -107,26 +116,28 @@ def course(
         due = policy.first_due(length)
         most = due + policy.budget(due) + LATE_PASS_SLACK + PAGE_SIZE
         if most + PAGE_SIZE < policy.pool_tokens:
-            candidates = [Course(Way.LATER, min(length + ahead, most))]
+            ring = policy.ring_tokens if due <= length + left else 0
+            candidates = [Course(Way.LATER, min(length + ahead, most), ring=ring)]
     candidates.append(Course(Way.KEEP, length + ahead))
-    fitting = (it for it in candidates if it.fits(policy.pool_tokens))
+    fitting = (it for it in candidates if it.fits(policy.whole_pool))
     return next(fitting, None)
 
 
 def reach(policy: RequestPolicy, length: int) -> int:
     """Tokens, prompt and output, that a request can reach at most, alone.
 
-    At least what SGLang allows without compression. With a budget there is no end. With
-    a rate the budget grows until no pass finds room for a second copy beside it; from
-    then on the request keeps everything.
+    At least what SGLang allows without compression, but for the ring. With a budget
+    there is no end. With a rate the budget grows until no pass finds room for a second
+    copy beside it; from then on the request keeps everything.
     """
-    pool = policy.pool_tokens
-    whole = pool - PAGE_SIZE - 1 - (ceil_tokens(length) - length)
+    part = PAGE_SIZE + 1 + (ceil_tokens(length) - length)
     if not policy.enabled:
-        return whole
+        return policy.whole_pool - part
     way = course(policy, length, 0, 0)
     if way is None or way.way is Way.KEEP:
-        return whole
+        return policy.whole_pool - part
+    pool = policy.pool_tokens
+    whole = pool - part
     start = policy.first_due(length) if way.way is Way.LATER else floor_tokens(length)
     if not policy.passes_end:
         return UNLIMITED

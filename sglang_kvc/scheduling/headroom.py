@@ -67,7 +67,8 @@ def running_charge(adder: PrefillAdder, req: Req, stock: float) -> float:
     held = UPSTREAM.allocated_len(req)
     if state is not None and state.fold:
         held = state.resident(UPSTREAM.committed_len(req))
-    return growth + ceil_tokens(held)
+    ring = state.ring_tokens if state is not None else 0
+    return growth + ceil_tokens(held) + ring
 
 
 def _budget_growth(policy: RequestPolicy, length: int, tokens: int) -> int:
@@ -146,6 +147,19 @@ class Headroom:
                 self.now = UPSTREAM.charged(adder)
                 self.steady += steady
             self._publish()
+
+    @contextmanager
+    def charged_also(self, tokens: int) -> Iterator[None]:
+        """Let SGLang find `tokens` fewer, from now on if it admits the request."""
+        adder = self.adder
+        before = len(adder.can_run_list)
+        UPSTREAM.set_charged(adder, UPSTREAM.charged(adder) + tokens)
+        try:
+            yield
+        finally:
+            if len(adder.can_run_list) == before:
+                UPSTREAM.set_charged(adder, UPSTREAM.charged(adder) - tokens)
+            self._sync()
 
     def preempt(self, call: Callable[[], bool]) -> bool:
         """Run `call`, which preempts running requests, and keep both sums right.

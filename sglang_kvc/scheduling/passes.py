@@ -31,6 +31,7 @@ from sglang_kvc.scheduling.pass_decision import PassDecision, Probe
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.reporting import Report
 from sglang_kvc.scheduling.request_state import PassInFlight, RequestState
+from sglang_kvc.scheduling.rings import Rings
 from sglang_kvc.scheduling.settling import settle_pass
 from sglang_kvc.scheduling.step_plan import Fold, StepPlan
 from sglang_kvc.upstream.generation import UPSTREAM
@@ -72,19 +73,27 @@ class PassScheduler:
     options : the server's options.
     num_slots : rows of SGLang's request table, the padding row included.
     probes : whether the end of a prompt scores its chunks, see `attention.probe`.
+    ring_tokens : of the pool, that the last queries of a request take.
 
     Attributes
     ----------
     due_lens : logical length at which each slot is looked at, int64 [num_slots]; a
         decode step compares it with the batch's lengths in one vector operation. Where
         no pass is to come it is `NEVER_DUE`.
+    rings : what all of these take.
     meter : what counts for ``/metrics``; None if they are off.
     """
 
     def __init__(
-        self, options: KVCompressOptions, num_slots: int, *, probes: bool = False
+        self,
+        options: KVCompressOptions,
+        num_slots: int,
+        *,
+        probes: bool = False,
+        ring_tokens: int = 0,
     ) -> None:
         self.options, self.probes = options, probes
+        self.rings = Rings(ring_tokens)
         self.due_lens = np.full(num_slots, NEVER_DUE, dtype=np.int64)
         # Prompts that the last prefill step has left unfinished.
         self.unfinished: list[Any] = []
@@ -111,6 +120,8 @@ class PassScheduler:
             if state is None:
                 state = self._new_state(req)
                 plan.reset_slots.append(state.slot)
+            if state.lacks_ring:
+                self.rings.give(state, UPSTREAM.prefix_len(req), batch, plan)
             plan.folds.append(Fold(state.fold, state.packed))
             state.prefilled = end = _extend_end(req)
             prompt_len = len(req.full_untruncated_fill_ids)
@@ -177,11 +188,19 @@ class PassScheduler:
             kv=req.kv,
             slot=UPSTREAM.slot(req),
             chunk=way.chunk if way is not None else 0,
+            wants_ring=way is not None and way.ring > 0,
         )
         attached.attach_state(req, state)
         req.customized_info = {"kv_compress": Report(req, state)}
         self.due_lens[state.slot] = NEVER_DUE
         return state
+
+    def _defer(self, state: RequestState, due: int) -> None:
+        """Put a pass off to logical length `due`."""
+        state.deferred_passes += 1
+        if self.meter is not None:
+            self.meter.deferred()
+        self.due_lens[state.slot] = due
 
     def _plan_request(
         self,
@@ -193,14 +212,16 @@ class PassScheduler:
     ) -> None:
         """Launch the pass of a request that is due at `length`, if it is worth one."""
         state = _started(req)
+        if decision is not None and state.lacks_ring:
+            # Admission has asked for its pages, so this should not come to pass.
+            given = self.rings.give(state, length - 1, batch, plan)
+            self._defer(state, length + (self.options.window if given else 1))
+            return
         if decision is not None:
             dest_tokens = self._take_pages(batch, decision.packed_new)
             if dest_tokens is None:
                 # Retried at every step: memory comes back as others finish.
-                state.deferred_passes += 1
-                if self.meter is not None:
-                    self.meter.deferred()
-                self.due_lens[state.slot] = length + 1
+                self._defer(state, length + 1)
                 return
             probe = self._probe(req, decision)
             plan.passes.append(state.launch(decision, req, dest_tokens, probe))

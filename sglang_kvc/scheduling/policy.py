@@ -30,17 +30,24 @@ class RequestPolicy:
     ----------
     options : the server's options.
     request : what the request asked for.
-    chunk_rule : when prompts are compressed between chunks, and the size of the pool;
-        None: never, in a pool without end.
+    chunk_rule : when prompts are compressed between chunks, and the size of the pool
+        without the ring; None: never, in a pool without end.
+    ring_tokens : of the pool, that its last queries take while it may be compressed.
     """
 
     options: KVCompressOptions
     request: RequestOptions
     chunk_rule: ChunkRule | None = None
+    ring_tokens: int = 0
+
+    @property
+    def whole_pool(self) -> int:
+        """Tokens of the KV pool."""
+        return self.pool_tokens + self.ring_tokens
 
     @property
     def pool_tokens(self) -> int:
-        """Tokens of the KV pool."""
+        """Tokens of the KV pool beside the request's ring."""
         return self.chunk_rule.pool_tokens if self.chunk_rule is not None else UNLIMITED
 
     @property

@@ -9,6 +9,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from sglang_kvc.scheduling.attached import state_of
 from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.scheduling.rings import release_ring
 from sglang_kvc.scheduling.settling import settle_pass
 
 
@@ -65,9 +66,10 @@ class RadixCache17(RadixCache):
         pages, so the stock release is right for it.
         """
         state = state_of(req)
-        if state is not None:
-            state.end()
         allocator = self.token_to_kv_pool_allocator
+        if state is not None:
+            release_ring(state, allocator)
+            state.end()
         for dead in state.abandon() if state is not None else ():
             allocator.free_segment(dead.dest_tokens, start_pos=0)
         if state is None or not state.settled_fold:

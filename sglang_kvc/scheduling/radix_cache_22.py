@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_kvc.scheduling.attached import state_of
 from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.scheduling.rings import release_ring
 from sglang_kvc.scheduling.settling import settle_pass
 from sglang_kvc.upstream.types import Req
 
@@ -83,8 +84,9 @@ class RadixCache22(UnifiedRadixCache):
         """
         state = state_of(req)
         if state is not None:
+            allocator = self.token_to_kv_pool_allocator
+            release_ring(state, allocator)
             for dead in state.abandon():
-                allocator = self.token_to_kv_pool_allocator
                 allocator.free_segment(dead.dest_tokens, start_pos=0)
             self._packed.pop(state.slot, None)
             state.end()

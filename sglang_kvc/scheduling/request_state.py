@@ -13,11 +13,14 @@ memory a KV head holds on average. This module imports neither torch nor SGLang.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_kvc.config.pages import PAGE_SIZE, floor_tokens
 from sglang_kvc.scheduling.pass_decision import PassDecision, Phase, Probe
 from sglang_kvc.scheduling.policy import RequestPolicy
+
+if TYPE_CHECKING:
+    from sglang_kvc.scheduling.rings import Ring
 
 ENDED = object()
 """In place of SGLang's record of the memory, once that was given back.
@@ -64,6 +67,8 @@ class RequestState:
     kv : SGLang's record of the request's memory; the state belongs to it. Then `ENDED`.
     slot : row of the request in the device tables.
     chunk : tokens of a chunk if the prompt is compressed between chunks, else 0.
+    wants_ring : it can reach a pass that looks at queries, so it takes a ring.
+    ring : where its last queries are.
     fold, packed : logical tokens that are packed, and the tokens of memory they take.
     observed : positions below it have been observed by a pass.
     prefilled : positions below it are prompt, or were recomputed after a retraction.
@@ -81,6 +86,8 @@ class RequestState:
     kv: Any
     slot: int
     chunk: int = 0
+    wants_ring: bool = False
+    ring: Ring | None = None
     # Launch order.
     fold: int = 0
     packed: int = 0
@@ -100,6 +107,16 @@ class RequestState:
     deferred_passes: int = 0
     peak_resident: int = 0
 
+    @property
+    def ring_tokens(self) -> int:
+        """Tokens of the pool that its last queries take."""
+        return len(self.ring.token_ids) if self.ring is not None else 0
+
+    @property
+    def lacks_ring(self) -> bool:
+        """Whether there was no room for its ring yet."""
+        return self.wants_ring and self.ring is None
+
     def resident(self, length: int) -> int:
         """Resident tokens per KV head at logical `length` (launch order)."""
         return self.packed + length - self.fold
@@ -111,6 +128,8 @@ class RequestState:
         has room for a second copy beside what the request holds by then.
         """
         policy = self.policy
+        if policy.ring_tokens and not self.wants_ring:
+            return None
         if self.fold == 0:
             if not policy.becomes_due:
                 return None
@@ -150,6 +169,8 @@ class RequestState:
         return self._propose(Phase.DECODE, length, self.policy.budget(length))
 
     def _propose(self, phase: Phase, length: int, budget: int) -> PassDecision | None:
+        if self.policy.ring_tokens and not self.wants_ring:
+            return None
         # A chunk must make room for the next one, whatever the copy costs.
         chunk = phase is Phase.CHUNK
         least = PAGE_SIZE if chunk else self.policy.least_gain(budget)

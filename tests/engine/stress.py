@@ -146,6 +146,8 @@ class PageAudit:
             low = UPSTREAM.protected_len(req)
             if state is not None:
                 lists += [it.dest_tokens[::PAGE] // PAGE for it in state.in_flight]
+                if state.ring is not None:
+                    lists.append(state.ring.token_ids[::PAGE] // PAGE)
                 if state.settled_fold:
                     low = state.settled_fold
                     lists.append(state.settled_packed[::PAGE] // PAGE)
@@ -170,13 +172,20 @@ class PageAudit:
         """On the CPU the device is where the last launched step has brought it."""
         for req in self.scheduler.sch.waiting_queue:
             assert scheduling.state_of(req) is None, f"{req.rid} waits with a state"
-        folds = self.pool.runtime.state.tables.fold_lens
+        device = self.pool.runtime.state
+        folds, rings = device.tables.fold_lens, device.query_ring.pages
         for req in self.live_requests():
             state = scheduling.state_of(req)
             if state is not None:
                 assert state.slot == UPSTREAM.slot(req), req.rid
                 fold = int(folds[state.slot])
                 assert fold == state.fold, (req.rid, fold, state.fold)
+                pages = rings[state.slot].tolist()
+                if state.ring is not None:
+                    own = (state.ring.token_ids[::PAGE] // PAGE).tolist()
+                    assert pages == own, (req.rid, pages, own)
+                else:
+                    assert not any(pages), (req.rid, pages)
 
 
 def run_loads(scheduler: InProcessScheduler, audit: PageAudit) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def test_the_log_says_what_memory_went_where(server: Server) -> None:
         "weights",
         "keys and values",
         "scores",
-        "query rings",
+        "log-sum-exps",
         "block tables",
     ]
     assert [name.strip() for name in names[-3:]] == ["other", "free", "total"]

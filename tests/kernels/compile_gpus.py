@@ -169,14 +169,17 @@ def usage(kernel: Any) -> dict[str, Any]:
     }
 
 
-def signature_types(kernel: Any) -> str:
-    """Types of a kernel's arguments, as Triton writes them."""
-    return str(kernel.src.signature)
+def stores_bytes(kernel: Any) -> bool:
+    """Whether its K and V are bytes; queries in a ring always are."""
+    types = kernel.src.signature.items()
+    return "*u8" in str([kind for name, kind in types if name not in OF_QUERIES])
 
 
 WIDE = ((16, 64), (5, 80), (12, 128), (16, 128), (8, 256))
 """Query heads a KV head, head_dim."""
 LARGEST = WIDE[-2:]
+OF_QUERIES = {"ring_k", "ring_v", "ring_pages", "new"}
+"""Arguments of kernels in which queries are stored, or stand as the model made them."""
 
 if __name__ == "__main__":
     original_run = JITFunction.run
@@ -207,6 +210,6 @@ if __name__ == "__main__":
     if every:
         launch_all(layers=2, heads=2, group=16, dim=128, window=32, **bytes_)
     for key, kernel in compiled.items():
-        about = {"usual": key in usual, "e4m3": "*u8" in signature_types(kernel)}
+        about = {"usual": key in usual, "e4m3": stores_bytes(kernel)}
         json.dump({**usage(kernel), **about}, sys.stdout)
         sys.stdout.write("\n")

@@ -88,7 +88,7 @@ def observe(
     The logits are computed in `logits_in`: the model's dtype gives the error that torch
     makes on the same problem.
     """
-    arena, ring = case.arena, case.query_ring
+    arena, ring = case.arena, case.queries
     window, group = ring.shape[2], case.group
     keys, stored = arena.k.view(-1, arena.head_dim), arena.score.view(-1)
     values = arena.v.view(-1, arena.head_dim)
@@ -120,7 +120,7 @@ def observe(
 
 def query_lse(case: Case, scale: float, query_start: int = 0) -> torch.Tensor:
     """log2-sum-exp2 of every observed query of the ring, float64; NaN elsewhere."""
-    arena, ring = case.arena, case.query_ring
+    arena, ring = case.arena, case.queries
     window, group = ring.shape[2], case.group
     keys = arena.k.view(-1, arena.head_dim)
     found = torch.full(ring.shape[:4], math.nan, dtype=torch.float64)

@@ -67,7 +67,7 @@ def with_stored(case: Case, stored: torch.Tensor) -> Case:
 
 def tensors(case: Case, plan: PassPlan) -> Iterator[torch.Tensor]:
     """Everything that a scorer must not write."""
-    yield from (*case.arena.cells, *case.tables, case.query_ring)
+    yield from (*case.arena.cells, *case.tables, *case.query_ring[:3])
     yield from (field for field in plan if isinstance(field, torch.Tensor))
 
 

@@ -106,7 +106,7 @@ def test_a_window_of_everything_observes_the_same(power: int, device: str) -> No
             for h in range(3)
         ]
         prompt_keys = keys[torch.tensor(rows)].transpose(0, 1)
-        queries = case.query_ring[case.slots[0], layer]
+        queries = case.queries[case.slots[0], layer]
         full = full_attention_scores(queries, prompt_keys, 0, **how, buffer=0, chunk=16)
         torch.testing.assert_close(full, observed[layer], rtol=1e-4, atol=1e-6)
 

@@ -31,6 +31,7 @@ from sglang_kvc.scheduling import acceptance
 from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.passes import PassScheduler
 from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.scheduling.rings import Ring, Rings
 from sglang_kvc.upstream.generation import UPSTREAM, Generation22
 from tests.doubles import adder_class, tree_of
 
@@ -69,6 +70,7 @@ class Case:
     cached: int
     kv: dict[str, Any] = field(default_factory=dict)
     ignore_eos: bool = True
+    ring: int = 0
 
     def options(self) -> KVCompressOptions:
         """The server's options."""
@@ -93,7 +95,7 @@ class Server:
         # Our hooks on admission come with it.
         importlib.import_module("sglang.srt.managers.scheduler")
         self.case = case
-        scheduler = PassScheduler(case.options(), 3)
+        scheduler = PassScheduler(case.options(), 3, ring_tokens=case.ring)
         self.runtime = SimpleNamespace(
             options=case.options(),
             chunk_rule=case.rule(),
@@ -166,8 +168,11 @@ def walk(case: Case, req: Any) -> int:
     AssertionError
         If the pool runs out, or a pass that should run finds no pages.
     """
-    policy, chunk = req.kv_compress_policy, acceptance.course_of(req).chunk
-    state = RequestState(policy=policy, kv=None, slot=1, chunk=chunk)
+    policy, way = req.kv_compress_policy, acceptance.course_of(req)
+    chunk, wants = way.chunk, way.ring > 0
+    state = RequestState(policy=policy, kv=None, slot=1, chunk=chunk, wants_ring=wants)
+    if wants:
+        state.ring = Ring(range(case.ring), Rings(case.ring))
     length, peak = UPSTREAM.prefix_len(req), 0
     end = len(req.full_untruncated_fill_ids)
     step = chunk or (case.chunk if case.chunk > 0 else MAX_PREFILL * 64)
@@ -197,7 +202,7 @@ def _due(state: RequestState, length: int) -> float:
 
 
 def _held(state: RequestState, length: int) -> int:
-    return -(-state.resident(length) // PAGE) * PAGE
+    return -(-state.resident(length) // PAGE) * PAGE + state.ring_tokens
 
 
 def _pass(case: Case, state: RequestState, length: int, end: int | None) -> int:
@@ -229,7 +234,7 @@ def chunks_serve(case: Case, budget: int) -> bool:
         return False
     chunks = range(-(-rule.min_chunk // PAGE) * PAGE, rule.chunk_size + 1, PAGE)
     return any(
-        2 * budget + chunk + 4 * PAGE + PAGE < case.pool
+        2 * budget + chunk + 4 * PAGE + PAGE < case.pool - case.ring
         and budget + chunk < case.prompt
         for chunk in chunks
     )

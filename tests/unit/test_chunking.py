@@ -165,7 +165,11 @@ def test_a_large_request_goes_alone_and_a_late_one_at_once() -> None:
 
 def test_a_request_with_embeddings_is_never_compressed_between_chunks() -> None:
     """The end of its prompt would score the chunks by placeholder ids."""
-    runtime = SimpleNamespace(options=OPTIONS, chunk_rule=make_rule("always"))
+    runtime = SimpleNamespace(
+        options=OPTIONS,
+        chunk_rule=make_rule("always"),
+        pass_scheduler=PassScheduler(OPTIONS, 1),
+    )
     ways = []
     for embeds, overrides in ((None, None), ([[0.0]], None), (None, object())):
         req = SimpleNamespace(

@@ -74,6 +74,7 @@ def cases(draw: Any) -> Case:
         cached=draw(st.just(0) | st.integers(0, prompt) | st.just(2 * prompt)),
         kv=kv,
         ignore_eos=draw(st.booleans()),
+        ring=draw(st.sampled_from([0, 16, 32, 64, 256])),
     )
 
 
@@ -97,9 +98,9 @@ def serve_alone(case: Case) -> None:
     server.cache(case.cached)
     assert server.admit(req) is AddReqResult.CONTINUE, way
     assert walk(case, req) <= case.pool
-    # At least what SGLang gives without compression.
-    paged = -(-length // PAGE) * PAGE
-    stock = min(case.asked, case.context - length - 2, case.pool - paged - PAGE - 1)
+    # At least what SGLang gives without compression in the pool beside the ring.
+    paged, pool = -(-length // PAGE) * PAGE, case.pool - way.ring
+    stock = min(case.asked, case.context - length - 2, pool - paged - PAGE - 1)
     assert req.sampling_params.max_new_tokens >= stock
 
 

@@ -16,6 +16,7 @@ import torch
 
 from sglang_kvc.kernels.layout import Arena, BlockTables, PassPlan
 from sglang_kvc.kernels.observe import observe_scores
+from sglang_kvc.kernels.query_ring import QueryRing
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ScoreContext:
     sm_scale : factor on the logits.
     """
 
-    query_ring: torch.Tensor
+    query_ring: QueryRing
     query_lse: torch.Tensor
     arena: Arena
     tables: BlockTables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class MaskedModel:
         assert self._running is not None
         layer = module.layer_idx
         own = (kv[0].repeat_interleave(self.copies, 0) for kv in (key, value))
-        out = self._running.attend(layer, query[0] * scaling, *own)
+        out = self._running.attend(layer, query[0], *own, scaling)
         return out[None].transpose(1, 2), None
 
     def heads_of(self, rank: int) -> list[int]:
@@ -81,12 +82,14 @@ class MaskedTokens:
     ----------
     length : how many there are.
     visible : [L * H, length] bool, in layer-major order.
-    paid : by position of the query, and in the order of the layers: [H, n], what it
-        paid to each position.
+    paid : by position of the query, and in the order of the layers: [2, H, n], what it
+        paid to each position. Its byte form multiplies the keys; what all it saw is
+        worth is that of its byte form, or [1] of the query itself, if it was decoded.
     keys, values : by layer, [H, length, head_dim].
     stored : keys and values that take the place of the model's, by layer: those of a
         server whose cache rounds them.
     made : those of the model, by layer.
+    rounds : whether queries and their log-sum-exps are remembered as a server does it.
     """
 
     def __init__(self, model: MaskedModel, window: int, power: int) -> None:
@@ -98,6 +101,7 @@ class MaskedTokens:
         self.values: dict[int, torch.Tensor] = {}
         self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.rounds = True
         self._cache: Any = None
         self._probing = 0
 
@@ -127,9 +131,14 @@ class MaskedTokens:
             self.visible[h, positions] = True
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
     ) -> torch.Tensor:
-        """What a layer's heads read, [heads, new, head_dim]; `query` is scaled."""
+        """What a layer's heads read, [heads, new, head_dim]."""
         (heads, n, _), new = key.shape, query.shape[1]
         group = len(query) // heads
         kept = n - self._probing
@@ -137,23 +146,46 @@ class MaskedTokens:
         if layer in self.stored:
             key, value = (part[:, :n] for part in self.stored[layer])
         self.keys[layer], self.values[layer] = key[:, :kept], value[:, :kept]
-        logits = query @ key.repeat_interleave(group, 0).transpose(1, 2)
+        keys = key.repeat_interleave(group, 0).transpose(1, 2)
+        remembered = in_bytes(query) if self.rounds else query
+        logits, coarse = (q * scaling @ keys for q in (query, remembered))
         own = self.visible[layer * heads : (layer + 1) * heads]
         visible = pad(own, (0, self._probing), value=True).repeat_interleave(group, 0)
 
-        def attention(last_seen: torch.Tensor) -> torch.Tensor:
+        def masked(logits: torch.Tensor, last_seen: torch.Tensor) -> torch.Tensor:
             mask = visible[:, None] & (torch.arange(n) <= last_seen[:, None])
-            return logits.masked_fill(~mask, float("-inf")).softmax(-1)
+            return logits.masked_fill(~mask, float("-inf"))
 
         places = torch.arange(n - new, n)
-        probs = attention(places)
+        exact = masked(logits, places)
         # A probe observes as the tokens before it would.
         back = self.window if self._probing else 0
-        seen = attention(places - back) if back else probs
+        seen = masked(coarse, places - back)
+        sums = torch.stack([seen.logsumexp(-1), exact.logsumexp(-1)])
+        sums = _in_halves(sums) if self.rounds else sums
+        found = (seen - sums[..., None]).exp()
         for row in range(max(new - self.window, 0), new):
-            mass = seen[:, row].view(heads, group, n).pow(self.power).sum(1)
+            mass = found[:, :, row].view(2, heads, group, n).pow(self.power).sum(2)
             by_layer = self.paid.setdefault(n - new + row - back, [])
             if len(by_layer) == self.model.layers:
                 by_layer.clear()
-            by_layer.append(mass[:, :kept])
-        return probs @ value.repeat_interleave(group, 0)
+            by_layer.append(mass[..., :kept])
+        return exact.softmax(-1) @ value.repeat_interleave(group, 0)
+
+
+def in_bytes(queries: torch.Tensor) -> torch.Tensor:
+    """Queries [..., D] as a server with a byte an element remembers them.
+
+    Multiples of a scale, the least power of 2 that makes the largest element 123 or
+    less; of two scales in the first 8 elements.
+    """
+    scale = 2 ** (queries.abs().amax(-1, keepdim=True) / 123).log2().ceil()
+    step = torch.ones(queries.shape[-1])
+    step[:8] = 2
+    sizes = (queries.abs() / scale / step).round() * step
+    return queries.sign() * sizes.clamp(max=122 + (step < 2).float()) * scale
+
+
+def _in_halves(sums: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exps as they are remembered: to the base 2, in fp16."""
+    return (sums / math.log(2)).half().float() * math.log(2)

@@ -96,7 +96,7 @@ class OracleRequest:
         self.model, self.options, self.prompt = model, options, prompt
         power = METRICS[options.metric].power or 2
         self.tokens = MaskedTokens(model, options.window, power)
-        self.scores = EntryScores(self.tokens, options, slot)
+        self.scores = EntryScores(self.tokens, options, slot, len(prompt))
 
     def replay(
         self,

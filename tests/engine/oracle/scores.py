@@ -21,12 +21,18 @@ class EntryScores:
     tokens : those of the request.
     options : metric, window, pooling and weight of distinct keys are read.
     slot : the server's row of the request, which random draws depend on.
+    prompt_len : tokens of the prompt: what follows is decoded.
     """
 
     def __init__(
-        self, tokens: MaskedTokens, options: KVCompressOptions, slot: int
+        self,
+        tokens: MaskedTokens,
+        options: KVCompressOptions,
+        slot: int,
+        prompt_len: int,
     ) -> None:
         self.tokens, self.options, self.slot = tokens, options, slot
+        self.prompt_len = prompt_len
         self._scores = torch.zeros(len(tokens.visible), 0)
         # Where the last pass folded, and how long the request was at it.
         self._fold = self._scored = 0
@@ -57,9 +63,11 @@ class EntryScores:
         """Add what the observed queries paid, the paper's eq. 6-8."""
         tokens = self.tokens
         start = max(self._scored, tokens.length - self.options.window, 0)
+        decoded = start >= self.prompt_len
         added = torch.zeros_like(self._scores)
         for pos in range(start, tokens.length):
-            rows = torch.cat(tokens.paid[pos])  # layers appended in order
+            # Layers appended in order.
+            rows = torch.cat(tokens.paid[pos], dim=1)[int(decoded)]
             added[:, : rows.shape[1]] += rows
         if METRICS[self.options.metric].value_norms:
             layers = range(tokens.model.layers)

@@ -30,6 +30,7 @@ from sglang_kvc.kernels.addressing import head_rows_ref
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.kernels.ops import OPS
 from sglang_kvc.kernels.pass_plan import build_plan
+from sglang_kvc.kernels.testing import random_ring
 
 SMALL = Shape(layers=2, kv_heads=2, qo_heads=4, head_dim=16)
 PAGES = 200
@@ -235,10 +236,10 @@ def test_every_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_pass_can_be_repeated() -> None:
     """`restore` undoes a pass: the second one chooses the same survivors."""
     arena = make_arena(PAGES, SMALL, "cpu")
-    ring = torch.randn(3, 2, WINDOW, 4, 16).to(arena.k.dtype)
+    ring = random_ring(3, WINDOW, 4, arena)
     batch, requests = pass_batch(PassCase(2, 64, 80), SMALL, PAGES, "cpu")
     before = [table.clone() for table in batch.tables]
-    run = Stages(arena, ring, batch, requests)
+    run = Stages(arena, ring, 4, batch, requests)
     run.whole()
     after = [table.clone() for table in batch.tables]
     assert int(batch.tables.fold_lens.max()) == 64 * RATE + 80
