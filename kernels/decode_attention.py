@@ -38,6 +38,7 @@ from sglang_kvc.kernels.decode_schedule import (
     default_config,
     make_decode_workspace,
     num_programs,
+    shared_memory,
 )
 from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.kv_dtype import gather_rows, kernel_arena, kv_scales
@@ -58,8 +59,8 @@ __all__ = [
 ]
 
 LOG2E = 1.4426950408889634
-# Shared memory for tiles of K and V; sm_90 has 227 KiB a program.
-_TILE_BYTES = 192 * 1024
+# Shared memory of a program that tiles of K and V must leave.
+_OTHER_SHARED = 16 * 1024
 # fp32 values that one round of the merge holds, over all threads: more cost registers
 # that the attention loop does without.
 _MERGE_VALUES = 4096
@@ -218,7 +219,8 @@ def decode_attention_triton(
     padded_group = triton.next_power_of_2(group)
     padded_dim = triton.next_power_of_2(head_dim)
     tile_bytes = 2 * config.tile * padded_dim * arena.k.element_size()
-    num_stages = min(config.num_stages, 2 + 2 * (_TILE_BYTES // tile_bytes))
+    tiles = (shared_memory() - _OTHER_SHARED) // tile_bytes
+    num_stages = min(config.num_stages, 2 + 2 * tiles)
     strides = [0] * 4
     sizes = {"W": 1, "R": 1, "B": 1, "N": 1}
     if query_lse is not None:

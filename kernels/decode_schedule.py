@@ -80,6 +80,22 @@ def default_config(
     return config._replace(num_stages=4, max_registers=limit)
 
 
+# KiB a program may use, by compute capability (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"); of others as little as any of them has.
+_SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+
+
+@lru_cache
+def shared_memory() -> int:
+    """Bytes of shared memory that a program may use on the GPU compiled for."""
+    try:
+        arch = triton.runtime.driver.active.get_current_target().arch
+    except RuntimeError:
+        # No GPU: the interpreter has no limit.
+        arch = 90
+    return _SHARED_KIB.get(arch, min(_SHARED_KIB.values())) * 1024
+
+
 @lru_cache
 def _num_sms(device: torch.device) -> int:
     if not torch.cuda.is_available():

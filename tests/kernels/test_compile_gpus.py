@@ -18,7 +18,7 @@ MAX_SHARED = {80: 163, 89: 99, 90: 227, 100: 227}
 CAPPED_REGISTERS = 168
 MAX_SPILL = {
     "score_kernel": {80: 96, 89: 96, 90: 128, 100: 352},
-    "decode_tiles_kernel": {80: 0, 89: 16, 90: 0, 100: 16},
+    "decode_tiles_kernel": {80: 0, 89: 16, 90: 32, 100: 32},
 }
 # Shapes beside those of most models, where no register is left: the most that Triton
 # 3.6 (SGLang 0.5.17) and 3.8 make of them.
