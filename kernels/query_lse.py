@@ -188,7 +188,8 @@ def fill_lse(
     sm_scale : as in `observe_scores`.
     sizes : L, H, G, W, R, B, N, D, DP and S, which `lse_kernel` is compiled for.
     max_rows, tile : queries and keys that a program takes at a time.
-    max_registers : that a thread may use if a program takes 128 queries; None: any.
+    max_registers : that a thread may use if a program takes all of 65 to 128 queries;
+        None: any.
     """
     num_requests, heads = plan.slots.shape[0], arena.heads_per_page
     axes = {name: sizes[name] for name in "LHGW"}
@@ -215,7 +216,7 @@ def fill_lse(
             ROWS=lse_rows,
             TILE=tile,
             num_warps=8 if lse_rows == 128 else 4,
-            maxnreg=max_registers if lse_rows == 128 else None,
+            maxnreg=max_registers if lse_rows == 128 >= num_rows else None,
             **sizes,
         )
         merge_lse_kernel[(rows, -(-num_rows // 128))](

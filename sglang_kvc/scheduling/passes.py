@@ -121,7 +121,7 @@ class PassScheduler:
                 state = self._new_state(req)
                 plan.reset_slots.append(state.slot)
             if state.lacks_ring:
-                self.rings.give(state, UPSTREAM.prefix_len(req), batch, plan)
+                self._take_ring(batch, state, UPSTREAM.prefix_len(req), plan)
             plan.folds.append(Fold(state.fold, state.packed))
             state.prefilled = end = _extend_end(req)
             prompt_len = len(req.full_untruncated_fill_ids)
@@ -202,6 +202,17 @@ class PassScheduler:
             self.meter.deferred()
         self.due_lens[state.slot] = due
 
+    def _take_ring(
+        self, batch: ScheduleBatch, state: RequestState, start: int, plan: StepPlan
+    ) -> bool:
+        """Take the ring of a request whose step begins at `start`, if there is one."""
+        ring = self.rings.take(batch)
+        if ring is None:
+            return False
+        state.own_ring(ring, start)
+        plan.rings[state.slot] = ring
+        return True
+
     def _plan_request(
         self,
         batch: ScheduleBatch,
@@ -214,7 +225,7 @@ class PassScheduler:
         state = _started(req)
         if decision is not None and state.lacks_ring:
             # Admission has asked for its pages, so this should not come to pass.
-            given = self.rings.give(state, length - 1, batch, plan)
+            given = self._take_ring(batch, state, length - 1, plan)
             self._defer(state, length + (self.options.window if given else 1))
             return
         if decision is not None:

@@ -9,7 +9,6 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from sglang_kvc.scheduling.attached import state_of
 from sglang_kvc.scheduling.request_state import RequestState
-from sglang_kvc.scheduling.rings import release_ring
 from sglang_kvc.scheduling.settling import settle_pass
 
 
@@ -68,7 +67,7 @@ class RadixCache17(RadixCache):
         state = state_of(req)
         allocator = self.token_to_kv_pool_allocator
         if state is not None:
-            release_ring(state, allocator)
+            state.release_ring(allocator)
             state.end()
         for dead in state.abandon() if state is not None else ():
             allocator.free_segment(dead.dest_tokens, start_pos=0)

@@ -14,7 +14,6 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_kvc.scheduling.attached import state_of
 from sglang_kvc.scheduling.request_state import RequestState
-from sglang_kvc.scheduling.rings import release_ring
 from sglang_kvc.scheduling.settling import settle_pass
 from sglang_kvc.upstream.types import Req
 
@@ -85,7 +84,7 @@ class RadixCache22(UnifiedRadixCache):
         state = state_of(req)
         if state is not None:
             allocator = self.token_to_kv_pool_allocator
-            release_ring(state, allocator)
+            state.release_ring(allocator)
             for dead in state.abandon():
                 allocator.free_segment(dead.dest_tokens, start_pos=0)
             self._packed.pop(state.slot, None)

@@ -21,6 +21,7 @@ from sglang_kvc.scheduling.policy import RequestPolicy
 
 if TYPE_CHECKING:
     from sglang_kvc.scheduling.rings import Ring
+    from sglang_kvc.upstream.types import Allocator
 
 ENDED = object()
 """In place of SGLang's record of the memory, once that was given back.
@@ -116,6 +117,17 @@ class RequestState:
     def lacks_ring(self) -> bool:
         """Whether there was no room for its ring yet."""
         return self.wants_ring and self.ring is None
+
+    def own_ring(self, ring: Ring, start: int) -> None:
+        """Take a ring that knows the queries from position `start` on."""
+        self.ring = ring
+        self.observed = max(self.observed, start)
+
+    def release_ring(self, allocator: Allocator) -> None:
+        """Give the ring back, if there is one."""
+        ring, self.ring = self.ring, None
+        if ring is not None:
+            ring.give_back(allocator)
 
     def resident(self, length: int) -> int:
         """Resident tokens per KV head at logical `length` (launch order)."""

@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 if TYPE_CHECKING:
-    from sglang_kvc.scheduling.request_state import RequestState
-    from sglang_kvc.scheduling.step_plan import StepPlan
-    from sglang_kvc.upstream.types import ScheduleBatch
+    from sglang_kvc.upstream.types import Allocator, ScheduleBatch
 
 
 @dataclass(eq=False)
@@ -32,25 +30,14 @@ class Rings:
     tokens: int = 0
     held: int = 0
 
-    def give(
-        self, state: RequestState, start: int, batch: ScheduleBatch, plan: StepPlan
-    ) -> bool:
-        """Give a request its ring, if there are pages to be had.
-
-        Parameters
-        ----------
-        state : of the request.
-        start : first position of its step, hence the oldest query that the ring knows.
-        batch, plan : of the step; the plan is written.
-        """
+    def take(self, batch: ScheduleBatch) -> Ring | None:
+        """Take the pages of one ring; None if there are none to be had."""
         allocator = batch.token_to_kv_pool_allocator
         evict_from_tree_cache(batch.tree_cache, self.tokens)
         if allocator.available_size() < self.tokens:
-            return False
+            return None
         self.held += self.tokens
-        state.ring = plan.rings[state.slot] = Ring(allocator.alloc(self.tokens), self)
-        state.observed = max(state.observed, start)
-        return True
+        return Ring(allocator.alloc(self.tokens), self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +53,10 @@ class Ring:
     token_ids: Any
     all: Rings
 
+    def give_back(self, allocator: Allocator) -> None:
+        """Give its pages back; no step need be waited for.
 
-def release_ring(state: RequestState, allocator: Any) -> None:
-    """Give back the ring of a request, if it has one.
-
-    No step need be waited for: whoever gets the pages writes them in a later step of
-    the stream that writes queries.
-    """
-    ring, state.ring = state.ring, None
-    if ring is not None:
-        ring.all.held -= len(ring.token_ids)
-        allocator.free_segment(ring.token_ids, start_pos=0)
+        Whoever gets them writes them in a later step of the stream that writes queries.
+        """
+        self.all.held -= len(self.token_ids)
+        allocator.free_segment(self.token_ids, start_pos=0)

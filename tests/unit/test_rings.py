@@ -18,7 +18,6 @@ from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.course import Course, Way, course, reach
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.request_state import RequestState
-from sglang_kvc.scheduling.rings import release_ring
 from sglang_kvc.scheduling.step_plan import StepPlan
 from tests.unit.lonely_request import Case, Server
 
@@ -62,15 +61,16 @@ def test_it_is_taken_from_the_pool_and_given_back(server: Server, cached: int) -
     """Also from a pool that is full of cached prefixes."""
     server.cache(cached)
     state, plan = make_state(make_policy()), StepPlan()
-    rings = server.runtime.pass_scheduler.rings
+    passes = server.runtime.pass_scheduler
+    rings = passes.rings
     before = server.allocator.available_size() + server.tree.evictable_size()
-    assert rings.give(state, 7, make_batch(server, state, 300), plan)
+    assert passes._take_ring(make_batch(server, state, 300), state, 7, plan)
     left = server.allocator.available_size() + server.tree.evictable_size()
     assert before - left == rings.held == state.ring_tokens == RING
     assert plan.rings == {SLOT: state.ring}
     assert state.observed == 7
     for _ in range(2):
-        release_ring(state, server.allocator)
+        state.release_ring(server.allocator)
         assert server.allocator.available_size() + server.tree.evictable_size() == POOL
         assert rings.held == state.ring_tokens == 0
 
