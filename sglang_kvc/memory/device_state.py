@@ -13,9 +13,10 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.config.pages import pages_of
-from sglang_kvc.kernels.layout import Arena, BlockTables
+from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 from sglang_kvc.memory.metadata import ModelShape
+from sglang_kvc.scheduling.step_plan import Resumed
 
 
 @dataclass
@@ -60,6 +61,27 @@ class DeviceState:
         index = self.to_device(slots)
         self.tables.fold_lens.index_fill_(0, index, 0)
         self.tables.block_offsets.index_fill_(0, index, 0)
+
+    def resume_slots(self, resumed: list[Resumed]) -> None:
+        """Let the owners of slots read the packed pages of snapshots (forward stream).
+
+        Their tails are in the request table, as every prefix is.
+        """
+        tables, snapshots = self.tables, [it.snapshot for it in resumed]
+        slots = self.to_device([it.slot for it in resumed])
+        offsets = torch.stack([snapshot.offsets for snapshot in snapshots])
+        tables.block_offsets.index_copy_(0, slots, offsets)
+        folds = self.to_device([snapshot.fold for snapshot in snapshots])
+        tables.fold_lens.index_copy_(0, slots, folds.to(tables.fold_lens.dtype))
+        counts = [snapshot.packed // PAGE_SIZE for snapshot in snapshots]
+        rows = slots.repeat_interleave(self.to_device(counts), output_size=sum(counts))
+        columns = self.to_device([column for n in counts for column in range(n)])
+        tokens = torch.cat([it.packed_tokens[::PAGE_SIZE] for it in resumed])
+        pages = (tokens // PAGE_SIZE).to(tables.packed_pages.dtype)
+        tables.packed_pages.index_put_((rows, columns), pages)
+        if snapshots[0].unit is not None:
+            units = torch.stack([snapshot.unit for snapshot in snapshots])
+            self.novelty_unit.index_copy_(0, slots, units)
 
 
 def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceState:

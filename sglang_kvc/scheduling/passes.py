@@ -31,6 +31,7 @@ from sglang_kvc.scheduling.pass_decision import PassDecision, Probe
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.reporting import Report
 from sglang_kvc.scheduling.request_state import PassInFlight, RequestState
+from sglang_kvc.scheduling.resuming import resume
 from sglang_kvc.scheduling.settling import settle_pass
 from sglang_kvc.scheduling.step_plan import Fold, StepPlan
 from sglang_kvc.upstream.generation import UPSTREAM
@@ -111,6 +112,9 @@ class PassScheduler:
             if state is None:
                 state = self._new_state(req)
                 plan.reset_slots.append(state.slot)
+                resumed = resume(batch.tree_cache, req, state)
+                if resumed is not None:
+                    plan.resumed.append(resumed)
             plan.folds.append(Fold(state.fold, state.packed))
             state.prefilled = end = _extend_end(req)
             prompt_len = len(req.full_untruncated_fill_ids)

@@ -48,6 +48,21 @@ class RequestPolicy:
         """Whether the request may be compressed; else it keeps everything."""
         return self.request.enabled
 
+    @property
+    def leaves(self) -> str:
+        """What the request leaves in the pool, one of `request_options.LEAVES`."""
+        if self.request.leaves is not None:
+            return self.request.leaves
+        return "compressed" if self.options.sessions and self.enabled else "whole"
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it may start from a snapshot; whose tokens stood where is unknown."""
+        request = self.request
+        if not self.options.sessions or not self.enabled or request.report_tokens:
+            return False
+        return request.resume is not False
+
     def budget(self, length: int) -> int:
         """Tokens to keep per KV head at logical `length`; not enabled: `UNLIMITED`."""
         budget = resolve_budget(self.request, self.options, length)

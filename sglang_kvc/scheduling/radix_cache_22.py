@@ -12,13 +12,16 @@ from typing import Any
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_kvc.scheduling.attached import state_of
+from sglang_kvc.scheduling.attached import hit_of, state_of
+from sglang_kvc.scheduling.keeping import keep_snapshot, leaves_nothing
 from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.scheduling.session_tree import SessionTree, row_of
 from sglang_kvc.scheduling.settling import settle_pass
+from sglang_kvc.sessions.snapshot import Snapshot
 from sglang_kvc.upstream.types import Req
 
 
-class RadixCache22(UnifiedRadixCache):
+class RadixCache22(SessionTree, UnifiedRadixCache):
     """Default tree that also frees packed pages; with ``disable`` it keeps nothing."""
 
     def __init__(self, params: Any) -> None:
@@ -57,7 +60,10 @@ class RadixCache22(UnifiedRadixCache):
         if state is not None and between:
             for launched in list(state.in_flight):
                 settle_pass(self, launched)
-        if state is None or not state.settled_fold:
+        if state is not None and state.settled_fold:
+            if not goes_on:
+                keep_snapshot(self, req, state, up_to)
+        elif goes_on or not leaves_nothing(req):
             super().checkpoint(req, up_to=up_to, **settings)
 
     def free_kv_row(self, kv: Any, ranges: list[tuple[int, int]]) -> None:
@@ -70,8 +76,8 @@ class RadixCache22(UnifiedRadixCache):
             allocator = self.token_to_kv_pool_allocator
             allocator.free_segment(state.settled_packed, start_pos=0)
             state.settled_packed = None
-        fold = state.settled_fold
-        tail = [(max(start, fold), end) for start, end in ranges if end > fold]
+        first = state.own_from
+        tail = [(max(start, first), end) for start, end in ranges if end > first]
         if tail:
             super().free_kv_row(kv, tail)
 
@@ -87,5 +93,35 @@ class RadixCache22(UnifiedRadixCache):
                 allocator = self.token_to_kv_pool_allocator
                 allocator.free_segment(dead.dest_tokens, start_pos=0)
             self._packed.pop(state.slot, None)
+            state.give_back()
             state.end()
         super().on_release(req, checkpointed=checkpointed)
+
+    # Snapshots, see `SessionTree` -------------------------------------------------
+
+    def prefix_device_indices(self, req: Req) -> Any:
+        """Row of a request that is admitted; of a snapshot it has no page folded."""
+        hit = hit_of(req)
+        return super().prefix_device_indices(req) if hit is None else row_of(hit)
+
+    def drop_branch(self, snapshot: Snapshot) -> None:
+        """See `SessionTree`. The last node of the one continuation is a leaf."""
+        assert self.sessions is not None
+        self.sessions.forget(self._node_id(snapshot.node), evicted=False)
+        freed = dict.fromkeys(self.tree_components, 0)
+        while (hit := self.find_branch(snapshot, snapshot.tail)) is not None:
+            self._evict_device_leaf(hit.node, freed)
+
+    def _evict_device_leaf(self, node_id: Any, tracker: Any) -> Any:
+        """SGLang evicts a node."""
+        self.evicted(node_id)
+        return super()._evict_device_leaf(node_id, tracker)
+
+    def _matched_pages(self, found: Any) -> Any:
+        """See `SessionTree`."""
+        path = self.path_device_indices(found.last_device_node)
+        return path[: found.device_prefix_len]
+
+    def _node_id(self, node: Any) -> Any:
+        """See `SessionTree`."""
+        return node

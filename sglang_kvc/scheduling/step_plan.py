@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sglang_kvc.scheduling.request_state import PassInFlight
+from sglang_kvc.sessions.snapshot import Snapshot
 
 
 class Fold(NamedTuple):
@@ -22,6 +23,21 @@ class Fold(NamedTuple):
     packed: int
 
 
+class Resumed(NamedTuple):
+    """A slot whose request starts from a snapshot.
+
+    Attributes
+    ----------
+    slot : row of the request in the device tables.
+    snapshot : what it starts from.
+    packed_tokens : token ids of the packed pages, int64 [snapshot.packed].
+    """
+
+    slot: int
+    snapshot: Snapshot
+    packed_tokens: Any
+
+
 @dataclass
 class StepPlan:
     """Plan of a step, made while it is scheduled, carried out by `attention.step`.
@@ -29,12 +45,14 @@ class StepPlan:
     Attributes
     ----------
     reset_slots : slots whose owner changed.
+    resumed : those of them that start from snapshots.
     passes : eviction passes to run behind the forward.
     folds : in a prefill step with compressed prompts, each request's fold before the
         step's passes; empty otherwise.
     """
 
     reset_slots: list[int] = field(default_factory=list)
+    resumed: list[Resumed] = field(default_factory=list)
     passes: list[PassInFlight] = field(default_factory=list)
     folds: list[Fold] = field(default_factory=list)
 
@@ -47,4 +65,9 @@ class StepPlan:
             (it.decision, it.probe, it.req.rid, it.dest_tokens.tolist())
             for it in self.passes
         ]
-        return zlib.crc32(repr((self.reset_slots, self.folds, passes)).encode())
+        resumed = [
+            (it.slot, it.snapshot.number, it.packed_tokens.tolist())
+            for it in self.resumed
+        ]
+        facts = (self.reset_slots, resumed, self.folds, passes)
+        return zlib.crc32(repr(facts).encode())

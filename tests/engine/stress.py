@@ -147,8 +147,9 @@ class PageAudit:
             if state is not None:
                 lists += [it.dest_tokens[::PAGE] // PAGE for it in state.in_flight]
                 if state.settled_fold:
-                    low = state.settled_fold
-                    lists.append(state.settled_packed[::PAGE] // PAGE)
+                    low = state.own_from
+                    if state.borrowed is None:
+                        lists.append(state.settled_packed[::PAGE] // PAGE)
             row = table[UPSTREAM.slot(req), low : UPSTREAM.allocated_len(req)]
             lists.append(row[::PAGE].long() // PAGE)
         return lists

@@ -1,0 +1,101 @@
+"""Let a request start from a snapshot of its text instead of computing it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sglang_kvc.config.pages import floor_tokens
+from sglang_kvc.scheduling.acceptance import course_of
+from sglang_kvc.scheduling.attached import (
+    attach_hit,
+    hit_of,
+    policy_of,
+    prefix_cap_of,
+    text_of,
+)
+from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.scheduling.session_tree import row_of
+from sglang_kvc.scheduling.step_plan import Resumed
+from sglang_kvc.sessions.snapshot import Hit
+from sglang_kvc.upstream.generation import UPSTREAM
+from sglang_kvc.upstream.types import PrefillAdder, Req
+
+if TYPE_CHECKING:
+    from sglang_kvc.scheduling.session_tree import SessionTree
+
+
+def find_hit(tree: SessionTree, req: Req) -> Hit | None:
+    """Find the snapshot that a waiting request should start from.
+
+    SGLang has matched its whole prefix just before. That is lossless and wins if it
+    reaches as far, or as far as any may. The snapshot counts as used afterwards either
+    way, so of a text that is held both ways the whole copy is evicted first.
+
+    Returns
+    -------
+    Hit or None
+        None if nothing is held of the text, or nothing that is rich enough for it.
+    """
+    policy, way = policy_of(req), course_of(req)
+    store = getattr(tree, "sessions", None)
+    if not store or tree.disable or policy is None or way is None:
+        return None
+    if not policy.resumes or not _told_by_ids(req):
+        return None
+    ids = req.full_untruncated_fill_ids
+    cap = floor_tokens(prefix_cap_of(req))
+    for snapshot in store.along(text_of(req), ids, cap):
+        if snapshot.packed < policy.budget(snapshot.fold):
+            continue
+        hit = tree.find_branch(snapshot, ids[snapshot.fold : cap])
+        if hit is None:
+            continue
+        most = floor_tokens(len(ids) - policy.options.window)
+        whole_wins = UPSTREAM.prefix_len(req) >= min(hit.tokens, most)
+        return None if whole_wins or hit.held > way.max_hit else hit
+    return None
+
+
+@contextmanager
+def starting_from(hit: Hit | None, adder: PrefillAdder, req: Req) -> Iterator[None]:
+    """Let SGLang see a hit as the prefix of a request while it may be admitted.
+
+    SGLang locks the node of the prefix of whom it admits: that is the loan.
+    """
+    if hit is None:
+        yield
+        return
+    before = UPSTREAM.prefix(req)
+    UPSTREAM.set_prefix(req, UPSTREAM.prefix_at(row_of(hit), hit.node))
+    attach_hit(req, hit)
+    try:
+        yield
+    finally:
+        if not is_admitted(adder, req):
+            UPSTREAM.set_prefix(req, before)
+            attach_hit(req, None)
+
+
+def is_admitted(adder: PrefillAdder, req: Req) -> bool:
+    """Whether the request that was looked at last was admitted."""
+    return bool(adder.can_run_list) and adder.can_run_list[-1] is req
+
+
+def resume(tree: Any, req: Req, state: RequestState) -> Resumed | None:
+    """Start the state of an admitted request from its hit; None if it has none."""
+    hit = hit_of(req)
+    if hit is None:
+        return None
+    attach_hit(req, None)
+    state.resume(hit.snapshot, hit.tokens)
+    tree.note_packed(state)
+    tree.sessions.hits += 1
+    return Resumed(state.slot, hit.snapshot, hit.packed_tokens)
+
+
+def _told_by_ids(req: Req) -> bool:
+    """Whether the token ids of a request say what is computed for it."""
+    plain = req.input_embeds is None and req.positional_embed_overrides is None
+    return plain and req.session is None
