@@ -9,6 +9,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang_kvc.config.pages import floor_tokens
 from sglang_kvc.scheduling.attached import policy_of, text_of
 from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import Req
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def keep_snapshot(
         offsets=state.settled_offsets,
         unit=state.settled_unit,
         passes=state.generations + state.settled_passes,
+        whole=UPSTREAM.radix_key(ids[:fold], req),
     )
     tree.add_branch(snapshot, state.settled_packed)
     if end > fold:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    MatchPrefixParams,
+)
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from sglang_kvc.scheduling.attached import state_of
@@ -12,7 +18,6 @@ from sglang_kvc.scheduling.keeping import keep_snapshot, leaves_nothing
 from sglang_kvc.scheduling.request_state import RequestState
 from sglang_kvc.scheduling.session_tree import SessionTree
 from sglang_kvc.scheduling.settling import settle_pass
-from sglang_kvc.sessions.snapshot import Snapshot
 
 
 class RadixCache17(SessionTree, RadixCache):
@@ -94,21 +99,31 @@ class RadixCache17(SessionTree, RadixCache):
 
     # Snapshots, see `SessionTree` -------------------------------------------------
 
-    def drop_branch(self, snapshot: Snapshot) -> None:
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Free tokens for SGLang."""
+        freed = self.drop_whole_copies(params.num_tokens)
+        if freed >= params.num_tokens:
+            return EvictResult(num_tokens_evicted=freed)
+        rest = replace(params, num_tokens=params.num_tokens - freed)
+        result = super().evict(rest)
+        result.num_tokens_evicted += freed
+        return result
+
+    def _drop_leaves(self, key: Any) -> int:
         """See `SessionTree`."""
-        nodes = [snapshot.node]
-        for node in nodes:
-            nodes += node.children.values()
-        for node in reversed(nodes):
+        node = self.match_prefix(MatchPrefixParams(key=key)).last_device_node
+        freed = 0
+        while node is not self.root_node and not node.children and not node.lock_ref:
             self.token_to_kv_pool_allocator.free_segment(node.value, start_pos=0)
-            super()._delete_leaf(node)
-        assert self.sessions is not None
-        self.sessions.forget(snapshot.node.id, evicted=False)
+            freed += len(node.value)
+            self._delete_leaf(node)
+            node = node.parent
+        return freed
 
     def _delete_leaf(self, node: Any) -> None:
         """SGLang evicts a node, or drops it."""
         super()._delete_leaf(node)
-        self.evicted(node)
+        self.noticed(node)
 
     def _matched_pages(self, found: Any) -> Any:
         """See `SessionTree`."""

@@ -7,9 +7,18 @@ chunks, so nothing has to be kept for it here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    MatchPrefixParams,
+)
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_kvc.scheduling.attached import hit_of, state_of
@@ -17,7 +26,6 @@ from sglang_kvc.scheduling.keeping import keep_snapshot, leaves_nothing
 from sglang_kvc.scheduling.request_state import RequestState
 from sglang_kvc.scheduling.session_tree import SessionTree, row_of
 from sglang_kvc.scheduling.settling import settle_pass
-from sglang_kvc.sessions.snapshot import Snapshot
 from sglang_kvc.upstream.types import Req
 
 
@@ -104,17 +112,49 @@ class RadixCache22(SessionTree, UnifiedRadixCache):
         hit = hit_of(req)
         return super().prefix_device_indices(req) if hit is None else row_of(hit)
 
-    def drop_branch(self, snapshot: Snapshot) -> None:
-        """See `SessionTree`. The last node of the one continuation is a leaf."""
-        assert self.sessions is not None
-        self.sessions.forget(self._node_id(snapshot.node), evicted=False)
-        freed = dict.fromkeys(self.tree_components, 0)
-        while (hit := self.find_branch(snapshot, snapshot.tail)) is not None:
-            self._evict_device_leaf(hit.node, freed)
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Free tokens for SGLang."""
+        return self._evict_behind_copies(params, super().evict)
+
+    def evict_for_alloc(self, params: EvictParams, **how: Any) -> EvictResult:
+        """Free tokens for SGLang, which is about to take them."""
+        call = partial(super().evict_for_alloc, **how)
+        return self._evict_behind_copies(params, call)
+
+    def _evict_behind_copies(
+        self, params: EvictParams, call: Callable[[EvictParams], EvictResult]
+    ) -> EvictResult:
+        freed = self.drop_whole_copies(params.num_tokens)
+        if freed >= params.num_tokens:
+            return EvictResult(num_tokens_evicted=freed)
+        result = call(replace(params, num_tokens=params.num_tokens - freed))
+        result.num_tokens_evicted += freed
+        return result
+
+    def _drop_leaves(self, key: Any) -> int:
+        """See `SessionTree`. The tree must be asked to evict nothing but leaves."""
+        last = self.match_prefix(MatchPrefixParams(key=key)).last_device_node
+        (path,) = self.tree_core.collect_path_info([last])
+        freed, below = dict.fromkeys(self.tree_components, 0), 0
+        for node in reversed(path):
+            if node.num_children > below or self._is_locked(node.node_id):
+                break
+            self._evict_device_leaf(node.node_id, freed)
+            below = 1
+        tokens: int = freed[ComponentType.FULL]
+        return tokens
+
+    def _is_locked(self, node_id: Any) -> bool:
+        """Whether anybody has locked a node: then a lock of ours changes no sum."""
+        before = self.protected_size()
+        lock = self.lock(node_id)
+        changed = self.protected_size() != before
+        self.unlock(lock)
+        return not changed
 
     def _evict_device_leaf(self, node_id: Any, tracker: Any) -> Any:
         """SGLang evicts a node."""
-        self.evicted(node_id)
+        self.noticed(node_id)
         return super()._evict_device_leaf(node_id, tracker)
 
     def _matched_pages(self, found: Any) -> Any:

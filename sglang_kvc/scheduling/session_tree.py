@@ -80,14 +80,43 @@ class SessionTree(_Tree):
         tokens = snapshot.fold + len(pages) - snapshot.packed
         return Hit(snapshot, tokens, found.last_device_node, pages)
 
-    def evicted(self, node: Any) -> None:
-        """Look whether packed pages are evicted with a node, to make room."""
+    def drop_branch(self, snapshot: Snapshot) -> None:
+        """Free the pages of a snapshot that has no borrower and one continuation."""
+        assert self.sessions is not None
+        self.sessions.forget(self._node_id(snapshot.node), evicted=False)
+        self._drop_leaves(_key(snapshot, snapshot.tail))
+
+    def drop_whole_copies(self, tokens: int) -> int:
+        """Evict what is held packed as well, before anything else goes.
+
+        Parameters
+        ----------
+        tokens : to be freed, if there are so many.
+
+        Returns
+        -------
+        int
+            Tokens freed, in whole leaves.
+        """
+        freed = 0
+        for snapshot in self.sessions.covering() if self.sessions is not None else ():
+            if freed >= tokens:
+                break
+            freed += self._drop_leaves(snapshot.whole)
+            snapshot.whole = None
+        return freed
+
+    def noticed(self, node: Any) -> None:
+        """Look whether a snapshot's packed pages are evicted with a node."""
         if self.sessions is not None:
             self.sessions.forget(self._node_id(node), evicted=True)
 
     @abstractmethod
-    def drop_branch(self, snapshot: Snapshot) -> None:
-        """Free the pages of a snapshot that has no borrower and one continuation."""
+    def _drop_leaves(self, key: RadixKey) -> int:
+        """Free the end of what the tree has of a text; returns the tokens of it.
+
+        From the last node on up to the first that is locked or shared with others.
+        """
 
     @abstractmethod
     def hand_over(self, req: Any, prompt: InsertParams, own_from: int) -> None:

@@ -35,6 +35,8 @@ class Snapshot:
     passes : how many have made it.
     node : SGLang's handle of the node with the packed pages.
     tail : the text behind the fold that the longest continuation has pages of.
+    whole : SGLang's key of the text that is folded, while the prefix cache may still
+        have a whole copy of it; else None.
     branches : whether continuations with another text may have been added.
     borrowers : requests that run on it.
     resumed : requests that have started from it.
@@ -49,6 +51,7 @@ class Snapshot:
     passes: int
     node: Any = None
     tail: array[int] = field(default_factory=lambda: array("q"))
+    whole: Any = None
     branches: bool = False
     borrowers: int = 0
     resumed: int = 0

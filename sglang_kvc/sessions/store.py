@@ -36,6 +36,10 @@ class SessionStore:
         """Snapshots held."""
         return len(self._by_node)
 
+    def __iter__(self) -> Iterator[Snapshot]:
+        """All of them, the oldest first."""
+        return iter(self._by_node.values())
+
     def make(self, **attributes: Any) -> Snapshot:
         """A new snapshot, which is not held yet."""
         self.taken += 1
@@ -64,6 +68,10 @@ class SessionStore:
         self._by_digest.clear()
         self._by_node.clear()
         self.tokens = 0
+
+    def covering(self) -> Iterator[Snapshot]:
+        """Those of texts that may be held whole as well, the oldest first."""
+        return iter([it for it in self if it.whole is not None])
 
     def along(
         self, text: TextChain, ids: Sequence[int], length: int
