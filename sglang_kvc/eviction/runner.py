@@ -203,7 +203,8 @@ class PassRunner:
     def _rule(self, decision: PassDecision) -> SelectionRule:
         if decision.between_chunks:
             return self.chunk_rule
-        return self.prompt_rule if decision.pool_tail else self.later_rule
+        level = decision.pool_tail and decision.level
+        return self.prompt_rule if level else self.later_rule
 
     def _head_bytes(self, decision: PassDecision) -> int:
         """Workspace of a pass, bytes per head on average."""

@@ -3,7 +3,8 @@
 ================= ============= ==================== ===================== =============
 on                what          written by           read by               dies with
 ================= ============= ==================== ===================== =============
-a request         policy        `acceptance`         all of this package   the request
+a request         policy        `acceptance`,        all of this package   the request
+                                `resuming`
 a request         refusal       `acceptance`         `queueing`            the request
 a request         course        `acceptance`         `acceptance`          the request
 a request         state         `passes`             all of this package   its memory
@@ -42,7 +43,7 @@ def policy_of(req: Req) -> RequestPolicy | None:
 
 
 def attach_policy(req: Req, policy: RequestPolicy) -> None:
-    """Hang a policy on a request, once, on its way into the queue."""
+    """Hang a policy on a request, on its way into the queue or when it resumes."""
     _set(req, "policy", policy)
 
 

@@ -32,11 +32,14 @@ class RequestPolicy:
     request : what the request asked for.
     chunk_rule : when prompts are compressed between chunks, and the size of the pool;
         None: never, in a pool without end.
+    least_budget : tokens that it keeps at least: those of the snapshot that it has
+        started from, which its passes do not shrink.
     """
 
     options: KVCompressOptions
     request: RequestOptions
     chunk_rule: ChunkRule | None = None
+    least_budget: int = 0
 
     @property
     def pool_tokens(self) -> int:
@@ -66,7 +69,7 @@ class RequestPolicy:
     def budget(self, length: int) -> int:
         """Tokens to keep per KV head at logical `length`; not enabled: `UNLIMITED`."""
         budget = resolve_budget(self.request, self.options, length)
-        return UNLIMITED if budget is None else budget
+        return UNLIMITED if budget is None else max(budget, self.least_budget)
 
     def growth(self, budget: int) -> int:
         """Tokens of the tail, in whole pages, that make a pass due: the interval.

@@ -209,6 +209,7 @@ class RequestState:
             query_start=query_start,
             recorded=query_start >= self.prefilled,
             repeated=self.probed and phase is not Phase.DECODE,
+            level=not self.resumed_tokens,
         )
 
     def launch(

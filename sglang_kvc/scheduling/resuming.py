@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.managers import schedule_policy
+
 from sglang_kvc.config.pages import floor_tokens
-from sglang_kvc.scheduling.acceptance import course_of
 from sglang_kvc.scheduling.attached import (
     attach_hit,
+    attach_policy,
     hit_of,
     policy_of,
     prefix_cap_of,
     text_of,
 )
+from sglang_kvc.scheduling.course import course, reach
+from sglang_kvc.scheduling.lengths import tokens_left
+from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.request_state import RequestState
 from sglang_kvc.scheduling.session_tree import row_of
 from sglang_kvc.scheduling.step_plan import Resumed
@@ -38,9 +44,8 @@ def find_hit(tree: SessionTree, req: Req) -> Hit | None:
     Hit or None
         None if nothing is held of the text, or nothing that is rich enough for it.
     """
-    policy, way = policy_of(req), course_of(req)
-    store = getattr(tree, "sessions", None)
-    if not store or tree.disable or policy is None or way is None:
+    policy, store = policy_of(req), getattr(tree, "sessions", None)
+    if not store or tree.disable or policy is None:
         return None
     if not policy.resumes or not _told_by_ids(req):
         return None
@@ -54,20 +59,38 @@ def find_hit(tree: SessionTree, req: Req) -> Hit | None:
             continue
         most = floor_tokens(len(ids) - policy.options.window)
         whole_wins = UPSTREAM.prefix_len(req) >= min(hit.tokens, most)
-        return None if whole_wins or hit.held > way.max_hit else hit
+        return hit if not whole_wins and _is_served_from(hit, policy, req) else None
     return None
+
+
+def _is_served_from(hit: Hit, policy: RequestPolicy, req: Req) -> bool:
+    """Whether an empty pool serves the request to its end from there."""
+    kept, length = _keeping(policy, hit), len(req.full_untruncated_fill_ids)
+    left = tokens_left(req)
+    way = course(kept, length, left, schedule_policy.CLIP_MAX_NEW_TOKENS)
+    if way is None or hit.held > way.max_hit:
+        return False
+    return length + left <= reach(kept, length)
+
+
+def _keeping(policy: RequestPolicy, hit: Hit) -> RequestPolicy:
+    return replace(policy, least_budget=hit.snapshot.packed)
 
 
 @contextmanager
 def starting_from(hit: Hit | None, adder: PrefillAdder, req: Req) -> Iterator[None]:
     """Let SGLang see a hit as the prefix of a request while it may be admitted.
 
-    SGLang locks the node of the prefix of whom it admits: that is the loan.
+    SGLang locks the node of the prefix of whom it admits: that is the loan. From then
+    on the request keeps at least what the snapshot does, as admission counts.
     """
     if hit is None:
         yield
         return
+    policy = policy_of(req)
+    assert policy is not None
     before = UPSTREAM.prefix(req)
+    attach_policy(req, _keeping(policy, hit))
     UPSTREAM.set_prefix(req, UPSTREAM.prefix_at(row_of(hit), hit.node))
     attach_hit(req, hit)
     try:
@@ -76,6 +99,7 @@ def starting_from(hit: Hit | None, adder: PrefillAdder, req: Req) -> Iterator[No
         if not is_admitted(adder, req):
             UPSTREAM.set_prefix(req, before)
             attach_hit(req, None)
+            attach_policy(req, policy)
 
 
 def is_admitted(adder: PrefillAdder, req: Req) -> bool:
@@ -93,6 +117,13 @@ def resume(tree: Any, req: Req, state: RequestState) -> Resumed | None:
     tree.note_packed(state)
     tree.sessions.hits += 1
     return Resumed(state.slot, hit.snapshot, hit.packed_tokens)
+
+
+def forget_hit(req: Req) -> None:
+    """A request waits (again): it may start from something else, or from nothing."""
+    policy = policy_of(req)
+    if policy is not None and policy.least_budget:
+        attach_policy(req, replace(policy, least_budget=0))
 
 
 def _told_by_ids(req: Req) -> bool:

@@ -129,8 +129,8 @@ def draw_conversations(rng: random.Random, name: str, count: int) -> list[Reques
     """First turns, so short that a pool holds what a dozen of them leave."""
     shared = [rng.randrange(2, VOCAB) for _ in range(300)]
     options: list[dict[str, Any] | None] = [
-        *(None, {"rate": 8}, {"rate": 8}, {"rate": 4}, {"rate": 2}, {"budget": 48}),
-        *({"budget": 96}, {"rate": 8, **REPORTS}, {"enabled": False}),
+        *(None, None, {"rate": 8}, {"rate": 8}, {"rate": 8}, {"rate": 2}),
+        *({"budget": 48}, {"budget": 96}, {"rate": 8, **REPORTS}, {"enabled": False}),
     ]
     requests = []
     for i in range(count):
@@ -157,8 +157,8 @@ def draw_conversations(rng: random.Random, name: str, count: int) -> list[Reques
 
 
 KEEPS: tuple[dict[str, Any], ...] = (
-    *({}, {}, {}, {}, {"keep": "compressed"}, {"keep": "whole"}, {"keep": "none"}),
-    *({"resume": True}, {"resume": False}, {"keep": "all"}),
+    *({}, {}, {}, {}, {}, {}, {"resume": True}, {"keep": "compressed"}),
+    *({"keep": "whole"}, {"keep": "none"}, {"resume": False}, {"keep": "all"}),
 )
 
 
@@ -263,7 +263,7 @@ def serve(
     apply(server, setting)
     rng = random.Random(f"{name} {seed}")
     if setting.sessions:
-        requests = draw_conversations(rng, f"{seed:03}", requests_a_load // 2)
+        requests = draw_conversations(rng, f"{seed:03}", requests_a_load // 3)
     else:
         requests = draw(rng, f"{seed:03}", setting, requests_a_load)
     pauses = Pauses(server, rng) if setting.pause else None

@@ -52,6 +52,7 @@ def parse(*argv: str) -> KVCompressOptions | None:
         *[("protected", value) for value in (0, -1)],
         *[("interval", value) for value in (0, False)],
         *[("sinks", value) for value in (-1, 4.0)],
+        *[("sessions", value) for value in (1, "true", None)],
         *[("pool_back", value) for value in (-1, 129, 3.5)],
         *[("pool_ahead", value) for value in (-1, 129, True)],
         *[("pool_decay", value) for value in (0, -0.5, 1.01, math.nan, "1", True)],
@@ -274,3 +275,16 @@ def test_unknown_keyword_gets_a_suggestion() -> None:
 def test_switch_is_a_bool() -> None:
     with pytest.raises(ConfigError, match="kv_compress must be True or False"):
         options_from_mapping({"kv_compress": 8})
+
+
+def test_sessions_are_a_switch() -> None:
+    """On the command line without a value; off unless given."""
+    kept = parse("--kv-compress", "--kv-compress-sessions")
+    assert kept is not None
+    assert kept.sessions
+    other = parse("--kv-compress")
+    assert other is not None
+    assert not other.sessions
+    assert options_from_mapping({"kv_compress": True, "kv_compress_sessions": True})
+    with pytest.raises(ConfigError, match="KV-Compress is off"):
+        parse("--kv-compress-sessions")
