@@ -76,6 +76,10 @@ class DeviceState:
         counts = [snapshot.packed // PAGE_SIZE for snapshot in snapshots]
         rows = slots.repeat_interleave(self.to_device(counts), output_size=sum(counts))
         columns = self.to_device([column for n in counts for column in range(n)])
+        if self.on_gpu:
+            # They were made on the scheduling stream, which may reuse their memory.
+            for it in resumed:
+                it.packed_tokens.record_stream(torch.cuda.current_stream())
         tokens = torch.cat([it.packed_tokens[::PAGE_SIZE] for it in resumed])
         pages = (tokens // PAGE_SIZE).to(tables.packed_pages.dtype)
         tables.packed_pages.index_put_((rows, columns), pages)

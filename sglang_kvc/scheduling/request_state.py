@@ -18,7 +18,7 @@ from typing import Any
 from sglang_kvc.config.pages import PAGE_SIZE, floor_tokens
 from sglang_kvc.scheduling.pass_decision import PassDecision, Phase, Probe
 from sglang_kvc.scheduling.policy import RequestPolicy
-from sglang_kvc.sessions.snapshot import Snapshot
+from sglang_kvc.sessions.snapshot import Hit, Snapshot
 
 ENDED = object()
 """In place of SGLang's record of the memory, once that was given back.
@@ -116,8 +116,9 @@ class RequestState:
     resumed_tokens: int = 0
     generations: int = 0
 
-    def resume(self, snapshot: Snapshot, length: int) -> None:
-        """Start from the first `length` tokens of a snapshot and its continuation."""
+    def resume(self, hit: Hit) -> None:
+        """Start from a snapshot, and from a continuation of it."""
+        snapshot, length = hit.snapshot, hit.tokens
         self.fold = self.settled_fold = snapshot.fold
         self.packed = snapshot.packed
         # Whoever had the slot before has left its queries in the ring.

@@ -113,7 +113,7 @@ def resume(tree: Any, req: Req, state: RequestState) -> Resumed | None:
     if hit is None:
         return None
     attach_hit(req, None)
-    state.resume(hit.snapshot, hit.tokens)
+    state.resume(hit)
     tree.note_packed(state)
     tree.sessions.hits += 1
     return Resumed(state.slot, hit.snapshot, hit.packed_tokens)

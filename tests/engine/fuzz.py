@@ -139,7 +139,7 @@ def draw_conversations(rng: random.Random, name: str, count: int) -> list[Reques
         if rng.random() < 0.5:
             keep = rng.randint(0, min(len(ids), len(shared)))
             ids[:keep] = shared[:keep]
-        arrive = rng.randrange(0, 300)
+        arrive = rng.randrange(0, 30 * count)
         requests.append(
             Request(
                 f"{name}-{i:03}",
@@ -181,7 +181,7 @@ def draw_turn(
             new = rng.choice([0, 1, 15, 16, 33, 60, 120])
             ids = ids + [rng.randrange(2, VOCAB) for _ in range(new)]
             kv = {**(request.kv or {}), **rng.choice(KEEPS)}
-            arrive = rng.randrange(0, 300)
+            arrive = rng.randrange(0, 30 * len(requests))
             aborted = rng.random() < 0.1
             if rng.random() < 0.1:
                 kv["budget"], kv["rate"] = rng.choice([48, 96, 192]), None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from typing import Any
 
 import pytest
 
@@ -14,8 +16,9 @@ from tests.engine.texts import prompt
 from tests.engine.tracer import PassTracer
 
 TURNS = 4
-CONVERSATIONS = 12
-FORKED = 3
+CONVERSATIONS = int(os.environ.get("KVC_SESSIONS", "4"))
+"""Set it for more of them; 12 ran once."""
+FORKED = CONVERSATIONS // 4
 """Conversations that part in two behind their second turn."""
 BUDGET = 96
 
@@ -136,3 +139,111 @@ def test_forks_part_from_the_same_snapshot(lines: list[Line]) -> None:
         assert one[2].out.cached_tokens == other[2].out.cached_tokens
         assert one[2].out.cached_tokens >= floor_tokens(len(one[1].ids))
         assert one[3].ids != other[3].ids
+
+
+def resumed(
+    server: InProcessScheduler,
+    ids: list[int],
+    first: dict[str, Any],
+    then: dict[str, Any],
+    **who: Any,
+) -> int:
+    """Tokens that a second turn starts from, after a first one with other options.
+
+    `who` sends the second. The prefix cache's copy is gone by then.
+    """
+    out = server.serve([Request("one", ids, 20, kv=first)])["one"]
+    tree = server.sch.tree_cache
+    tree.drop_whole_copies(1 << 20)
+    more = ids + out.ids + ids[:50]
+    after = server.serve([Request("two", more, 2, kv=then, **who)])["two"]
+    assert after.finish is not None
+    assert after.finish["type"] == "length", after.finish
+    tokens: int = after.kv[-1]["resumed_tokens"]
+    assert tokens in (0, after.cached_tokens)
+    server.flush()
+    return tokens
+
+
+def test_who_starts_from_a_snapshot(fresh: InProcessScheduler, model_path: str) -> None:
+    """Whoever would have kept no more of the text, and belongs to the same tenant."""
+    ids = prompt(model_path, 7_000, 500)
+    four, eight = {"rate": 4}, {"rate": 8}
+    with keeping_sessions(fresh):
+        assert resumed(fresh, ids, four, four) == 512
+        assert resumed(fresh, ids, four, eight) == 512
+        assert resumed(fresh, ids, eight, four) == 0
+        assert resumed(fresh, ids, {"budget": 128}, {"budget": 128}) == 512
+        assert resumed(fresh, ids, four, four, tenant="another") == 0
+        assert resumed(fresh, ids, four, four, extra_key="another") == 0
+        assert resumed(fresh, ids, four, {**four, "resume": False}) == 0
+        assert resumed(fresh, ids, four, {"report_tokens": True}) == 0
+        assert resumed(fresh, ids, four, {"enabled": False}) == 0
+        assert resumed(fresh, ids, {"keep": "whole"}, four) == 0
+        assert resumed(fresh, ids, {"keep": "none"}, four) == 0
+        assert resumed(fresh, ids, {"enabled": False}, four) == 0
+
+
+def test_what_is_left_behind(fresh: InProcessScheduler, model_path: str) -> None:
+    """A packed copy and the prompt's whole one, the latter alone, or nothing."""
+    ids = prompt(model_path, 8_000, 300)
+    tree = fresh.sch.tree_cache
+
+    def left(**kv: Any) -> tuple[int, int]:
+        """Snapshots, and tokens of whole copies; or an abort."""
+        abort = kv.pop("abort", None)
+        fresh.serve([Request("x", ids, 40, kv={"budget": 64, **kv}, abort_at=abort)])
+        found = len(tree.sessions)
+        tokens = tree.evictable_size() - tree.sessions.tokens
+        fresh.flush()
+        return found, tokens
+
+    with keeping_sessions(fresh):
+        assert left() == (1, 288)
+        assert left(keep="compressed") == (1, 288)
+        assert left(keep="whole") == (0, 288)
+        assert left(keep="none") == (0, 0)
+        assert left(abort=25)[0] == 0
+
+
+def test_an_exact_copy_wins(fresh: InProcessScheduler, model_path: str) -> None:
+    """If it is as long as the snapshot, or as long as any that may be started from."""
+    ids = prompt(model_path, 9_000, 400)
+    with keeping_sessions(fresh) as store:
+        out = fresh.serve([Request("one", ids, 20, kv={"budget": 64})])["one"]
+        again = fresh.serve([Request("two", ids, 2, kv={"budget": 64})])["two"]
+        assert (again.cached_tokens, again.kv[-1]["resumed_tokens"]) == (368, 0)
+        longer = ids + out.ids + ids[:60]
+        after = fresh.serve([Request("three", longer, 2, kv={"budget": 64})])["three"]
+        assert after.kv[-1]["resumed_tokens"] == after.cached_tokens == 416
+        assert store.hits == 1
+
+
+def test_sessions_off_nothing_is_kept_or_reported(
+    fresh: InProcessScheduler, model_path: str
+) -> None:
+    """And who asks for them is told; see `test_request_options` for all that is."""
+    ids = prompt(model_path, 10_000, 300)
+    out = fresh.serve([Request("one", ids, 20, kv={"budget": 64})])["one"]
+    assert "resumed_tokens" not in out.kv[-1]
+    assert fresh.sch.tree_cache.sessions is None
+    refused = fresh.serve([Request("two", ids, 2, kv={"keep": "whole"})])["two"]
+    assert refused.finish is not None
+    assert refused.finish["status_code"] == 400
+    assert "--kv-compress-sessions" in refused.finish["message"]
+
+
+def test_a_richer_snapshot_is_not_shrunk(
+    fresh: InProcessScheduler, model_path: str
+) -> None:
+    """Layers hold unequal parts of it, and could not all lose as much."""
+    ids = prompt(model_path, 11_000, 500)
+    with keeping_sessions(fresh):
+        out = fresh.serve([Request("one", ids, 20, kv={"rate": 2})])["one"]
+        held = out.kv[-1]["budget_tokens"]
+        more = ids + out.ids + ids[:50]
+        after = fresh.serve([Request("two", more, 40, kv={"rate": 8})])["two"]
+        kv = after.kv[-1]
+        assert kv["resumed_tokens"] > 500
+        assert kv["passes"] >= 2
+        assert kv["budget_tokens"] == held

@@ -237,7 +237,7 @@ def test_help_states_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(KVCompressOptions):
         assert f"--kv-compress-{field.name.replace('_', '-')}" in text
-        if field.default is not None:
+        if field.default not in (None, False):
             assert f"Default: {field.default}." in text
 
 
