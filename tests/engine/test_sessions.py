@@ -100,7 +100,8 @@ def test_kept_sets_and_tokens_are_those_of_the_oracle(
         for turn, after in zip(line, [*line[1:], None], strict=True):
             if turn is not line[0]:
                 request.resume(turn.ids, turn.out.cached_tokens)
-            assert turn.lengths[0] == len(turn.ids)
+            # With less than a page that is new there is none behind the prompt.
+            assert 0 <= turn.lengths[0] - len(turn.ids) < 16
             settled = settled_passes(turn, after)
             level = turn is line[0]
             steps = [Step(at, level=level) for at in turn.lengths[:settled]]
@@ -186,7 +187,7 @@ def test_who_starts_from_a_snapshot(fresh: InProcessScheduler, model_path: str) 
 
 def test_what_is_left_behind(fresh: InProcessScheduler, model_path: str) -> None:
     """A packed copy and the prompt's whole one, the latter alone, or nothing."""
-    ids = prompt(model_path, 8_000, 300)
+    ids = prompt(model_path, 8_000, 250)
     tree = fresh.sch.tree_cache
 
     def left(**kv: Any) -> tuple[int, int]:
@@ -199,9 +200,9 @@ def test_what_is_left_behind(fresh: InProcessScheduler, model_path: str) -> None
         return found, tokens
 
     with keeping_sessions(fresh):
-        assert left() == (1, 288)
-        assert left(keep="compressed") == (1, 288)
-        assert left(keep="whole") == (0, 288)
+        assert left() == (1, 240)
+        assert left(keep="compressed") == (1, 240)
+        assert left(keep="whole") == (0, 240)
         assert left(keep="none") == (0, 0)
         assert left(abort=25)[0] == 0
 
