@@ -245,7 +245,9 @@ def _has_lists_for_one_more(adder: PrefillAdder, server: Server, req: Req) -> bo
         else 0
         for it in reqs
     )
-    return len(reqs) == 1 or len(reqs) * width <= server.page_list_width
+    if not width or len(reqs) == 1:
+        return True
+    return len(reqs) * width <= server.page_list_width
 
 
 def _in_chunk(
