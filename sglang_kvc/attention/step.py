@@ -22,6 +22,8 @@ def run_step(runtime: KVCompressRuntime, worker: Any, batch: Any, forward: Any) 
         return forward()
     if plan.reset_slots:
         runtime.state.reset_slots(plan.reset_slots)
+    if plan.resumed:
+        runtime.state.resume_slots(plan.resumed)
     if plan.rings:
         runtime.state.set_rings(
             {slot: ring.token_ids for slot, ring in plan.rings.items()}

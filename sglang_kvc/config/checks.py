@@ -102,3 +102,15 @@ def check_text(name: str, text: str) -> None:
 def _is_number(value: Any) -> bool:
     # Comparisons of an int with a float are exact whatever its size; nan fails all.
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise unless `value` is true or false.
+
+    Raises
+    ------
+    ConfigError
+        With the name and the value found.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {shown(value)}.")

@@ -41,6 +41,11 @@ class Flag:
     expert: bool = True
 
     @property
+    def is_switch(self) -> bool:
+        """Whether the flag alone says yes, without a value."""
+        return self.parse is bool
+
+    @property
     def placeholder(self) -> str:
         """What stands for the value in the help."""
         return "{" + ",".join(self.choices) + "}" if self.choices else self.metavar
@@ -70,6 +75,11 @@ def choice(
     return option(default, Flag(str, text, choices=choices, expert=expert))
 
 
+def switch(text: str, *, expert: bool = True) -> Any:
+    """A field that is off unless its flag is given."""
+    return option(False, Flag(bool, text, expert=expert))
+
+
 def flags_of(record: type) -> dict[str, Flag]:
     """The flags of a record's fields, by name and in their order."""
     return {one.name: one.metadata[_KEY] for one in dataclasses.fields(record)}
@@ -77,8 +87,9 @@ def flags_of(record: type) -> dict[str, Flag]:
 
 def help_of(record: type, name: str) -> str:
     """What a field is, with its default."""
-    text, default = flags_of(record)[name].help, getattr(record, name)
-    return text if default is None else f"{text} Default: {default}."
+    flag, default = flags_of(record)[name], getattr(record, name)
+    text = flag.help
+    return text if default is None or flag.is_switch else f"{text} Default: {default}."
 
 
 def documented(record: _Class) -> _Class:

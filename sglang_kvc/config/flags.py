@@ -44,8 +44,13 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, flag in _FLAGS.items():
         target = experts if flag.expert else group
+        option = f"--kv-compress-{name.replace('_', '-')}"
+        if flag.is_switch:
+            text = help_of(KVCompressOptions, name)
+            target.add_argument(option, action="store_true", default=None, help=text)
+            continue
         target.add_argument(
-            f"--kv-compress-{name.replace('_', '-')}",
+            option,
             type=flag.parse,
             metavar=flag.placeholder,
             choices=flag.choices or None,

@@ -14,8 +14,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from sglang_kvc.config.checks import check_choice, check_int, check_number
-from sglang_kvc.config.described import choice, documented, flags_of, integer, number
+from sglang_kvc.config.checks import (
+    check_choice,
+    check_int,
+    check_number,
+    check_switch,
+)
+from sglang_kvc.config.described import (
+    choice,
+    documented,
+    flags_of,
+    integer,
+    number,
+    switch,
+)
 from sglang_kvc.config.keep import Keep
 from sglang_kvc.config.metrics import ATTENTION_METRICS, METRICS
 from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens
@@ -154,6 +166,11 @@ class KVCompressOptions:
         "none.",
         expert=False,
     )
+    sessions: bool = switch(
+        "Keep what a compressed request leaves, packed, and let the next turn of its "
+        "conversation start from it. Such a hit is lossy, unlike the prefix cache's.",
+        expert=False,
+    )
     chunk_queries: str = choice(
         "prompt",
         CHUNK_QUERIES,
@@ -175,6 +192,7 @@ class KVCompressOptions:
         check_int("interval", self.interval, 1)
         check_int("sinks", self.sinks, 0)
         check_int("turns", self.turns, 0)
+        check_switch("sessions", self.sessions)
         check_int("pool_back", self.pool_back, 0, MAX_POOL)
         check_int("pool_ahead", self.pool_ahead, 0, MAX_POOL)
         check_number("pool_decay", self.pool_decay, 0, 1, above=True)

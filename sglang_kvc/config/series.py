@@ -73,6 +73,21 @@ MOVED = Series(
     f"{PREFIX}moved_pages_total", "Fresh pages that passes have copied survivors to."
 )
 
+SNAPSHOTS = Series(
+    f"{PREFIX}snapshots",
+    "Snapshots of ended requests that are held, with --kv-compress-sessions.",
+)
+SNAPSHOT_TOKENS = Series(
+    f"{PREFIX}snapshot_tokens", "Tokens of memory that their packed pages take."
+)
+HITS = Series(
+    f"{PREFIX}snapshot_hits_total", "Requests that have started from a snapshot."
+)
+EVICTIONS = Series(
+    f"{PREFIX}snapshot_evictions_total",
+    "Snapshots given up to make room; not those that a later turn has replaced.",
+)
+
 ARRIVAL_REASONS = ("options", "unserved", "field")
 """Of the tokenizer process, which sees a request first."""
 QUEUE_REASONS = ("options", "too_long", "out_of_memory", "error")
@@ -84,4 +99,7 @@ REFUSED = Series(
     tuple(dict.fromkeys((*ARRIVAL_REASONS, *QUEUE_REASONS))),
 )
 
-SERIES = (LOGICAL, RESIDENT, RATIO, TAIL, PASSES, DEFERRED, SECONDS, MOVED, REFUSED)
+SERIES = (
+    *(LOGICAL, RESIDENT, RATIO, TAIL, PASSES, DEFERRED, SECONDS, MOVED),
+    *(SNAPSHOTS, SNAPSHOT_TOKENS, HITS, EVICTIONS, REFUSED),
+)

@@ -165,6 +165,13 @@ def check_server_args(server_args: Any, model_config: Any = None) -> None:
         return
     verify_hooks_installed()
     refuse_unsupported(resolved)
+    options = options_of(server_args)
+    if options is not None and options.sessions and resolved.disable_radix_cache:
+        message = (
+            "--kv-compress-sessions keeps what it holds in the prefix cache, which "
+            "--disable-radix-cache switches off; drop one of them."
+        )
+        raise ConfigError(pointed(message, Section.SETTINGS))
     refuse_unsupported_model(model_config or UPSTREAM.model_config(server_args))
 
 

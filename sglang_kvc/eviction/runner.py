@@ -203,7 +203,8 @@ class PassRunner:
     def _rule(self, decision: PassDecision) -> SelectionRule:
         if decision.between_chunks:
             return self.chunk_rule
-        return self.prompt_rule if decision.pool_tail else self.later_rule
+        level = decision.pool_tail and decision.level
+        return self.prompt_rule if level else self.later_rule
 
     def _head_bytes(self, decision: PassDecision) -> int:
         """Workspace of a pass, bytes per head on average."""
@@ -254,7 +255,19 @@ class PassRunner:
         requests = [_plan_request(it.decision, self.state.options) for it in group]
         pages = torch.cat([it.dest_tokens[::PAGE_SIZE] // PAGE_SIZE for it in group])
         selected = self._launch(requests, pages, self._rule(group[0].decision))
+        if self.state.options.sessions:
+            self._note_tables(group, selected)
         report(self.state, group, selected)
+
+    def _note_tables(
+        self, group: list[PassInFlight], selected: SelectedEntries
+    ) -> None:
+        """Keep what a snapshot needs of a slot's tables: the next pass replaces it."""
+        slots = self.state.to_device([it.decision.slot for it in group])
+        units = self.state.novelty_unit.index_select(0, slots)
+        for row, launched in enumerate(group):
+            launched.offsets = selected.block_offsets[row]
+            launched.unit = units[row]
 
     def _launch(
         self,

@@ -22,6 +22,7 @@ from sglang_kvc.memory.metadata import (
     mlp_width,
     packed_width,
 )
+from sglang_kvc.scheduling.step_plan import Resumed
 
 
 @dataclass
@@ -78,6 +79,31 @@ class DeviceState:
         pages = torch.stack([tokens[::PAGE_SIZE] for tokens in rings.values()])
         pages = (pages // PAGE_SIZE).to(self.query_ring.pages.dtype)
         self.query_ring.pages.index_copy_(0, self.to_device(list(rings)), pages)
+
+    def resume_slots(self, resumed: list[Resumed]) -> None:
+        """Let the owners of slots read the packed pages of snapshots (forward stream).
+
+        Their tails are in the request table, as every prefix is.
+        """
+        tables, snapshots = self.tables, [it.snapshot for it in resumed]
+        slots = self.to_device([it.slot for it in resumed])
+        offsets = torch.stack([snapshot.offsets for snapshot in snapshots])
+        tables.block_offsets.index_copy_(0, slots, offsets)
+        folds = self.to_device([snapshot.fold for snapshot in snapshots])
+        tables.fold_lens.index_copy_(0, slots, folds.to(tables.fold_lens.dtype))
+        counts = [snapshot.packed // PAGE_SIZE for snapshot in snapshots]
+        rows = slots.repeat_interleave(self.to_device(counts), output_size=sum(counts))
+        columns = self.to_device([column for n in counts for column in range(n)])
+        if self.on_gpu:
+            # They were made on the scheduling stream, which may reuse their memory.
+            for it in resumed:
+                it.packed_tokens.record_stream(torch.cuda.current_stream())
+        tokens = torch.cat([it.packed_tokens[::PAGE_SIZE] for it in resumed])
+        pages = (tokens // PAGE_SIZE).to(tables.packed_pages.dtype)
+        tables.packed_pages.index_put_((rows, columns), pages)
+        if snapshots[0].unit is not None:
+            units = torch.stack([snapshot.unit for snapshot in snapshots])
+            self.novelty_unit.index_copy_(0, slots, units)
 
 
 def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceState:

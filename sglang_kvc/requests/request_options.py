@@ -7,6 +7,8 @@ They arrive in SGLang's ``sampling_params.custom_params`` (OpenAI: ``extra_body`
     {"kv_compress": {"enabled": false}}   keep everything
     {"kv_compress": {"report_heads": true}}   tell what every head keeps
     {"kv_compress": {"report_tokens": true}}  tell who keeps every token of the prompt
+    {"kv_compress": {"keep": "none"}}     leave nothing for a next turn
+    {"kv_compress": {"resume": false}}    start from no snapshot of an earlier turn
 
 A mistake costs this request an HTTP 400 and nothing else. Other ways to send them are
 in `carried_options`.
@@ -18,12 +20,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_kvc.config.checks import check_choice, check_switch
 from sglang_kvc.config.keep import Keep
 from sglang_kvc.config.options import SWITCH, KVCompressOptions
 from sglang_kvc.config.shown import shown, suggestion
 from sglang_kvc.errors import ConfigError
 
-_KEYS = ("enabled", "rate", "budget", "report_heads", "report_tokens")
+_KEYS = (
+    *("enabled", "rate", "budget", "report_heads", "report_tokens"),
+    *("keep", "resume"),
+)
+LEAVES = ("compressed", "whole", "none")
+"""What a request may leave when it ends, see `RequestOptions.leaves`."""
 _VALID = f"Valid: {', '.join(_KEYS)};"
 _WHERE = f"custom_params[{SWITCH!r}]"
 _EXAMPLE = 'for example {"kv_compress": {"rate": 8}}'
@@ -43,12 +51,20 @@ class RequestOptions:
         Report how many tokens every KV head holds after a pass.
     report_tokens : bool
         Report, with the complete answer, how many heads hold each token of the prompt.
+    leaves : str, optional
+        What stays in the pool when it ends (key ``keep``): a snapshot of what it holds
+        packed, only what the prefix cache keeps of its prompt, or nothing. None takes
+        the server's setting.
+    resume : bool, optional
+        Whether it may start from a snapshot; None takes the server's setting.
     """
 
     enabled: bool = True
     keep: Keep | None = None
     report_heads: bool = False
     report_tokens: bool = False
+    leaves: str | None = None
+    resume: bool | None = None
 
 
 def parse_request_options(
@@ -168,12 +184,8 @@ def validate_sampling_params(sampling_params: Any, defaults: KVCompressOptions) 
 
 
 def _checked(asked: Mapping[str, Any], defaults: KVCompressOptions) -> RequestOptions:
-    for name in ("enabled", "report_heads", "report_tokens"):
-        value = asked.get(name, False)
-        if not isinstance(value, bool):
-            raise ConfigError(
-                f"{SWITCH}.{name} must be true or false, got {shown(value)}."
-            )
+    for name in ("enabled", "report_heads", "report_tokens", "resume"):
+        check_switch(f"{SWITCH}.{name}", asked.get(name, False))
     rate, budget = asked.get("rate"), asked.get("budget")
     asks = rate is not None or budget is not None
     keep = Keep(rate, budget, prefix=f"{SWITCH}.") if asks else None
@@ -185,9 +197,46 @@ def _checked(asked: Mapping[str, Any], defaults: KVCompressOptions) -> RequestOp
             f"{SWITCH}.enabled=false keeps the whole cache, but a rate or budget is "
             "given too; drop one of them."
         )
+    _check_session(asked, defaults, enabled)
     return RequestOptions(
         enabled,
         keep,
         report_heads=asked.get("report_heads", False),
         report_tokens=asked.get("report_tokens", False),
+        leaves=asked.get("keep"),
+        resume=asked.get("resume"),
     )
+
+
+def _check_session(
+    asked: Mapping[str, Any], defaults: KVCompressOptions, enabled: bool
+) -> None:
+    """Check what a request says of sessions; see `RequestOptions`."""
+    given = [name for name in ("keep", "resume") if name in asked]
+    if not given:
+        return
+    if "keep" in asked:
+        check_choice(f"{SWITCH}.keep", asked["keep"], LEAVES)
+    if not defaults.sessions:
+        raise ConfigError(
+            f"{SWITCH}.{given[0]} is about sessions, which this server does not keep; "
+            "leave it out, or start the server with --kv-compress-sessions."
+        )
+    lossy = [
+        text
+        for text, is_lossy in (
+            ("keep=compressed", asked.get("keep") == "compressed"),
+            ("resume=true", asked.get("resume")),
+        )
+        if is_lossy
+    ]
+    if lossy and not enabled:
+        raise ConfigError(
+            f"{SWITCH}.enabled=false keeps the whole cache, but {lossy[0]} is given "
+            "too; drop one of them."
+        )
+    if asked.get("resume") and asked.get("report_tokens"):
+        raise ConfigError(
+            f"{SWITCH}.report_tokens tells who keeps every token of the prompt, which "
+            "is not known of a snapshot; drop it or resume=true."
+        )

@@ -172,6 +172,7 @@ def max_prefix_len(req: Req, input_len: int, stock: int) -> int:
     that is compressed between chunks also leaves room for its first chunk: it holds the
     hit until that chunk's pass.
     """
+    attached.attach_prefix_cap(req, stock)
     policy, way = policy_of(req), course_of(req)
     if policy is None or way is None or way.way is Way.KEEP:
         return stock

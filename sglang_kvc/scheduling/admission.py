@@ -12,12 +12,14 @@ from sglang.srt.managers import schedule_policy
 
 from sglang_kvc.config.pages import PAGE_SIZE, floor_tokens, pages_of
 from sglang_kvc.scheduling.acceptance import course_of
-from sglang_kvc.scheduling.attached import policy_of, state_of
+from sglang_kvc.scheduling.attached import hit_of, policy_of, state_of
 from sglang_kvc.scheduling.course import Course, Way
 from sglang_kvc.scheduling.headroom import Headroom
 from sglang_kvc.scheduling.lengths import UNLIMITED, tokens_left
 from sglang_kvc.scheduling.policy import RequestPolicy
+from sglang_kvc.scheduling.resuming import find_hit, starting_from
 from sglang_kvc.scheduling.server import Server
+from sglang_kvc.sessions.snapshot import Hit
 from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import PrefillAdder, Req, SamplingParams
 
@@ -31,7 +33,8 @@ class PromptNeed:
     policy, way : of the request.
     length : to be prefilled; after a retraction with what was decoded.
     hit : of the cached prefix that it starts from, or computed by earlier chunks.
-    folded : whether the prompt has been compressed between chunks already.
+    held : of these, what takes memory of its own: a snapshot less than it stands for,
+        nothing once the prompt has been compressed between its chunks.
     left : that it may still decode.
     ring : of the pages that its queries will take in this step.
     """
@@ -40,22 +43,24 @@ class PromptNeed:
     way: Course
     length: int
     hit: int
-    folded: bool
+    held: int
     left: int
     ring: int
 
     @classmethod
     def of(cls, req: Req) -> PromptNeed | None:
         """Look up what a request needs; None if SGLang serves it without us."""
-        policy, way, state = policy_of(req), course_of(req), state_of(req)
+        policy, way = policy_of(req), course_of(req)
         if policy is None or way is None:
             return None
+        state, snapshot, hit = state_of(req), hit_of(req), UPSTREAM.prefix_len(req)
+        held = snapshot.held if snapshot is not None else hit
         return cls(
             policy=policy,
             way=way,
             length=len(req.full_untruncated_fill_ids),
-            hit=UPSTREAM.prefix_len(req),
-            folded=state is not None and state.fold > 0,
+            hit=hit,
+            held=0 if state is not None and state.fold else held,
             left=tokens_left(req),
             ring=way.ring if state is None else 0,
         )
@@ -77,30 +82,57 @@ class PromptNeed:
             return self.way.step - self.length
         rule = self.policy.chunk_rule
         assert rule is not None
-        held = 0 if self.folded else self.hit
-        peak = rule.peak(self.policy.budget(self.length), self.way.chunk, held)
-        return peak - held - self.missing
+        budget = self.policy.budget(self.length)
+        peak = rule.peak(budget, self.way.chunk, self.held)
+        return peak - self.held - self.missing
 
 
 def add_one(
     adder: PrefillAdder, server: Server, req: Req, call: Callable[[], Any]
 ) -> Any:
-    """Run ``PrefillAdder.add_one_req`` with the charge and the chunk that fit `req`."""
-    headroom, need = Headroom.of(adder), PromptNeed.of(req)
-    if need is None:
+    """Run ``PrefillAdder.add_one_req`` with the charge and the chunk that fit `req`.
+
+    A snapshot is given up like any other prefix if the request does not fit beside it
+    although nothing else runs: what has a course is admitted.
+    """
+    if policy_of(req) is None or course_of(req) is None:
+        Headroom.of(adder)
         return call()
-    if not server.turns.takes(adder.log_input_tokens, need.missing):
-        return schedule_policy.AddReqResult.OTHER
-    result = _add_one(adder, server, headroom, need, req, call)
+    hit = find_hit(adder.tree_cache, req)
+    result = _add_from(hit, adder, server, req, call)
+    alone = not adder.can_run_list and not Headroom.of(adder).running
     refused = result is schedule_policy.AddReqResult.NO_TOKEN
-    allocator = adder.token_to_kv_pool_allocator
-    alone = not adder.can_run_list and not headroom.running
-    if refused and alone and headroom.free == allocator.size:
+    if refused and alone and hit is not None:
+        result = _add_from(None, adder, server, req, call)
+        refused = result is schedule_policy.AddReqResult.NO_TOKEN
+    alone = not adder.can_run_list and not Headroom.of(adder).running
+    if refused and alone and Headroom.of(adder).free == _pool_size(adder):
         # An empty pool has no room. It must not happen, see `course`; if it does, this
         # request ends, and the others do not wait for it. (One that has ended stays in
         # the running batch for a step, without memory, and is still charged.)
         server.pass_scheduler.stuck = req
     return result
+
+
+def _pool_size(adder: PrefillAdder) -> int:
+    size: int = adder.token_to_kv_pool_allocator.size
+    return size
+
+
+def _add_from(
+    hit: Hit | None,
+    adder: PrefillAdder,
+    server: Server,
+    req: Req,
+    call: Callable[[], Any],
+) -> Any:
+    """Try to admit a request that starts from `hit`, or from its whole prefix."""
+    with starting_from(hit, adder, req):
+        headroom, need = Headroom.of(adder), PromptNeed.of(req)
+        assert need is not None
+        if not server.turns.takes(adder.log_input_tokens, need.missing):
+            return schedule_policy.AddReqResult.OTHER
+        return _add_one(adder, server, headroom, need, req, call)
 
 
 def _add_one(
@@ -111,7 +143,7 @@ def _add_one(
     req: Req,
     call: Callable[[], Any],
 ) -> Any:
-    if not _has_lists_for_one_more(adder, server):
+    if not _has_lists_for_one_more(adder, server, req):
         return schedule_policy.AddReqResult.OTHER
     way = need.way
     with _as_if_eos_counted(req.sampling_params):
@@ -205,20 +237,23 @@ def add_chunked(
         return _in_chunk(adder, req, chunk, call)
 
 
-def _has_lists_for_one_more(adder: PrefillAdder, server: Server) -> bool:
+def _has_lists_for_one_more(adder: PrefillAdder, server: Server, req: Req) -> bool:
     """Whether the page lists of a step with a folded prompt have room for one more.
 
     They are [L, B, H, width] for all B requests of the step, and memory is set aside
     for one of the longest, see `metadata_bytes`.
     """
-    width = sum(
-        pages_of(len(req.full_untruncated_fill_ids))
-        for req in adder.can_run_list[:1]
-        if (state := state_of(req)) is not None and state.fold
+    reqs = [*adder.can_run_list, req]
+    resumed = any(hit_of(it) is not None for it in reqs)
+    width = max(
+        pages_of(len(it.full_untruncated_fill_ids))
+        if resumed or ((state := state_of(it)) is not None and state.fold)
+        else 0
+        for it in reqs
     )
-    if not width:
+    if not width or len(reqs) == 1:
         return True
-    return (len(adder.can_run_list) + 1) * width <= server.page_list_width
+    return len(reqs) * width <= server.page_list_width
 
 
 def _in_chunk(

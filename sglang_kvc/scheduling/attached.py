@@ -3,10 +3,14 @@
 ================= ============= ==================== ===================== =============
 on                what          written by           read by               dies with
 ================= ============= ==================== ===================== =============
-a request         policy        `acceptance`         all of this package   the request
+a request         policy        `acceptance`,        all of this package   the request
+                                `resuming`
 a request         refusal       `acceptance`         `queueing`            the request
 a request         course        `acceptance`         `acceptance`          the request
 a request         state         `passes`             all of this package   its memory
+a request         text          here                 `resuming`, `keeping` the request
+a request         prefix_cap    `acceptance`         `resuming`            the request
+a request         hit           `resuming`           `passes`, the tree    its admission
 a batch           plan          `passes`             `attention.step`      its step
 a batch's result  passes        `attention.step`     the result's hook     the result
 an adder          headroom      `headroom`           `headroom`            its round
@@ -20,6 +24,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sglang_kvc.sessions.snapshot import Hit
+from sglang_kvc.sessions.text import TextChain
+from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import Req
 
 if TYPE_CHECKING:
@@ -36,7 +43,7 @@ def policy_of(req: Req) -> RequestPolicy | None:
 
 
 def attach_policy(req: Req, policy: RequestPolicy) -> None:
-    """Hang a policy on a request, once, on its way into the queue."""
+    """Hang a policy on a request, on its way into the queue or when it resumes."""
     _set(req, "policy", policy)
 
 
@@ -69,6 +76,36 @@ def state_of(req: Req) -> RequestState | None:
 def attach_state(req: Req, state: RequestState) -> None:
     """Hang a state on a request, at the first prefill step of an admission."""
     _set(req, "state", state)
+
+
+def text_of(req: Req) -> TextChain:
+    """The text of a request, whose prefixes have names; it only grows."""
+    text: TextChain | None = getattr(req, "kv_compress_text", None)
+    if text is None:
+        text = TextChain(UPSTREAM.tenant(req))
+        _set(req, "text", text)
+    return text
+
+
+def prefix_cap_of(req: Req) -> int:
+    """Longest prefix that SGLang would let a request start from."""
+    tokens: int = getattr(req, "kv_compress_prefix_cap", 0)
+    return tokens
+
+
+def attach_prefix_cap(req: Req, tokens: int) -> None:
+    """Hang it on a request, whenever SGLang asks for it."""
+    _set(req, "prefix_cap", tokens)
+
+
+def hit_of(req: Req) -> Hit | None:
+    """What of a snapshot an admitted request starts from, until it has a state."""
+    return getattr(req, "kv_compress_hit", None)
+
+
+def attach_hit(req: Req, hit: Hit | None) -> None:
+    """Hang it on a request while it is admitted, or take it off."""
+    _set(req, "hit", hit)
 
 
 def attach_plan(batch: Any, plan: StepPlan) -> None:

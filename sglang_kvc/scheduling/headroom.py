@@ -66,7 +66,7 @@ def running_charge(adder: PrefillAdder, req: Req, stock: float) -> float:
     state = state_of(req)
     held = UPSTREAM.allocated_len(req)
     if state is not None and state.fold:
-        held = state.resident(UPSTREAM.committed_len(req))
+        held = state.own(UPSTREAM.committed_len(req))
     ring = state.ring_tokens if state is not None else 0
     return growth + ceil_tokens(held) + ring
 

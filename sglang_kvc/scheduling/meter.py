@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sglang_kvc.config.series import Series
     from sglang_kvc.scheduling.refusal import Reason
     from sglang_kvc.scheduling.request_state import PassInFlight
+    from sglang_kvc.sessions.store import SessionStore
 
 
 class Clock(Protocol):
@@ -55,8 +56,14 @@ class Meter:
         self._seconds = counters(series.SECONDS)[""]
         self._moved = counters(series.MOVED)[""]
         self._refused = counters(series.REFUSED, series.QUEUE_REASONS)
+        self._snapshots = gauge(series.SNAPSHOTS)
+        self._snapshot_tokens = gauge(series.SNAPSHOT_TOKENS)
+        self._hits = counters(series.HITS)[""]
+        self._evictions = counters(series.EVICTIONS)[""]
+        self._counted = (0, 0)
         self._shown = (0, 0, 0)
         self._show(*self._shown)
+        self._show_sessions()
 
     def planned(self, launched: list[PassInFlight]) -> None:
         """Count the passes of a step."""
@@ -86,12 +93,14 @@ class Meter:
             resident += state.resident(length)
             tail += length - state.fold
         self._show(logical, resident, tail)
+        self._show_sessions()
         self._read_clock()
 
     def rest(self) -> None:
         """Show that nothing runs; called at every turn of an idle scheduler."""
         if self._shown != (0, 0, 0):
             self._show(0, 0, 0)
+        self._show_sessions()
         self._read_clock()
 
     def _running(self) -> Iterator[Req]:
@@ -110,6 +119,16 @@ class Meter:
         self._resident.set(resident)
         self._ratio.set(logical / resident if resident else float("nan"))
         self._tail.set(tail)
+
+    def _show_sessions(self) -> None:
+        store: SessionStore | None = self._scheduler.tree_cache.sessions
+        self._snapshots.set(len(store) if store is not None else 0)
+        self._snapshot_tokens.set(store.tokens if store is not None else 0)
+        if store is not None:
+            hits, evicted = self._counted
+            self._counted = (store.hits, store.evicted)
+            self._hits.inc(store.hits - hits)
+            self._evictions.inc(store.evicted - evicted)
 
     def _read_clock(self) -> None:
         seconds = self._clock.read()

@@ -31,6 +31,8 @@ class PassDecision:
     query_start : first position whose query is observed.
     recorded : every observed query was decoded, so its log-sum-exp is known.
     repeated : earlier passes were scored by the same queries.
+    level : all layers hold equally much, as until the pass behind a prompt. What comes
+        of a snapshot does not.
     """
 
     phase: Phase
@@ -43,6 +45,7 @@ class PassDecision:
     query_start: int
     recorded: bool
     repeated: bool
+    level: bool = True
 
     @property
     def is_first(self) -> bool:

@@ -31,6 +31,7 @@ from sglang_kvc.scheduling.pass_decision import PassDecision, Probe
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.reporting import Report
 from sglang_kvc.scheduling.request_state import PassInFlight, RequestState
+from sglang_kvc.scheduling.resuming import resume
 from sglang_kvc.scheduling.rings import Rings
 from sglang_kvc.scheduling.settling import settle_pass
 from sglang_kvc.scheduling.step_plan import Fold, StepPlan
@@ -120,6 +121,9 @@ class PassScheduler:
             if state is None:
                 state = self._new_state(req)
                 plan.reset_slots.append(state.slot)
+                resumed = resume(batch.tree_cache, req, state)
+                if resumed is not None:
+                    plan.resumed.append(resumed)
             if state.lacks_ring:
                 self._take_ring(batch, state, UPSTREAM.prefix_len(req), plan)
             plan.folds.append(Fold(state.fold, state.packed))

@@ -33,12 +33,15 @@ class RequestPolicy:
     chunk_rule : when prompts are compressed between chunks, and the size of the pool
         without the ring; None: never, in a pool without end.
     ring_tokens : of the pool, that its last queries take while it may be compressed.
+    least_budget : tokens that it keeps at least: those of the snapshot that it has
+        started from, which its passes do not shrink.
     """
 
     options: KVCompressOptions
     request: RequestOptions
     chunk_rule: ChunkRule | None = None
     ring_tokens: int = 0
+    least_budget: int = 0
 
     @property
     def whole_pool(self) -> int:
@@ -55,10 +58,25 @@ class RequestPolicy:
         """Whether the request may be compressed; else it keeps everything."""
         return self.request.enabled
 
+    @property
+    def leaves(self) -> str:
+        """What the request leaves in the pool, one of `request_options.LEAVES`."""
+        if self.request.leaves is not None:
+            return self.request.leaves
+        return "compressed" if self.options.sessions and self.enabled else "whole"
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it may start from a snapshot; whose tokens stood where is unknown."""
+        request = self.request
+        if not self.options.sessions or not self.enabled or request.report_tokens:
+            return False
+        return request.resume is not False
+
     def budget(self, length: int) -> int:
         """Tokens to keep per KV head at logical `length`; not enabled: `UNLIMITED`."""
         budget = resolve_budget(self.request, self.options, length)
-        return UNLIMITED if budget is None else budget
+        return UNLIMITED if budget is None else max(budget, self.least_budget)
 
     def growth(self, budget: int) -> int:
         """Tokens of the tail, in whole pages, that make a pass due: the interval.

@@ -20,6 +20,7 @@ from sglang_kvc.scheduling.acceptance import (
 )
 from sglang_kvc.scheduling.attached import refusal_of
 from sglang_kvc.scheduling.refusal import Reason, Refusal
+from sglang_kvc.scheduling.resuming import forget_hit
 from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import Req, Scheduler
 
@@ -37,6 +38,7 @@ def enqueue(
     """
     if req.finished_reason is None and req.to_finish is None:
         attach_policy(req, server)
+        forget_hit(req)
         refusal = refusal_of(req) or readmit(req)
         if refusal is not None:
             end(scheduler, server, req, refusal)

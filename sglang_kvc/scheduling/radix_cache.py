@@ -10,11 +10,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_kvc.sessions.store import SessionStore
 from sglang_kvc.upstream.generation import UPSTREAM
 
 
 def build(context: Any) -> Any:
     """Factory for ``--radix-cache-backend kvcompress`` (TreeCacheBuildContext)."""
+    tree = _tree(context)
+    runtime = context.params.token_to_kv_pool_allocator.get_kvcache().runtime
+    if runtime.options.sessions:
+        tree.sessions = SessionStore()
+    return tree
+
+
+def _tree(context: Any) -> Any:
     if UPSTREAM.frees_rows:
         from sglang.srt.mem_cache.registry import create_unified_radix_cache
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    MatchPrefixParams,
+)
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from sglang_kvc.scheduling.attached import state_of
+from sglang_kvc.scheduling.keeping import keep_snapshot, leaves_nothing
 from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.scheduling.session_tree import SessionTree
 from sglang_kvc.scheduling.settling import settle_pass
 
 
-class RadixCache17(RadixCache):
+class RadixCache17(SessionTree, RadixCache):
     """RadixCache that also releases packed pages; with ``disable`` a chunk cache."""
 
     def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
@@ -72,11 +80,58 @@ class RadixCache17(RadixCache):
         for dead in state.abandon() if state is not None else ():
             allocator.free_segment(dead.dest_tokens, start_pos=0)
         if state is None or not state.settled_fold:
+            if state is not None:
+                state.end()
             super().cache_finished_req(
-                req, is_insert=is_insert, kv_len_to_handle=kv_len_to_handle
+                req,
+                is_insert=is_insert and not leaves_nothing(req),
+                kv_len_to_handle=kv_len_to_handle,
             )
             return
-        allocator.free_segment(state.settled_packed, start_pos=0)
+        keep_snapshot(self, req, state, kv_len_to_handle)
+        if state.settled_packed is not None:
+            allocator.free_segment(state.settled_packed, start_pos=0)
         row = self.req_to_token_pool.req_to_token[req.req_pool_idx]
-        tail = row[state.settled_fold : kv_len_to_handle].long()
-        allocator.free_segment(tail, start_pos=0)
+        own = row[state.own_from : kv_len_to_handle].long()
+        if len(own):
+            allocator.free_segment(own, start_pos=0)
+        if state.borrowed is not None:
+            self.dec_lock_ref(req.last_node)
+            state.give_back()
+        state.end()
+
+    # Snapshots, see `SessionTree` -------------------------------------------------
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Free tokens for SGLang."""
+        freed = self.drop_whole_copies(params.num_tokens)
+        if freed >= params.num_tokens:
+            return EvictResult(num_tokens_evicted=freed)
+        rest = replace(params, num_tokens=params.num_tokens - freed)
+        result = super().evict(rest)
+        result.num_tokens_evicted += freed
+        return result
+
+    def _drop_leaves(self, key: Any) -> int:
+        """See `SessionTree`."""
+        node = self.match_prefix(MatchPrefixParams(key=key)).last_device_node
+        freed = 0
+        while node is not self.root_node and not node.children and not node.lock_ref:
+            self.token_to_kv_pool_allocator.free_segment(node.value, start_pos=0)
+            freed += len(node.value)
+            self._delete_leaf(node)
+            node = node.parent
+        return freed
+
+    def _delete_leaf(self, node: Any) -> None:
+        """SGLang evicts a node, or drops it."""
+        super()._delete_leaf(node)
+        self.noticed(node)
+
+    def _matched_pages(self, found: Any) -> Any:
+        """See `SessionTree`."""
+        return found.device_indices
+
+    def _node_id(self, node: Any) -> Any:
+        """See `SessionTree`."""
+        return node.id

@@ -7,18 +7,29 @@ chunks, so nothing has to be kept for it here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    MatchPrefixParams,
+)
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_kvc.scheduling.attached import state_of
+from sglang_kvc.scheduling.attached import hit_of, state_of
+from sglang_kvc.scheduling.keeping import keep_snapshot, leaves_nothing
 from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.scheduling.session_tree import SessionTree, row_of
 from sglang_kvc.scheduling.settling import settle_pass
 from sglang_kvc.upstream.types import Req
 
 
-class RadixCache22(UnifiedRadixCache):
+class RadixCache22(SessionTree, UnifiedRadixCache):
     """Default tree that also frees packed pages; with ``disable`` it keeps nothing."""
 
     def __init__(self, params: Any) -> None:
@@ -57,7 +68,10 @@ class RadixCache22(UnifiedRadixCache):
         if state is not None and between:
             for launched in list(state.in_flight):
                 settle_pass(self, launched)
-        if state is None or not state.settled_fold:
+        if state is not None and state.settled_fold:
+            if not goes_on:
+                keep_snapshot(self, req, state, up_to)
+        elif goes_on or not leaves_nothing(req):
             super().checkpoint(req, up_to=up_to, **settings)
 
     def free_kv_row(self, kv: Any, ranges: list[tuple[int, int]]) -> None:
@@ -70,8 +84,8 @@ class RadixCache22(UnifiedRadixCache):
             allocator = self.token_to_kv_pool_allocator
             allocator.free_segment(state.settled_packed, start_pos=0)
             state.settled_packed = None
-        fold = state.settled_fold
-        tail = [(max(start, fold), end) for start, end in ranges if end > fold]
+        first = state.own_from
+        tail = [(max(start, first), end) for start, end in ranges if end > first]
         if tail:
             super().free_kv_row(kv, tail)
 
@@ -88,5 +102,67 @@ class RadixCache22(UnifiedRadixCache):
             for dead in state.abandon():
                 allocator.free_segment(dead.dest_tokens, start_pos=0)
             self._packed.pop(state.slot, None)
+            state.give_back()
             state.end()
         super().on_release(req, checkpointed=checkpointed)
+
+    # Snapshots, see `SessionTree` -------------------------------------------------
+
+    def prefix_device_indices(self, req: Req) -> Any:
+        """Row of a request that is admitted; of a snapshot it has no page folded."""
+        hit = hit_of(req)
+        return super().prefix_device_indices(req) if hit is None else row_of(hit)
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        """Free tokens for SGLang."""
+        return self._evict_behind_copies(params, super().evict)
+
+    def evict_for_alloc(self, params: EvictParams, **how: Any) -> EvictResult:
+        """Free tokens for SGLang, which is about to take them."""
+        call = partial(super().evict_for_alloc, **how)
+        return self._evict_behind_copies(params, call)
+
+    def _evict_behind_copies(
+        self, params: EvictParams, call: Callable[[EvictParams], EvictResult]
+    ) -> EvictResult:
+        freed = self.drop_whole_copies(params.num_tokens)
+        if freed >= params.num_tokens:
+            return EvictResult(num_tokens_evicted=freed)
+        result = call(replace(params, num_tokens=params.num_tokens - freed))
+        result.num_tokens_evicted += freed
+        return result
+
+    def _drop_leaves(self, key: Any) -> int:
+        """See `SessionTree`. The tree must be asked to evict nothing but leaves."""
+        last = self.match_prefix(MatchPrefixParams(key=key)).last_device_node
+        (path,) = self.tree_core.collect_path_info([last])
+        freed, below = dict.fromkeys(self.tree_components, 0), 0
+        for node in reversed(path):
+            if node.num_children > below or self._is_locked(node.node_id):
+                break
+            self._evict_device_leaf(node.node_id, freed)
+            below = 1
+        tokens: int = freed[ComponentType.FULL]
+        return tokens
+
+    def _is_locked(self, node_id: Any) -> bool:
+        """Whether anybody has locked a node: then a lock of ours changes no sum."""
+        before = self.protected_size()
+        lock = self.lock(node_id)
+        changed = self.protected_size() != before
+        self.unlock(lock)
+        return not changed
+
+    def _evict_device_leaf(self, node_id: Any, tracker: Any) -> Any:
+        """SGLang evicts a node."""
+        self.noticed(node_id)
+        return super()._evict_device_leaf(node_id, tracker)
+
+    def _matched_pages(self, found: Any) -> Any:
+        """See `SessionTree`."""
+        path = self.path_device_indices(found.last_device_node)
+        return path[: found.device_prefix_len]
+
+    def _node_id(self, node: Any) -> Any:
+        """See `SessionTree`."""
+        return node

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_kvc.config.pages import PAGE_SIZE, floor_tokens
 from sglang_kvc.scheduling.pass_decision import PassDecision, Phase, Probe
 from sglang_kvc.scheduling.policy import RequestPolicy
+from sglang_kvc.sessions.snapshot import Hit, Snapshot
 
 if TYPE_CHECKING:
     from sglang_kvc.scheduling.rings import Ring
@@ -45,6 +46,8 @@ class PassInFlight:
         head keeps, on all ranks; filled when the step is done.
     token_shares : with ``report_tokens``, int16 [prompt] on the host: of each prompt
         token, the heads that hold it, in thousandths of all; filled as above.
+    offsets, unit : where the blocks of each head begin, and the slot's novelty unit, on
+        the device: with sessions, filled when the pass is launched.
     closed : settled, or its request is gone: nothing is left to free.
     """
 
@@ -55,6 +58,8 @@ class PassInFlight:
     probe: Probe | None = None
     head_blocks: Any = None
     token_shares: Any = None
+    offsets: Any = None
+    unit: Any = None
     closed: bool = False
 
 
@@ -78,6 +83,10 @@ class RequestState:
         request owns in the allocator.
     settled_blocks, settled_shares : as `PassInFlight.head_blocks` and `token_shares`,
         of the last settled pass.
+    settled_offsets, settled_unit : as `PassInFlight.offsets` and `unit`, likewise.
+    settled_passes : how many were settled.
+    borrowed : the snapshot whose packed pages the request reads; None with its own.
+    own_from : tokens of the row before it are packed, or pages of the prefix tree.
     positions : with ``report_tokens``, where in the text each packed KV stands; the
         pass runner's (`eviction.reports`).
     in_flight : launched passes that are not settled.
@@ -101,12 +110,43 @@ class RequestState:
     settled_packed: Any = None
     settled_blocks: Any = None
     settled_shares: Any = None
+    settled_offsets: Any = None
+    settled_unit: Any = None
+    settled_passes: int = 0
+    borrowed: Snapshot | None = None
+    own_from: int = 0
     in_flight: list[PassInFlight] = field(default_factory=list)
     # Reported in meta_info.
     passes: int = 0
     chunk_passes: int = 0
     deferred_passes: int = 0
     peak_resident: int = 0
+    resumed_tokens: int = 0
+    generations: int = 0
+
+    def resume(self, hit: Hit) -> None:
+        """Start from a snapshot, and from a continuation of it."""
+        snapshot, length = hit.snapshot, hit.tokens
+        self.fold = self.settled_fold = snapshot.fold
+        self.packed = snapshot.packed
+        # Whoever had the slot before has left its queries in the ring.
+        self.observed = self.own_from = self.resumed_tokens = length
+        self.generations = snapshot.passes
+        self.borrowed = snapshot
+        snapshot.borrowers += 1
+        snapshot.resumed += 1
+
+    def give_back(self) -> None:
+        """Read the borrowed snapshot no longer; the tree's lock is another's affair."""
+        if self.borrowed is not None:
+            self.borrowed.borrowers -= 1
+            self.borrowed = None
+
+    def own(self, length: int) -> int:
+        """Tokens of memory that the request would give back at logical `length`."""
+        if self.borrowed is not None:
+            return length - self.own_from
+        return self.resident(length)
 
     @property
     def ring_tokens(self) -> int:
@@ -203,6 +243,7 @@ class RequestState:
             query_start=query_start,
             recorded=query_start >= self.prefilled,
             repeated=self.probed and phase is not Phase.DECODE,
+            level=not self.resumed_tokens,
         )
 
     def launch(
@@ -232,10 +273,12 @@ class RequestState:
         """Move the result-order state past a pass."""
         launched.closed = True
         self.in_flight.remove(launched)
-        self.settled_fold = launched.decision.fold_new
+        self.settled_fold = self.own_from = launched.decision.fold_new
+        self.settled_passes += 1
         self.settled_packed = launched.dest_tokens
         self.settled_blocks = launched.head_blocks
         self.settled_shares = launched.token_shares
+        self.settled_offsets, self.settled_unit = launched.offsets, launched.unit
 
     def abandon(self) -> list[PassInFlight]:
         """Close every pass in flight; the caller must free their fresh pages."""
@@ -264,6 +307,9 @@ class RequestState:
             "chunk_passes": self.chunk_passes,
             "deferred_passes": self.deferred_passes,
         }
+        if self.policy.options.sessions:
+            report["resumed_tokens"] = self.resumed_tokens
+            report["generations"] = self.generations
         if self.settled_blocks is not None:
             tokens = self.settled_blocks.flatten() * PAGE_SIZE
             report["packed_tokens_per_head"] = tokens.tolist()

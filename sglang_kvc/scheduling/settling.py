@@ -38,7 +38,9 @@ def _settle_first(
     req = launched.req
     start, end = UPSTREAM.protected_len(req), launched.decision.fold_new
     pages = row[:end].long()
-    if not tree_cache.disable and not getattr(req, "skip_radix_cache_insert", False):
+    leaves = launched.state.policy.leaves != "none"
+    inserts = leaves and not getattr(req, "skip_radix_cache_insert", False)
+    if not tree_cache.disable and inserts:
         token_ids = (req.origin_input_ids + req.output_ids)[:end]
         prompt = InsertParams(
             key=UPSTREAM.radix_key(token_ids, req),
@@ -55,8 +57,16 @@ def _settle_first(
 def _settle_periodic(
     tree_cache: TreeCache, launched: PassInFlight, row: torch.Tensor
 ) -> None:
-    """Free the packed pages and the folded tail pages that the pass has read."""
-    allocator, decision = tree_cache.token_to_kv_pool_allocator, launched.decision
-    allocator.free_segment(launched.state.settled_packed, start_pos=0)
-    folded = row[decision.fold_old : decision.fold_new].long()
-    allocator.free_segment(folded, start_pos=0)
+    """Free the packed pages and the folded tail pages that the pass has read.
+
+    What is borrowed of a snapshot is given back instead.
+    """
+    allocator, state = tree_cache.token_to_kv_pool_allocator, launched.state
+    if state.borrowed is None:
+        allocator.free_segment(state.settled_packed, start_pos=0)
+    else:
+        UPSTREAM.release_prefix(tree_cache, launched.req)
+        state.give_back()
+    folded = row[state.own_from : launched.decision.fold_new].long()
+    if len(folded):
+        allocator.free_segment(folded, start_pos=0)

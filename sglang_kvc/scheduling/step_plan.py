@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sglang_kvc.scheduling.request_state import PassInFlight
 from sglang_kvc.scheduling.rings import Ring
+from sglang_kvc.sessions.snapshot import Snapshot
 
 
 class Fold(NamedTuple):
@@ -23,6 +24,21 @@ class Fold(NamedTuple):
     packed: int
 
 
+class Resumed(NamedTuple):
+    """A slot whose request starts from a snapshot.
+
+    Attributes
+    ----------
+    slot : row of the request in the device tables.
+    snapshot : what it starts from.
+    packed_tokens : token ids of the packed pages, int64 [snapshot.packed].
+    """
+
+    slot: int
+    snapshot: Snapshot
+    packed_tokens: Any
+
+
 @dataclass
 class StepPlan:
     """Plan of a step, made while it is scheduled, carried out by `attention.step`.
@@ -30,6 +46,7 @@ class StepPlan:
     Attributes
     ----------
     reset_slots : slots whose owner changed; they lose their ring.
+    resumed : those of them that start from snapshots.
     rings : rings that slots have got, after that.
     passes : eviction passes to run behind the forward.
     folds : in a prefill step with compressed prompts, each request's fold before the
@@ -37,6 +54,7 @@ class StepPlan:
     """
 
     reset_slots: list[int] = field(default_factory=list)
+    resumed: list[Resumed] = field(default_factory=list)
     rings: dict[int, Ring] = field(default_factory=dict)
     passes: list[PassInFlight] = field(default_factory=list)
     folds: list[Fold] = field(default_factory=list)
@@ -50,6 +68,10 @@ class StepPlan:
             (it.decision, it.probe, it.req.rid, it.dest_tokens.tolist())
             for it in self.passes
         ]
+        resumed = [
+            (it.slot, it.snapshot.number, it.packed_tokens.tolist())
+            for it in self.resumed
+        ]
         rings = {slot: it.token_ids.tolist() for slot, it in self.rings.items()}
-        numbers = (self.reset_slots, rings, self.folds, passes)
-        return zlib.crc32(repr(numbers).encode())
+        facts = (self.reset_slots, resumed, rings, self.folds, passes)
+        return zlib.crc32(repr(facts).encode())

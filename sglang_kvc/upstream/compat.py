@@ -156,6 +156,58 @@ SEAMS = (
         "radix_cache",
         since="0.5.22",
     ),
+    # Snapshots are branches of the tree: what is overridden tells when one is evicted.
+    Seam(
+        "sglang.srt.mem_cache.radix_cache:RadixCache._delete_leaf",
+        ("self", "node"),
+        "radix_cache_17",
+        until="0.5.22",
+    ),
+    Seam(
+        "sglang.srt.mem_cache.radix_cache:RadixCache.evict",
+        ("self", "params"),
+        "radix_cache_17",
+        until="0.5.22",
+    ),
+    Seam(
+        "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache._evict_device_leaf",
+        ("self", "node_id", "tracker"),
+        "radix_cache_22",
+        since="0.5.22",
+    ),
+    Seam(
+        "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.evict",
+        ("self", "params"),
+        "radix_cache_22",
+        since="0.5.22",
+    ),
+    Seam(
+        "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.evict_for_alloc",
+        {
+            "0.5.22": ("self", "params"),
+            "0.5.23": ("self", "params", "allocation_reclaim_satisfied"),
+        },
+        "radix_cache_22",
+        since="0.5.22",
+    ),
+    Seam(
+        "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.prefix_device_indices",
+        ("self", "req"),
+        "radix_cache_22",
+        since="0.5.22",
+    ),
+    Seam(
+        "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.path_device_indices",
+        ("self", "node"),
+        "radix_cache_22",
+        since="0.5.22",
+    ),
+    Seam(
+        "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface:UnifiedTreeCoreInterface.collect_path_info",
+        ("self", "end_node_ids"),
+        "radix_cache_22",
+        since="0.5.22",
+    ),
     # The class that admits is derived from SGLang's: a method that it overrides in
     # vain would not be noticed.
     Seam(

@@ -80,11 +80,27 @@ class Generation(ABC):
     def drop_memory(self, req: Any) -> None:
         """Let it forget its memory, which was given back."""
 
+    @abstractmethod
+    def prefix(self, req: Any) -> tuple[Any, ...]:
+        """What the request starts from, for `set_prefix`."""
+
+    @abstractmethod
+    def set_prefix(self, req: Any, prefix: tuple[Any, ...]) -> None:
+        """Let it start from what `prefix` said, or `prefix_at` says."""
+
+    @abstractmethod
+    def prefix_at(self, row: Any, node: Any) -> tuple[Any, ...]:
+        """A prefix of a node of the tree; `row`: a token id for each of its tokens."""
+
     # Tree, admission, worker ----------------------------------------------------------
 
     @abstractmethod
     def radix_key(self, token_ids: Any, req: Any) -> Any:
         """Key of a prefix of this request, in its tenant's part of the tree."""
+
+    @abstractmethod
+    def tenant(self, req: Any) -> tuple[str | None, ...]:
+        """Who may see what is computed for this request; `radix_key` has it, too."""
 
     @abstractmethod
     def release_prefix(self, tree_cache: Any, req: Any) -> None:
@@ -157,6 +173,20 @@ class Generation17(Generation):
         """See `Generation`."""
         req.set_extend_range(0, length)
 
+    def prefix(self, req: Any) -> tuple[Any, ...]:
+        """See `Generation`."""
+        nodes = (req.last_node, req.last_host_node, req.best_match_node)
+        return (*nodes, req.prefix_indices, req.cache_protected_len)
+
+    def set_prefix(self, req: Any, prefix: tuple[Any, ...]) -> None:
+        """See `Generation`."""
+        req.last_node, req.last_host_node, req.best_match_node, *rest = prefix
+        req.prefix_indices, req.cache_protected_len = rest
+
+    def prefix_at(self, row: Any, node: Any) -> tuple[Any, ...]:
+        """See `Generation`."""
+        return node, node, node, row, len(row)
+
     def drop_memory(self, req: Any) -> None:
         """See `Generation`."""
         req.kv = None
@@ -166,6 +196,10 @@ class Generation17(Generation):
         from sglang.srt.mem_cache.radix_cache import RadixKey
 
         return RadixKey(token_ids, req.extra_key)
+
+    def tenant(self, req: Any) -> tuple[str | None, ...]:
+        """See `Generation`."""
+        return req.extra_key, req.lora_id
 
     def release_prefix(self, tree_cache: Any, req: Any) -> None:
         """See `Generation`."""
@@ -243,6 +277,20 @@ class Generation22(Generation):
         """See `Generation`."""
         req.extend_end = length
 
+    def prefix(self, req: Any) -> tuple[Any, ...]:
+        """See `Generation`."""
+        nodes = (req.last_node, req.last_host_node, req.best_match_node)
+        return (*nodes, req.prefix_len, req.kv.cache_protected_len)
+
+    def set_prefix(self, req: Any, prefix: tuple[Any, ...]) -> None:
+        """See `Generation`."""
+        req.last_node, req.last_host_node, req.best_match_node, *rest = prefix
+        req.prefix_len, req.kv.cache_protected_len = rest
+
+    def prefix_at(self, row: Any, node: Any) -> tuple[Any, ...]:
+        """See `Generation`. The tree is asked for the row."""
+        return node, node, node, len(row), len(row)
+
     def drop_memory(self, req: Any) -> None:
         """See `Generation`."""
         req.kv.mark_kv_released()
@@ -252,6 +300,10 @@ class Generation22(Generation):
         from sglang.srt.mem_cache.radix_cache import RadixKey
 
         return RadixKey(token_ids, req.extra_key, cache_salt=req.cache_salt)
+
+    def tenant(self, req: Any) -> tuple[str | None, ...]:
+        """See `Generation`."""
+        return req.extra_key, req.cache_salt, req.lora_id
 
     def release_prefix(self, tree_cache: Any, req: Any) -> None:
         """See `Generation`. The request's own row goes on as its prefix."""

@@ -54,6 +54,7 @@ class Req(Protocol):
     to_finish: Any
     time_stats: Any
     customized_info: dict[str, Any] | None
+    session: Any
 
     def init_next_round_input(self, tree_cache: Any) -> None:
         """Match the prefix, and set what is to be prefilled."""
@@ -104,6 +105,10 @@ class TreeCache(Protocol):
 
     def hand_over(self, req: Any, prompt: Any, own_from: int) -> None:
         """Ours: take the pages of a prompt that has been packed."""
+
+    @property
+    def sessions(self) -> Any:
+        """Ours: the snapshots that the tree holds; None if it is to hold none."""
 
 
 class ScheduleBatch(Protocol):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_kvc.sessions.store import SessionStore
 from sglang_kvc.upstream.generation import UPSTREAM, Generation22
 from tests.engine.inprocess import (
     InProcessScheduler,
@@ -50,6 +51,8 @@ class Setting:
     retract: bool = False
     pause: bool = False
     turns: int = 2
+    sessions: int = 0
+    """Turns of a conversation behind its first; 0: no sessions are kept."""
     sglang_turns: int = 0
     """SGLang's own, ``--prefill-decode-interval``."""
 
@@ -74,6 +77,16 @@ SETTINGS = {
     ),
     "priority never": Setting(chunks="never", chunk=512, priority=True, overlap=False),
 }
+SESSIONS = {
+    "sessions": Setting(sessions=3),
+    "sessions chunk64": Setting(sessions=2, chunk=64, chunks="always"),
+    "sessions no overlap": Setting(sessions=2, overlap=False, interval=256),
+    "sessions retract": Setting(sessions=2, retract=True),
+    "sessions at once": Setting(
+        sessions=2, chunks="always", priority=True, retract=True, pause=True
+    ),
+}
+SETTINGS |= SESSIONS
 if isinstance(UPSTREAM, Generation22):
     SETTINGS["turns of SGLang"] = Setting(turns=0, sglang_turns=3, chunk=64)
 
@@ -111,6 +124,81 @@ def draw(rng: random.Random, name: str, setting: Setting, count: int) -> list[Re
             )
         )
     return requests
+
+
+def draw_conversations(rng: random.Random, name: str, count: int) -> list[Request]:
+    """First turns, so short that a pool holds what a dozen of them leave."""
+    shared = [rng.randrange(2, VOCAB) for _ in range(300)]
+    options: list[dict[str, Any] | None] = [
+        *(None, None, {"rate": 8}, {"rate": 8}, {"rate": 8}, {"rate": 2}),
+        *({"budget": 48}, {"budget": 96}, {"rate": 8, **REPORTS}, {"enabled": False}),
+    ]
+    requests = []
+    for i in range(count):
+        length = rng.choice([rng.randint(1, 70), *(rng.randint(80, 320),) * 3])
+        ids = [rng.randrange(2, VOCAB) for _ in range(length)]
+        if rng.random() < 0.5:
+            keep = rng.randint(0, min(len(ids), len(shared)))
+            ids[:keep] = shared[:keep]
+        arrive = rng.randrange(0, 30 * count)
+        requests.append(
+            Request(
+                f"{name}-{i:03}",
+                ids,
+                max_new=rng.choice([1, 2, 17, 40, 90]),
+                kv=rng.choice(options),
+                arrive=arrive,
+                abort_at=arrive + rng.randrange(60) if rng.random() < 0.1 else None,
+                ignore_eos=rng.random() < 0.7,
+                priority=rng.randrange(3),
+                tenant=rng.choice([None, None, None, "b"]),
+            )
+        )
+    return requests
+
+
+KEEPS: tuple[dict[str, Any], ...] = (
+    *({}, {}, {}, {}, {}, {}, {"resume": True}, {"keep": "compressed"}),
+    *({"keep": "whole"}, {"keep": "none"}, {"resume": False}, {"keep": "all"}),
+)
+
+
+def draw_turn(
+    rng: random.Random, name: str, requests: list[Request], outputs: dict[str, Output]
+) -> list[Request]:
+    """What the clients of a load send next: one turn more, some of them two forks.
+
+    A few have edited their history. Prompts of the whole pool and more are left out.
+    """
+    turn = []
+    for request in requests:
+        out = outputs[request.rid]
+        if request.logprob_start is not None or not out.ids:
+            continue
+        for _ in range(1 + (rng.random() < 0.25)):
+            ids = request.ids + out.ids
+            if rng.random() < 0.1:
+                ids[rng.randrange(len(ids))] = 1
+            new = rng.choice([0, 1, 15, 16, 33, 60, 120])
+            ids = ids + [rng.randrange(2, VOCAB) for _ in range(new)]
+            kv = {**(request.kv or {}), **rng.choice(KEEPS)}
+            arrive = rng.randrange(0, 30 * len(requests))
+            aborted = rng.random() < 0.1
+            if rng.random() < 0.1:
+                kv["budget"], kv["rate"] = rng.choice([48, 96, 192]), None
+            turn.append(
+                dataclasses.replace(
+                    request,
+                    rid=f"{name}-{len(turn):03}",
+                    ids=ids,
+                    max_new=rng.choice([1, 2, 17, 40, 90]),
+                    kv=kv or None,
+                    arrive=arrive,
+                    abort_at=arrive + rng.randrange(0, 40) if aborted else None,
+                )
+            )
+    rng.shuffle(turn)
+    return turn[: len(requests)]
 
 
 class Pauses:
@@ -159,7 +247,9 @@ def apply(server: InProcessScheduler, setting: Setting) -> None:
     options = dataclasses.replace(
         runtime.options, interval=setting.interval, turns=setting.turns
     )
+    options = dataclasses.replace(options, sessions=bool(setting.sessions))
     runtime.state.options = runtime.pass_scheduler.options = options
+    server.sch.tree_cache.sessions = SessionStore() if setting.sessions else None
 
 
 def serve(
@@ -173,7 +263,10 @@ def serve(
     """One load; an AssertionError or whatever SGLang raises if anything is wrong."""
     apply(server, setting)
     rng = random.Random(f"{name} {seed}")
-    requests = draw(rng, f"{seed:03}", setting, requests_a_load)
+    if setting.sessions:
+        requests = draw_conversations(rng, f"{seed:03}", requests_a_load // 3)
+    else:
+        requests = draw(rng, f"{seed:03}", setting, requests_a_load)
     pauses = Pauses(server, rng) if setting.pause else None
 
     def on_poll(now: int) -> None:
@@ -182,18 +275,37 @@ def serve(
         audit.check(now)
 
     server.on_poll = on_poll
-    outputs = server.serve(requests)
-    if pauses is not None and pauses.until >= 0:
-        pauses.end()
     counts = dict.fromkeys((*COUNTED, "requests", "tokens", "aborted", "refused"), 0)
-    counts |= {"interrupted": 0, "retractions": 0}
-    for request in requests:
-        judge(request, outputs[request.rid], counts)
-    held = server.sch.tree_cache.evictable_size()
-    assert server.allocator.available_size() + held == POOL
+    counts |= {"interrupted": 0, "retractions": 0, "resumed": 0, "evicted": 0}
+    tree = server.sch.tree_cache
+    outputs: dict[str, Output] = {}
+    for turn in range(1 + setting.sessions):
+        if turn:
+            requests = draw_turn(rng, f"{seed:03}.{turn}", requests, outputs)
+        outputs = server.serve(requests)
+        if pauses is not None and pauses.until >= 0:
+            pauses.end()
+        for request in requests:
+            judge(request, outputs[request.rid], counts)
+        held = tree.evictable_size()
+        assert tree.protected_size() == 0
+        assert server.allocator.available_size() + held == POOL
+        if tree.sessions is not None:
+            check_store(tree.sessions)
+    if tree.sessions is not None:
+        counts["resumed"] += tree.sessions.hits
+        counts["evicted"] += tree.sessions.evicted
     server.flush()
     assert server.allocator.available_size() == POOL
+    assert not tree.sessions
     return counts
+
+
+def check_store(store: SessionStore) -> None:
+    """Nothing runs: nobody borrows, and what the store counts is there."""
+    snapshots = list(store)
+    assert store.tokens == sum(snapshot.packed for snapshot in snapshots)
+    assert not any(snapshot.borrowers for snapshot in snapshots)
 
 
 def judge(request: Request, out: Output, counts: dict[str, int]) -> None:
@@ -221,8 +333,22 @@ def judge(request: Request, out: Output, counts: dict[str, int]) -> None:
     assert status in (400, 503), (request.rid, finish)
     counts["refused" if status == 400 else "interrupted"] += 1
     length = len(request.ids) + len(out.ids)
-    bad = request.kv in ({"rate": 0.5}, {"budget": 1 << 63}, {"bud": 1})
+    bad = is_bad(request.kv or {})
     assert bad or length + 17 >= POOL, (request.rid, length, finish)
+
+
+def is_bad(kv: dict[str, Any]) -> bool:
+    """Whether options are ones that must be refused."""
+    whole = not kv.get("enabled", True)
+    lossy = kv.get("keep") == "compressed" or kv.get("resume")
+    return (
+        kv.get("rate") == 0.5
+        or kv.get("budget") == 1 << 63
+        or "bud" in kv
+        or kv.get("keep") == "all"
+        or bool(whole and (lossy or kv.get("budget") or kv.get("rate")))
+        or bool(kv.get("resume") and kv.get("report_tokens"))
+    )
 
 
 def main() -> None:
@@ -244,6 +370,7 @@ def main() -> None:
                 max_total_tokens=POOL,
                 max_running_requests=12,
                 kv_compress_min_budget=48,
+                kv_compress_sessions=True,
             )
         )
         audit = PageAudit(server)

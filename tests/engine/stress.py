@@ -106,13 +106,21 @@ def mixed_requests(
 
 
 class PageAudit:
-    """Poison freed pages and check that every page has one owner."""
+    """Poison freed pages and check that every page has one owner.
+
+    Pages of the prefix tree, those of snapshots included, belong to many: nobody may
+    write them.
+    """
 
     def __init__(self, scheduler: InProcessScheduler) -> None:
         self.scheduler = scheduler
         self.allocator = scheduler.allocator
         self.pool = self.allocator.get_kvcache()
         self.audits = 0
+        # What the tree held at the last audit, and what has been freed since.
+        self._shared = torch.zeros(0, dtype=torch.int64)
+        self._content = [part.clone() for part in self.pool.arena.cells]
+        self._freed: set[int] = set()
         release = self.allocator._release_page_ids
 
         def poison(*page_ids: torch.Tensor) -> None:
@@ -120,6 +128,7 @@ class PageAudit:
                 self.pool.arena.k[ids.long()] = float("nan")
                 self.pool.arena.v[ids.long()] = float("nan")
                 self.pool.arena.score[ids.long()] = float("nan")
+                self._freed |= set(ids.tolist())
             release(*page_ids)
 
         self.allocator._release_page_ids = poison
@@ -149,8 +158,9 @@ class PageAudit:
                 if state.ring is not None:
                     lists.append(state.ring.token_ids[::PAGE] // PAGE)
                 if state.settled_fold:
-                    low = state.settled_fold
-                    lists.append(state.settled_packed[::PAGE] // PAGE)
+                    low = state.own_from
+                    if state.borrowed is None:
+                        lists.append(state.settled_packed[::PAGE] // PAGE)
             row = table[UPSTREAM.slot(req), low : UPSTREAM.allocated_len(req)]
             lists.append(row[::PAGE].long() // PAGE)
         return lists
@@ -166,7 +176,22 @@ class PageAudit:
                 f"owned twice {(counts > 1).nonzero().flatten().tolist()[:8]}"
             )
         self._check_rows()
+        self._check_shared()
         self.audits += 1
+
+    def _check_shared(self) -> None:
+        """What the tree has held since the last audit is what it was."""
+        tree = self.scheduler.sch.tree_cache
+        held = not tree.disable and tree.evictable_size() + tree.protected_size()
+        now = tree.all_values_flatten()[::PAGE] // PAGE if held else self._shared[:0]
+        kept = set(self._shared.tolist()) & set(now.tolist()) - self._freed
+        pages = torch.tensor(sorted(kept), dtype=torch.int64)
+        for part, before in zip(self.pool.arena.cells, self._content, strict=True):
+            same = (part[pages] == before[pages]).flatten(1).all(1)
+            assert same.all(), f"shared pages written: {pages[~same].tolist()[:8]}"
+            before[now] = part[now]
+        self._shared = now
+        self._freed.clear()
 
     def _check_rows(self) -> None:
         """On the CPU the device is where the last launched step has brought it."""

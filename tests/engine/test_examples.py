@@ -87,6 +87,26 @@ def test_agent_takes_plain_text_for_an_answer(run: Callable[..., Any]) -> None:
     assert "[0 tool calls]" in said
 
 
+@pytest.mark.server
+def test_session_agent(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Without sessions it only computes more; with them: `test_server_sessions`."""
+    (document := tmp_path / "document.txt").write_text(corpus()[:900])
+    words = ("--document", str(document), "--turns", "2", *FEW)
+    status, said = run("session_agent", *words)
+    assert status == 0
+    assert re.search(r"turn 1: \d+ tokens, from token 0 on; holds \d+", said)
+
+
+def test_session_agent_searches_its_document() -> None:
+    agent = load("session_agent")
+    document = "One apple.\n\n Two pears.\nAn APPLE pie.\n"
+    assert agent.search(document, "apple") == "One apple.\nAn APPLE pie."
+    assert agent.search(document, "plum") == "nothing is said of 'plum'"
+    assert agent.asked_for("I will SEARCH: pears now") == "pears"
+    assert agent.asked_for("a longest word") == "longest"
+    assert agent.asked_for("") == "the"
+
+
 def test_agent_survives_what_a_model_may_write() -> None:
     """Tools that do not exist, arguments that are no JSON, and no end."""
     agent = load("agent")

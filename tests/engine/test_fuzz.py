@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine import warm
-from tests.engine.fuzz import SETTINGS
+from tests.engine.fuzz import SESSIONS, SETTINGS
 
 REQUESTS = 20
 
@@ -35,7 +35,10 @@ def test_every_request_ends_and_no_page_is_lost(report: dict[str, Any]) -> None:
     assert "failed" not in report, "\n".join(map(str, report["failed"]))
     assert report.keys() == SETTINGS.keys()
     for name, counts in report.items():
-        assert counts["requests"] == REQUESTS, name
+        # Conversations have several turns, and fewer than so many end in each.
+        least = REQUESTS // 3 if name in SESSIONS else REQUESTS
+        most = REQUESTS // 3 * 4 if name in SESSIONS else REQUESTS
+        assert least <= counts["requests"] <= most, name
         assert counts["audits"] > 40, name
 
 
@@ -55,3 +58,6 @@ def test_the_loads_did_what_they_are_for(report: dict[str, Any]) -> None:
         assert report[name]["chunk_passes"] == 0
     for name in ("retract", "pause", "all at once"):
         assert report[name]["retractions"] > 0
+    assert total["resumed"] > 10
+    for name, counts in report.items():
+        assert name in SESSIONS or counts["resumed"] == 0, name

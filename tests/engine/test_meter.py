@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_kvc.config import series
 from sglang_kvc.eviction.stopwatch import Stopwatch
 from sglang_kvc.scheduling.meter import Meter
 from tests.doubles import counting_collector
+from tests.engine.conversations import keeping_sessions
 from tests.engine.inprocess import InProcessScheduler, Request
 from tests.engine.texts import prompt
 
@@ -132,3 +134,28 @@ def test_deferred_passes_are_counted(
     out = fresh.serve([Request("one", prompt(model_path, 0, 200), 20)])
     assert out["one"].kv[-1]["deferred_passes"] == counted.value(series.DEFERRED) == 3
     assert counted.value(series.PASSES, kind="prompt") == 0
+
+
+def test_snapshots_are_counted(
+    fresh: InProcessScheduler, counted: Counted, model_path: str
+) -> None:
+    """Held, resumed and evicted; the gauges follow a flush, the counters stay."""
+
+    def shown() -> list[float]:
+        names = (series.SNAPSHOTS, series.SNAPSHOT_TOKENS, series.HITS)
+        return [counted.value(one) for one in (*names, series.EVICTIONS)]
+
+    with keeping_sessions(fresh):
+        ids = prompt(model_path, 26_000, 250)
+        out = fresh.serve([Request("one", ids, 20, kv={"budget": 64})])["one"]
+        assert shown() == [1, 64, 0, 0]
+        more = ids + out.ids + ids[:60]
+        fresh.serve([Request("two", more, 20, kv={"budget": 64})])
+        assert shown() == [1, 64, 1, 0]
+        fresh.sch.tree_cache.evict(EvictParams(num_tokens=1 << 20))
+        counted.meter.log()
+        assert shown() == [0, 0, 1, 1]
+        fresh.serve([Request("three", ids, 20, kv={"budget": 64})])
+        fresh.flush()
+        counted.meter.log()
+        assert shown() == [0, 0, 1, 1]

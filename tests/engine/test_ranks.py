@@ -23,6 +23,7 @@ LENGTHS = (
     *(257, 300, 333, 400, 420, 511, 513, 520, 600, 769, 1100, 1500),
 )
 MIXED = 40
+CONVERSATIONS = 8
 
 
 def same_prompts() -> list[Request]:
@@ -43,6 +44,23 @@ def mixed(seed: int, **switches: Any) -> Load:
     """Every kind of option, aborts, prompts longer than the pool, retractions."""
     requests = mixed_requests(random.Random(seed), MIXED, aborts=True, longs=True)
     return Load(requests, retract_every=9, **switches)
+
+
+def conversations(count: int) -> Load:
+    """Three turns each, so far apart that one has ended when the next arrives.
+
+    The model's answers are left out of the texts, which are known beforehand so.
+    """
+    rng = random.Random(8)
+    requests = []
+    for i in range(count):
+        ids = tokens(rng, rng.randrange(200, 400))
+        for turn in range(3):
+            arrive = 150 * turn + 6 * i
+            rid = f"c{turn}{i:02}"
+            requests.append(Request(rid, ids, 4, kv={"rate": 4}, arrive=arrive))
+            ids = ids + tokens(rng, rng.randrange(20, 80))
+    return Load(requests, retract_every=40)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +85,11 @@ def results(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
         ),
         "stock": Job(stock, [Load(without_options(same_prompts()))], compress=False),
         "four": Job({**two, "tp_size": 4}, [traced(*CASES[0]), mixed(2)]),
+        # Between chunks, so that the prefix cache has little of the prompts.
+        "sessions": Job(
+            {**two, "kv_compress_sessions": True, "kv_compress_chunks": "always"},
+            [conversations(CONVERSATIONS), mixed(3)],
+        ),
         "late": Job(two, [traced(*CASES[0])], mutant="late pass"),
     }
     served = serve_jobs(tmp_path_factory.mktemp("ranks"), list(jobs.values()))
@@ -99,7 +122,9 @@ def test_rate_one_equals_stock_token_for_token(results: dict[str, Result]) -> No
     assert len(diverging) <= 2, diverging
 
 
-@pytest.mark.parametrize(("name", "mixed_loads"), [("two", 2), ("four", 1)])
+@pytest.mark.parametrize(
+    ("name", "mixed_loads"), [("two", 2), ("four", 1), ("sessions", 1)]
+)
 def test_ranks_decide_alike_and_lose_no_page(
     results: dict[str, Result], name: str, mixed_loads: int
 ) -> None:
@@ -119,6 +144,15 @@ def test_ranks_decide_alike_and_lose_no_page(
     assert sum(out.kv[-1]["passes"] for out in outputs if out.kv) > MIXED // 2
     aborted = [out for out in outputs if (out.finish or {}).get("type") == "abort"]
     assert 0 < len(aborted) < MIXED
+
+
+def test_ranks_resume_the_same_snapshots(results: dict[str, Result]) -> None:
+    """Under retractions; each rank packs its own heads, and finds the same texts."""
+    one, other = (loads[0] for loads in results["sessions"].by_rank())
+    assert one.outputs == other.outputs
+    assert (one.whole, other.whole) == (True, True)
+    told = [out.kv[-1] for out in one.outputs.values()]
+    assert sum(kv["resumed_tokens"] > 0 for kv in told) > CONVERSATIONS
 
 
 def test_ranks_that_decide_otherwise_are_told(results: dict[str, Result]) -> None:

@@ -25,7 +25,8 @@ class PassTracer:
         self.kept: dict[int, list[list[list[int]]]] = {}
         self.lengths: dict[int, list[int]] = {}
         self._pack = eviction.pack_entries
-        self._row_position: dict[int, dict[int, int]] = {}
+        # Of every row that was read or packed last: a snapshot's come back in any slot.
+        self._row_position: dict[int, int] = {}
 
     def __enter__(self) -> PassTracer:
         eviction.pack_entries = self._record
@@ -38,7 +39,7 @@ class PassTracer:
         self._pack(arena, plan, selected, dest_pages)
         heads, tables = arena.heads_per_page, self.runtime.state.tables
         for r, slot in enumerate(plan.slots.tolist()):
-            known = {} if plan.is_first[r] else self._row_position[slot]
+            known = self._row_position
             low, high = int(plan.fold_old[r]), int(plan.fold_new[r])
             tokens = tables.req_to_token[slot, low:high].tolist()
             for pos, token in zip(range(low, high), tokens, strict=True):
@@ -60,7 +61,7 @@ class PassTracer:
             block = page * heads + entry // PAGE_SIZE % heads
             dest = (block * PAGE_SIZE + entry % PAGE_SIZE).tolist()
             flat = [pos for positions in kept for pos in positions]
-            self._row_position[slot] = dict(zip(dest, flat, strict=True))
+            self._row_position |= zip(dest, flat, strict=True)
 
 
 def shares(kept: list[list[int]], length: int) -> list[float]:

@@ -194,11 +194,12 @@ def test_page_lists_of_a_folded_step_stay_within_what_is_set_aside(
     folded = request(8_192, 0, make_policy())
     folded.kv_compress_state = RequestState(make_policy(), folded.kv, 1, fold=4_096)
     adder = SimpleNamespace(can_run_list=[folded])
-    while _has_lists_for_one_more(adder, server):
-        adder.can_run_list.append(request(100, 0, make_policy()))
+    other = request(100, 0, make_policy())
+    while _has_lists_for_one_more(adder, server, other):
+        adder.can_run_list.append(other)
     assert len(adder.can_run_list) == 1 + others
     width = table_width([8_192], [Fold(4_096, 1_024)], 256)
     assert len(adder.can_run_list) * width <= context // 16
     # Without a folded prompt there are no lists.
-    adder.can_run_list = adder.can_run_list[1:] or [request(100, 0, make_policy())]
-    assert _has_lists_for_one_more(adder, server)
+    adder.can_run_list = adder.can_run_list[1:] or [other]
+    assert _has_lists_for_one_more(adder, server, other)

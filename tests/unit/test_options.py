@@ -52,6 +52,7 @@ def parse(*argv: str) -> KVCompressOptions | None:
         *[("protected", value) for value in (0, -1)],
         *[("interval", value) for value in (0, False)],
         *[("sinks", value) for value in (-1, 4.0)],
+        *[("sessions", value) for value in (1, "true", None)],
         *[("pool_back", value) for value in (-1, 129, 3.5)],
         *[("pool_ahead", value) for value in (-1, 129, True)],
         *[("pool_decay", value) for value in (0, -0.5, 1.01, math.nan, "1", True)],
@@ -236,7 +237,7 @@ def test_help_states_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(KVCompressOptions):
         assert f"--kv-compress-{field.name.replace('_', '-')}" in text
-        if field.default is not None:
+        if field.default is not None and field.default is not False:
             assert f"Default: {field.default}." in text
 
 
@@ -249,7 +250,7 @@ def test_a_field_is_described_once() -> None:
     assert flags["chunks"].placeholder == "{auto,always,never}"
     assert flags["rate"].placeholder == "X"
     users = [name for name, flag in flags.items() if not flag.expert]
-    assert users == ["rate", "budget", "min_budget", "chunks"]
+    assert users == ["rate", "budget", "min_budget", "chunks", "sessions"]
 
 
 def test_keywords_are_taken_out() -> None:
@@ -274,3 +275,16 @@ def test_unknown_keyword_gets_a_suggestion() -> None:
 def test_switch_is_a_bool() -> None:
     with pytest.raises(ConfigError, match="kv_compress must be True or False"):
         options_from_mapping({"kv_compress": 8})
+
+
+def test_sessions_are_a_switch() -> None:
+    """On the command line without a value; off unless given."""
+    kept = parse("--kv-compress", "--kv-compress-sessions")
+    assert kept is not None
+    assert kept.sessions
+    other = parse("--kv-compress")
+    assert other is not None
+    assert not other.sessions
+    assert options_from_mapping({"kv_compress": True, "kv_compress_sessions": True})
+    with pytest.raises(ConfigError, match="KV-Compress is off"):
+        parse("--kv-compress-sessions")

@@ -47,6 +47,53 @@ def test_accepted(asked: dict[str, Any], expected: RequestOptions) -> None:
     assert parse(asked) == expected
 
 
+WITH_SESSIONS = KVCompressOptions(rate=4, sessions=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"keep": "compressed"}, RequestOptions(leaves="compressed")),
+        (
+            {"keep": "whole", "resume": False},
+            RequestOptions(leaves="whole", resume=False),
+        ),
+        ({"keep": "none", "enabled": False}, RequestOptions(False, leaves="none")),
+        ({"resume": True, "rate": 8}, RequestOptions(keep=Keep(rate=8), resume=True)),
+        ({"enabled": False, "resume": False}, RequestOptions(False, resume=False)),
+    ],
+)
+def test_what_a_request_says_of_sessions(
+    asked: dict[str, Any], expected: RequestOptions
+) -> None:
+    """Where they are kept; elsewhere it is told that they are not."""
+    found = parse_request_options({"kv_compress": asked}, WITH_SESSIONS)
+    assert found == expected
+    with pytest.raises(ConfigError, match="--kv-compress-sessions"):
+        parse(asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"keep": "all"}, "keep must be one of compressed, whole, none"),
+        ({"keep": None}, "keep must be one of"),
+        ({"keep": ["x" * 3_000_000]}, "keep must be one of"),
+        ({"resume": 1}, "resume must be true or false"),
+        ({"resume": None}, "resume must be true or false"),
+        ({"enabled": False, "keep": "compressed"}, "enabled=false .* keep=compressed"),
+        ({"enabled": False, "resume": True}, "enabled=false .* resume=true"),
+        ({"report_tokens": True, "resume": True}, "report_tokens .* resume=true"),
+    ],
+)
+def test_what_contradicts_itself_about_sessions(
+    asked: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_request_options({"kv_compress": asked}, WITH_SESSIONS)
+    assert len(str(error.value)) < 400
+
+
 @pytest.mark.parametrize("params", [None, {}, {"other": 1}, "kv_compress", 7])
 def test_not_ours(params: Any) -> None:
     assert parse_request_options(params, SERVER) == RequestOptions()

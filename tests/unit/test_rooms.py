@@ -15,6 +15,7 @@ FLOORS = (
     "eviction",
     "memory",
     "scheduling",
+    "sessions",
     "requests",
     "config",
     "upstream",

@@ -90,6 +90,20 @@ def test_resolved_settings_are_checked(
         ours.check_server_args(server_args)
 
 
+@pytest.mark.usefixtures("hooked")
+def test_sessions_need_the_prefix_cache(raw: dict[str, Any]) -> None:
+    server_args = build({**raw, "kv_compress_sessions": True})
+    resolve(server_args)
+    ours.check_server_args(server_args)
+    server_args = build({**raw, "kv_compress_sessions": True})
+    resolve(server_args, disable_radix_cache=True)
+    with pytest.raises(ConfigError, match=r"--disable-radix-cache switches off.*guide"):
+        ours.check_server_args(server_args)
+    without = build(raw)
+    resolve(without, disable_radix_cache=True)
+    ours.check_server_args(without)
+
+
 class Late:
     """A record as later releases have it: fields in slots, a view of the results."""
 

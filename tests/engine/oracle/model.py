@@ -124,6 +124,11 @@ class MaskedTokens:
         self._probing = 0
         self._cache.crop(self.length)
 
+    def crop(self, length: int) -> None:
+        """Forget all tokens from `length` on; what is masked before stays so."""
+        self._cache.crop(length)
+        self.length, self.visible = length, self.visible[:, :length]
+
     def keep_only(self, kept: list[list[int]], fold: int) -> None:
         """Mask everything below `fold` that is not in `kept` (per head)."""
         self.visible[:, :fold] = False

@@ -39,12 +39,14 @@ class Step:
     probe : the last queries of the prompt, not yet run, observe what is there.
     repeated : the queries are those of earlier passes.
     allocation : default, the policy's.
+    level : layers hold equally much; not what comes of a snapshot.
     """
 
     length: int
     probe: bool = False
     repeated: bool = False
     allocation: str = ""
+    level: bool = True
 
 
 class Oracle:
@@ -84,6 +86,10 @@ class OracleRequest:
     options : the server's, with the policy of the request.
     prompt : its tokens.
     slot : the server's row of the request.
+
+    Attributes
+    ----------
+    predicted : the most likely token at each position, as far as it was followed.
     """
 
     def __init__(
@@ -97,6 +103,22 @@ class OracleRequest:
         power = METRICS[options.metric].power or 2
         self.tokens = MaskedTokens(model, options.window, power)
         self.scores = EntryScores(self.tokens, options, slot, len(prompt))
+        self.predicted: dict[int, int] = {}
+
+    def resume(self, prompt: list[int], length: int) -> None:
+        """Go on with the next turn, from the first `length` tokens as they are held."""
+        self.prompt = prompt
+        self.tokens.crop(length)
+        self.scores.crop(length)
+        self.scores.prompt_len = len(prompt)
+
+    def extend_to(self, ids: list[int], length: int) -> None:
+        """Run the first `length` of `ids`, as far as they have not been run."""
+        start = self.tokens.length
+        if length > start:
+            logits = self.tokens.extend(ids[start:length])
+            tokens = logits.argmax(-1).tolist()
+            self.predicted |= zip(range(start + 1, length + 1), tokens, strict=True)
 
     def replay(
         self,
@@ -128,8 +150,7 @@ class OracleRequest:
         """
         differing, ids = 0, self.prompt + output
         for step, kept in zip(steps, passes, strict=True):
-            if step.length > self.tokens.length:
-                self.tokens.extend(ids[self.tokens.length : step.length])
+            self.extend_to(ids, step.length)
             assert self.tokens.length == step.length
             if step.probe:
                 first = max(step.length, len(self.prompt) - self.options.window)
@@ -155,7 +176,7 @@ class OracleRequest:
         """Down to `budget` tokens per head on average; `prompt`: no later pass."""
         allocation = step.allocation or self.options.allocation
         share = self.options.least_layer_share
-        if share and allocation == "joint" and not prompt:
+        if share and allocation == "joint" and not (prompt and step.level):
             # After the prompt each layer loses as much as it has gained.
             allocation, share = "layer", 0
         return Rule(

@@ -39,6 +39,10 @@ class EntryScores:
         # By rank: each deals out its own.
         self._novelty_unit = [0.0] * tokens.model.ranks
 
+    def crop(self, length: int) -> None:
+        """Forget tokens from `length` on, and queries before: theirs are gone."""
+        self._scores, self._scored = self._scores[:, :length], length
+
     def update(self, prompt: bool, repeated: bool) -> torch.Tensor:
         """The scores at a pass, [L * H, length].
 

@@ -1,0 +1,83 @@
+"""What a request leaves in the pool when it ends, see `sessions.snapshot`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from sglang_kvc.config.pages import floor_tokens
+from sglang_kvc.scheduling.attached import policy_of, text_of
+from sglang_kvc.scheduling.request_state import RequestState
+from sglang_kvc.upstream.generation import UPSTREAM
+from sglang_kvc.upstream.types import Req
+
+if TYPE_CHECKING:
+    from sglang_kvc.scheduling.session_tree import SessionTree
+
+
+def leaves_nothing(req: Req) -> bool:
+    """Whether the prefix cache must not take a request that ends."""
+    policy = policy_of(req)
+    return policy is not None and policy.leaves == "none"
+
+
+def keep_snapshot(
+    tree: SessionTree, req: Req, state: RequestState, length: int
+) -> None:
+    """Hand the packed pages of a request that ends to the tree, and its whole tail.
+
+    What was handed over is the request's no longer: `RequestState.own_from` moves, and
+    ``settled_packed`` is None. A request that still reads a snapshot adds its own
+    tokens to that one.
+
+    Parameters
+    ----------
+    tree : the prefix cache.
+    req : its passes in flight have been abandoned.
+    state : of the request, with packed pages or a borrowed snapshot.
+    length : tokens whose KVs are written when the last launched step has run.
+    """
+    if tree.sessions is None or tree.disable or not _leaves_snapshot(req, state):
+        return
+    ids = req.origin_input_ids + req.output_ids
+    end, fold = floor_tokens(min(length, len(ids))), state.settled_fold
+    if end < state.own_from:
+        return
+    row = tree.req_to_token_pool.req_to_token[state.slot, fold:end].long()
+    tail = ids[fold:end]
+    if state.borrowed is not None:
+        if end > state.own_from:
+            own = state.own_from - fold
+            tree.extend_branch(state.borrowed, req, tail, row, own)
+            state.own_from = end
+        return
+    text = text_of(req)
+    replaced = tree.sessions.replaced_by(text, ids, fold)
+    snapshot = tree.sessions.make(
+        digest=text.prefix(ids, fold),
+        fold=fold,
+        packed=len(state.settled_packed),
+        offsets=state.settled_offsets,
+        unit=state.settled_unit,
+        passes=state.generations + state.settled_passes,
+        whole=UPSTREAM.radix_key(ids[:fold], req),
+    )
+    tree.add_branch(snapshot, state.settled_packed)
+    if end > fold:
+        tree.extend_branch(snapshot, req, tail, row, 0)
+    state.settled_packed, state.own_from = None, end
+    for old in replaced:
+        tree.drop_branch(old)
+
+
+def _leaves_snapshot(req: Req, state: RequestState) -> bool:
+    reason = req.finished_reason
+    if reason is None or isinstance(reason, FINISH_ABORT):
+        return False
+    # Of these the token ids do not say what was computed, or others look after it.
+    told_by_ids = req.input_embeds is None and req.positional_embed_overrides is None
+    if not told_by_ids or req.session is not None:
+        return False
+    skipped = getattr(req, "skip_radix_cache_insert", False)
+    return state.policy.leaves == "compressed" and not skipped

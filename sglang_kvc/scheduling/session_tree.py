@@ -1,0 +1,141 @@
+"""Branches of SGLang's prefix tree that hold snapshots; see `sessions.snapshot`.
+
+Both generations' trees are made of it. What they say differently is asked of them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from sglang_kvc.sessions.snapshot import Hit, Snapshot
+from sglang_kvc.sessions.store import SessionStore
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache as _Tree
+else:
+    # SGLang's tree comes behind it.
+    _Tree = object
+
+
+class SessionTree(_Tree):
+    """Adds, finds and drops branches.
+
+    Attributes
+    ----------
+    sessions : the snapshots held; None if the tree is to hold none.
+    """
+
+    sessions: SessionStore | None = None
+
+    def reset(self) -> None:
+        """Forget everything, at the start and when the cache is flushed."""
+        if self.sessions is not None:
+            self.sessions.clear()
+        super().reset()
+
+    def add_branch(self, snapshot: Snapshot, packed_tokens: torch.Tensor) -> None:
+        """Take the packed pages of a snapshot, int64 token ids [snapshot.packed]."""
+        assert self.sessions is not None
+        # A node of their own: it never splits, and tells when they are evicted.
+        added = self.insert(InsertParams(key=_key(snapshot), value=packed_tokens))
+        snapshot.node = added.last_device_node
+        self.sessions.add(snapshot, self._node_id(snapshot.node))
+
+    def extend_branch(
+        self, snapshot: Snapshot, req: Any, tail: Sequence[int], row: Any, own_from: int
+    ) -> None:
+        """Take the pages of a continuation.
+
+        Parameters
+        ----------
+        snapshot : what it continues; it must not be evicted meanwhile.
+        req : the request that ends.
+        tail : text behind the fold, whole pages.
+        row : their token ids, int64 [len(tail)].
+        own_from : how many of them are the tree's already.
+        """
+        filler = torch.zeros(snapshot.packed, dtype=torch.int64, device=row.device)
+        added = InsertParams(key=_key(snapshot, tail), value=torch.cat([filler, row]))
+        self.hand_over(req, added, snapshot.packed + own_from)
+        snapshot.grow(tail)
+
+    def find_branch(self, snapshot: Snapshot, tail: Sequence[int]) -> Hit | None:
+        """Find how far a snapshot continues with a text; this counts as a use of it.
+
+        Returns
+        -------
+        Hit or None
+            None if its packed pages are gone.
+        """
+        found = self.match_prefix(MatchPrefixParams(key=_key(snapshot, tail)))
+        pages = self._matched_pages(found)
+        if len(pages) < snapshot.packed:
+            return None
+        tokens = snapshot.fold + len(pages) - snapshot.packed
+        return Hit(snapshot, tokens, found.last_device_node, pages)
+
+    def drop_branch(self, snapshot: Snapshot) -> None:
+        """Free the pages of a snapshot that has no borrower and one continuation."""
+        assert self.sessions is not None
+        self.sessions.forget(self._node_id(snapshot.node), evicted=False)
+        self._drop_leaves(_key(snapshot, snapshot.tail))
+
+    def drop_whole_copies(self, tokens: int) -> int:
+        """Evict what is held packed as well, before anything else goes.
+
+        Parameters
+        ----------
+        tokens : to be freed, if there are so many.
+
+        Returns
+        -------
+        int
+            Tokens freed, in whole leaves.
+        """
+        freed = 0
+        for snapshot in self.sessions.covering() if self.sessions is not None else ():
+            if freed >= tokens:
+                break
+            freed += self._drop_leaves(snapshot.whole)
+            snapshot.whole = None
+        return freed
+
+    def noticed(self, node: Any) -> None:
+        """Look whether a snapshot's packed pages are evicted with a node."""
+        if self.sessions is not None:
+            self.sessions.forget(self._node_id(node), evicted=True)
+
+    @abstractmethod
+    def _drop_leaves(self, key: RadixKey) -> int:
+        """Free the end of what the tree has of a text; returns the tokens of it.
+
+        From the last node on up to the first that is locked or shared with others.
+        """
+
+    @abstractmethod
+    def hand_over(self, req: Any, prompt: InsertParams, own_from: int) -> None:
+        """Take pages that a request has computed; see the trees."""
+
+    @abstractmethod
+    def _matched_pages(self, found: Any) -> torch.Tensor:
+        """Token ids of a match."""
+
+    @abstractmethod
+    def _node_id(self, node: Any) -> Any:
+        """What stays the same of a handle."""
+
+
+def row_of(hit: Hit) -> torch.Tensor:
+    """Token ids by position, int64 [hit.tokens]; nobody reads those of the fold."""
+    snapshot, pages = hit.snapshot, hit.pages
+    return torch.cat([pages.new_zeros(snapshot.fold), pages[snapshot.packed :]])
+
+
+def _key(snapshot: Snapshot, tail: Sequence[int] = ()) -> RadixKey:
+    return RadixKey(snapshot.key(tail), snapshot.branch)

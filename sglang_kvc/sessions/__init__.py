@@ -1,0 +1,1 @@
+"""What compressed requests leave for the next turn of their conversation."""

@@ -1,0 +1,107 @@
+"""The snapshots that a server holds, found by their text. Host state that ranks share.
+
+The pages are the prefix tree's; it tells the store which of them it has evicted.
+Imports neither torch nor SGLang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sglang_kvc.config.pages import PAGE_SIZE
+from sglang_kvc.sessions.snapshot import Snapshot
+from sglang_kvc.sessions.text import TextChain
+
+SHARED = 2
+"""So many requests that have started from a snapshot show that it is no one's own."""
+
+
+class SessionStore:
+    """Snapshots by the digest of what they have folded, and by their node in the tree.
+
+    Attributes
+    ----------
+    tokens : tokens of memory that packed pages of all snapshots take.
+    taken, hits, evicted : how many were taken, started from and given up to make room,
+        since the start; one that a later turn replaces is not counted as evicted.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = self.taken = self.hits = self.evicted = 0
+        self._by_digest: dict[bytes, list[Snapshot]] = {}
+        self._by_node: dict[Any, Snapshot] = {}
+
+    def __len__(self) -> int:
+        """Snapshots held."""
+        return len(self._by_node)
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        """All of them, the oldest first."""
+        return iter(self._by_node.values())
+
+    def make(self, **attributes: Any) -> Snapshot:
+        """A new snapshot, which is not held yet."""
+        self.taken += 1
+        return Snapshot(number=self.taken, **attributes)
+
+    def add(self, snapshot: Snapshot, node_id: Any) -> None:
+        """Hold a snapshot whose packed pages are in the tree."""
+        self._by_digest.setdefault(snapshot.digest, []).append(snapshot)
+        self._by_node[node_id] = snapshot
+        self.tokens += snapshot.packed
+
+    def forget(self, node_id: Any, *, evicted: bool) -> None:
+        """Forget the snapshot of a node that the tree gives up, if it is one."""
+        snapshot = self._by_node.pop(node_id, None)
+        if snapshot is None:
+            return
+        alike = self._by_digest[snapshot.digest]
+        alike.remove(snapshot)
+        if not alike:
+            del self._by_digest[snapshot.digest]
+        self.tokens -= snapshot.packed
+        self.evicted += evicted
+
+    def clear(self) -> None:
+        """Forget all: the tree was emptied."""
+        self._by_digest.clear()
+        self._by_node.clear()
+        self.tokens = 0
+
+    def covering(self) -> Iterator[Snapshot]:
+        """Those of texts that may be held whole as well, the oldest first."""
+        return iter([it for it in self if it.whole is not None])
+
+    def along(
+        self, text: TextChain, ids: Sequence[int], length: int
+    ) -> Iterator[Snapshot]:
+        """Snapshots of prefixes of a text, the longest fold first.
+
+        Parameters
+        ----------
+        text, ids : the text, and its tokens.
+        length : most tokens of a prefix.
+        """
+        if not self._by_digest:
+            return
+        for fold in range(length // PAGE_SIZE * PAGE_SIZE, 0, -PAGE_SIZE):
+            found = self._by_digest.get(text.prefix(ids, fold), ())
+            # The newest first; the list may change meanwhile.
+            yield from reversed(tuple(found))
+
+    def replaced_by(
+        self, text: TextChain, ids: Sequence[int], fold: int
+    ) -> list[Snapshot]:
+        """Snapshots that another one of this text makes superfluous.
+
+        Those of prefixes of it on which nothing runs. One that several requests have
+        started from is where conversations part: it is left to the order of eviction.
+        """
+        return [
+            snapshot
+            for snapshot in self.along(text, ids, fold)
+            if not snapshot.borrowers
+            and not snapshot.branches
+            and snapshot.resumed < SHARED
+        ]
