@@ -32,6 +32,7 @@ from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.passes import PassScheduler
 from sglang_kvc.scheduling.request_state import RequestState
 from sglang_kvc.scheduling.rings import Ring, Rings
+from sglang_kvc.scheduling.turns import Turns
 from sglang_kvc.upstream.generation import UPSTREAM, Generation22
 from tests.doubles import adder_class, tree_of
 
@@ -99,6 +100,7 @@ class Server:
         self.runtime = SimpleNamespace(
             options=case.options(),
             chunk_rule=case.rule(),
+            turns=Turns(),
             pass_scheduler=scheduler,
             page_list_width=-(-case.context // PAGE),
         )

@@ -19,6 +19,7 @@ from sglang_kvc.scheduling.lengths import NEVER_DUE
 from sglang_kvc.scheduling.pass_decision import PassDecision, Phase
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.request_state import PassInFlight, RequestState
+from sglang_kvc.scheduling.turns import Turns
 from sglang_kvc.upstream.generation import UPSTREAM
 from tests.doubles import ChargedAdder, request_fields
 
@@ -36,7 +37,8 @@ class Adder(ChargedAdder):
         self.running_batch = SimpleNamespace(reqs=running)
         self.due_lens = np.full(257, NEVER_DUE, dtype=np.int64)
         self.passes = SimpleNamespace(due_lens=self.due_lens, preempted=[], stuck=None)
-        self.server: Any = SimpleNamespace(pass_scheduler=self.passes)
+        self.server: Any = SimpleNamespace(pass_scheduler=self.passes, turns=Turns())
+        self.log_input_tokens = 0
         self.token_to_kv_pool_allocator = SimpleNamespace(size=POOL)
         self.available = POOL - used
         self.rem_chunk_tokens = chunk
