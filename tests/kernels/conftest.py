@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.kernels.interpreter import patch_once_a_launch
+from tests.kernels import interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -40,7 +40,7 @@ def quick_interpreter() -> Iterator[None]:
     """See `interpreter`."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
-            patch_once_a_launch(patch)
+            interpreter.spare(patch)
         yield
 
 
