@@ -90,9 +90,10 @@ def test_b1_every_length_is_served_or_refused(report: dict[str, Facts]) -> None:
     assert len(refused) > 5
     for rid in refused:
         rate, length = map(int, rid.split("x"))
-        # Two copies and the shortest chunk that is worth a pass, a page and slack.
+        # Two copies and the shortest chunk that is worth a pass, a page and slack, and
+        # a page of queries.
         copy = -(-length // rate // 16) * 16
-        assert 2 * copy + 128 + 64 + 16 >= POOL
+        assert 2 * copy + 128 + 64 + 16 + 16 >= POOL
         check_refused(found[rid], str(length), str(POOL), "higher rate")
 
 

@@ -12,24 +12,26 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Shared memory that one program may use, in KiB, by compute capability.
 MAX_SHARED = {80: 163, 89: 99, 90: 227, 100: 227}
-# The registers of these two are capped (`ObserveConfig`, `DecodeConfig`) so that a
+# The registers of these three are capped (`ObserveConfig`, `DecodeConfig`) so that a
 # third program fits, so they may spill. The cap was chosen on an H200: there scoring
-# gains more than it loses. On others the bytes are what the compilers make of it.
-CAPPED_REGISTERS = 168
+# gains more than it loses; that of log-sum-exps, whose spills come before its loop, was
+# not timed. On others the bytes are what the compilers make of it.
+CAPPED_REGISTERS = {"score_kernel": 168, "decode_tiles_kernel": 168, "lse_kernel": 80}
 MAX_SPILL = {
-    "score_kernel": {80: 96, 89: 96, 90: 128, 100: 352},
+    "score_kernel": {80: 192, 89: 208, 90: 128, 100: 352},
+    "lse_kernel": {80: 0, 89: 0, 90: 16, 100: 16},
     "decode_tiles_kernel": {80: 0, 89: 16, 90: 32, 100: 32},
 }
 # Shapes beside those of most models, where no register is left: the most that Triton
 # 3.6 (SGLang 0.5.17) and 3.8 make of them.
 MAX_SPILL_WIDE = {
-    "score_kernel": {80: 8, 89: 16, 90: 0, 100: 144},
+    "score_kernel": {80: 8, 89: 16, 90: 16, 100: 144},
     "decode_tiles_kernel": {80: 48, 89: 16, 90: 32, 100: 32},
     "lse_kernel": {80: 24, 89: 24, 90: 0, 100: 0},
 }
 
 # An e4m3 cache, as Triton 3.8 makes it; sm80 converts with integers. Not tuned yet.
-MAX_SPILL_E4M3 = {"score_kernel": {80: 120, 89: 112, 90: 152}}
+MAX_SPILL_E4M3 = {"score_kernel": {80: 128, 89: 128, 90: 160}}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_kernels_compile_and_spill_nothing_unawares(
     # key diff 2, positional 2, held 1.
     assert len(names) == 21, names
     for kernel in kernels:
-        capped = kernel["registers"] == CAPPED_REGISTERS
+        capped = kernel["registers"] == CAPPED_REGISTERS.get(kernel["kernel"])
         usual = {} if kernel["usual"] and not capped else MAX_SPILL
         allowed = [usual] if kernel["usual"] else [MAX_SPILL_WIDE, usual]
         if kernel["e4m3"]:

@@ -284,8 +284,8 @@ def test_gpu_kernels_are_narrower_than_the_reference(model: Any) -> None:
         refuse_unsupported_model(model, on_gpu=True)
 
 
-@pytest.mark.parametrize("on_gpu", [True, False])
-def test_a_page_holds_the_queries_of_16_heads_a_kv_head(
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_ring_holds_sixteen_query_heads_of_a_kv_head(
     model: Any, on_gpu: bool
 ) -> None:
     model.num_attention_heads, model.num_key_value_heads = 32, 2
