@@ -82,7 +82,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     """Append one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
+        stream.write(json.dumps(record, separators=(",", ":")) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
