@@ -68,7 +68,8 @@ def keep_snapshot(
         tree.extend_branch(snapshot, req, tail, row, 0)
     state.settled_packed, state.own_from = None, end
     for old in replaced:
-        tree.drop_branch(old)
+        # Until somebody needs the memory: the same prompt may be asked once more.
+        old.superseded = True
 
 
 def _leaves_snapshot(req: Req, state: RequestState) -> bool:

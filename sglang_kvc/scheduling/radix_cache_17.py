@@ -104,7 +104,7 @@ class RadixCache17(SessionTree, RadixCache):
 
     def evict(self, params: EvictParams) -> EvictResult:
         """Free tokens for SGLang."""
-        freed = self.drop_whole_copies(params.num_tokens)
+        freed = self.drop_spares(params.num_tokens)
         if freed >= params.num_tokens:
             return EvictResult(num_tokens_evicted=freed)
         rest = replace(params, num_tokens=params.num_tokens - freed)

@@ -115,17 +115,17 @@ class RadixCache22(SessionTree, UnifiedRadixCache):
 
     def evict(self, params: EvictParams) -> EvictResult:
         """Free tokens for SGLang."""
-        return self._evict_behind_copies(params, super().evict)
+        return self._evict_behind_spares(params, super().evict)
 
     def evict_for_alloc(self, params: EvictParams, **how: Any) -> EvictResult:
         """Free tokens for SGLang, which is about to take them."""
         call = partial(super().evict_for_alloc, **how)
-        return self._evict_behind_copies(params, call)
+        return self._evict_behind_spares(params, call)
 
-    def _evict_behind_copies(
+    def _evict_behind_spares(
         self, params: EvictParams, call: Callable[[EvictParams], EvictResult]
     ) -> EvictResult:
-        freed = self.drop_whole_copies(params.num_tokens)
+        freed = self.drop_spares(params.num_tokens)
         if freed >= params.num_tokens:
             return EvictResult(num_tokens_evicted=freed)
         result = call(replace(params, num_tokens=params.num_tokens - freed))

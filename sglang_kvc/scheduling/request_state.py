@@ -135,6 +135,7 @@ class RequestState:
         self.borrowed = snapshot
         snapshot.borrowers += 1
         snapshot.resumed += 1
+        snapshot.superseded = False
 
     def give_back(self) -> None:
         """Read the borrowed snapshot no longer; the tree's lock is another's affair."""

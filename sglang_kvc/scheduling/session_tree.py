@@ -80,14 +80,22 @@ class SessionTree(_Tree):
         tokens = snapshot.fold + len(pages) - snapshot.packed
         return Hit(snapshot, tokens, found.last_device_node, pages)
 
-    def drop_branch(self, snapshot: Snapshot) -> None:
-        """Free the pages of a snapshot that has no borrower and one continuation."""
+    def drop_branch(self, snapshot: Snapshot) -> int:
+        """Free the pages of a snapshot that has no borrower and one continuation.
+
+        Returns
+        -------
+        int
+            Tokens freed.
+        """
         assert self.sessions is not None
         self.sessions.forget(self._node_id(snapshot.node), evicted=False)
-        self._drop_leaves(_key(snapshot, snapshot.tail))
+        return self._drop_leaves(_key(snapshot, snapshot.tail))
 
-    def drop_whole_copies(self, tokens: int) -> int:
-        """Evict what is held packed as well, before anything else goes.
+    def drop_spares(self, tokens: int) -> int:
+        """Evict what is held better elsewhere, before anything else goes.
+
+        First whole copies of what is packed, then snapshots that later turns replace.
 
         Parameters
         ----------
@@ -99,11 +107,17 @@ class SessionTree(_Tree):
             Tokens freed, in whole leaves.
         """
         freed = 0
-        for snapshot in self.sessions.covering() if self.sessions is not None else ():
+        if self.sessions is None:
+            return freed
+        for snapshot in self.sessions.covering():
             if freed >= tokens:
-                break
+                return freed
             freed += self._drop_leaves(snapshot.whole)
             snapshot.whole = None
+        for snapshot in self.sessions.superseded():
+            if freed >= tokens:
+                return freed
+            freed += self.drop_branch(snapshot)
         return freed
 
     def noticed(self, node: Any) -> None:

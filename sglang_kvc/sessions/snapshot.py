@@ -37,6 +37,7 @@ class Snapshot:
     tail : the text behind the fold that the longest continuation has pages of.
     whole : SGLang's key of the text that is folded, while the prefix cache may still
         have a whole copy of it; else None.
+    superseded : a later turn has left another one, so this goes before others.
     branches : whether continuations with another text may have been added.
     borrowers : requests that run on it.
     resumed : requests that have started from it.
@@ -52,6 +53,7 @@ class Snapshot:
     node: Any = None
     tail: array[int] = field(default_factory=lambda: array("q"))
     whole: Any = None
+    superseded: bool = False
     branches: bool = False
     borrowers: int = 0
     resumed: int = 0

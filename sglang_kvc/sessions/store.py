@@ -73,6 +73,10 @@ class SessionStore:
         """Those of texts that may be held whole as well, the oldest first."""
         return iter([it for it in self if it.whole is not None])
 
+    def superseded(self) -> Iterator[Snapshot]:
+        """Those that later turns have replaced and nobody runs on, the oldest first."""
+        return iter([it for it in self if it.superseded and not it.borrowers])
+
     def along(
         self, text: TextChain, ids: Sequence[int], length: int
     ) -> Iterator[Snapshot]:

@@ -211,6 +211,28 @@ def test_whole_copies_of_what_is_packed_go_first(held: Held) -> None:
     assert held.length(other) == 96
 
 
+def test_replaced_snapshots_go_next(held: Held) -> None:
+    """Behind whole copies, before what was used longer ago; they are not counted."""
+    other = held.whole(array("q", [9] * 96))
+    old = held.snapshot(whole=RadixKey(TEXT[:64], None))
+    copy = held.whole(TEXT[:64])
+    held.extend(old, TEXT[64:96])
+    held.tree.find_branch(old, TEXT[64:80])
+    new = held.snapshot(fold=80)
+    old.superseded = True
+    held.tree.evict(EvictParams(num_tokens=16))
+    assert held.length(copy) == 0
+    assert list(held.store) == [old, new]
+    old.borrowers = 1
+    held.tree.evict(EvictParams(num_tokens=16))
+    assert held.length(other) == 0
+    old.borrowers = 0
+    assert held.tree.evict(EvictParams(num_tokens=1)).num_tokens_evicted == 48 + 32
+    assert list(held.store) == [new]
+    assert held.store.evicted == 0
+    assert held.sums == (48, 0)
+
+
 def test_a_locked_whole_copy_stays(held: Held) -> None:
     held.snapshot(fold=160, packed=48, whole=RadixKey(TEXT[:160], None))
     copy = held.whole(TEXT[:160])

@@ -109,6 +109,15 @@ def test_a_longer_snapshot_replaces_what_only_its_own_conversation_used() -> Non
     assert store.replaced_by(chain(), TEXT, 96) == [own]
 
 
+def test_what_is_superseded_goes_in_the_order_it_came() -> None:
+    store = SessionStore()
+    first, second, third = (held(store, TEXT, 16 * n) for n in (1, 2, 3))
+    second.superseded = first.superseded = third.superseded = True
+    third.borrowers = 1
+    held(store, TEXT, 64)
+    assert list(store.superseded()) == [first, second]
+
+
 def test_a_continuation_is_one_line_until_texts_part() -> None:
     snapshot = held(SessionStore(), TEXT, 32, 48)
     snapshot.grow([5] * 16)
