@@ -159,7 +159,9 @@ def _rank(job: Job, rank: int, ports: Any, folder: Path) -> None:
         os.dup2(opened.fileno(), 2)
     # On GPUs several ranks have copies of a KV head; on CPUs SGLang makes up new ones.
     model_runner.adjust_config_with_unaligned_cpu_tp = lambda config, *_: config
-    args = make_server_args(compress=job.compress, **job.server_args)
+    nodes = job.server_args.get("nnodes", 1)
+    own = {**job.server_args, "node_rank": rank * nodes // job.ranks}
+    args = make_server_args(compress=job.compress, **own)
     scheduler = InProcessScheduler(args, rank, ports)
     if job.mutant and rank == job.ranks - 1:
         _plant(job.mutant)

@@ -10,6 +10,7 @@ import pytest
 from tests.engine.inprocess import Request
 from tests.engine.kept import FLAGS, check_kept, tokens, traced
 from tests.engine.ranks import Job, Load, Result, serve_jobs
+from tests.engine.server import free_port
 from tests.engine.stock import diverging_ids, without_options
 from tests.engine.stress import mixed_requests
 from tests.engine.tiny_model import HEADS, write_tiny_model
@@ -70,9 +71,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def results(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """Two ranks, the same without --kv-compress, four, and two that disagree."""
+    """Two ranks, stock ones, four on two nodes, and two that disagree."""
     stock = {"model": model, "tp_size": 2, "max_total_tokens": POOL}
     two = {**stock, **FLAGS}
+    # On one machine. The ranks of a node are told so, and the groups span both.
+    nodes = {"nnodes": 2, "dist_init_addr": f"127.0.0.1:{free_port()}"}
     jobs = {
         "two": Job(
             two,
@@ -84,7 +87,7 @@ def results(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
             ],
         ),
         "stock": Job(stock, [Load(without_options(same_prompts()))], compress=False),
-        "four": Job({**two, "tp_size": 4}, [traced(*CASES[0]), mixed(2)]),
+        "four": Job({**two, "tp_size": 4, **nodes}, [traced(*CASES[0]), mixed(2)]),
         # Between chunks, so that the prefix cache has little of the prompts.
         "sessions": Job(
             {**two, "kv_compress_sessions": True, "kv_compress_chunks": "always"},

@@ -1,9 +1,9 @@
 """Compile every kernel for one kind of GPU, without a GPU.
 
-``python -m tests.kernels.compile_gpus 90 [all]`` (80: A100, 89: L40S, 90: H200,
+``python -m tests.kernels.compile_gpus 90 [all | usual]`` (80: A100, 89: L40S, 90: H200,
 100: B200). Kernels that read or write K and V are compiled for more shapes and for an
 e4m3 cache. Where it is not sm90, only the most usual shape is compiled, and decode for
-the largest ones, to save time, unless ``all`` is given.
+the largest ones, to save time, unless ``all`` is given; with ``usual`` for sm90, too.
 
 The wrappers run on CPU tensors under a driver that only names the target, and each
 launch stops after compilation. Prints one JSON object a kernel: registers, spilled
@@ -185,7 +185,7 @@ if __name__ == "__main__":
     original_run = JITFunction.run
     JITFunction.run = compile_only
     driver.set_active(Target(int(sys.argv[1])))
-    every = sys.argv[1] == "90" or "all" in sys.argv[2:]
+    every = sys.argv[1:] == ["90"] or "all" in sys.argv[2:]
     launch_all(layers=2, heads=3, group=4, dim=128, window=32)
     launch_step(heads=8, group=4, dim=128)
     if every:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import triton
 
 ROOT = Path(__file__).parents[2]
 # Shared memory that one program may use, in KiB, by compute capability.
@@ -34,20 +35,27 @@ MAX_SPILL_WIDE = {
 MAX_SPILL_E4M3 = {"score_kernel": {80: 128, 89: 128, 90: 160}}
 
 
+# With an older Triton only what most GPUs run that it is used on: enough to see that it
+# compiles what is written for the newest one.
+NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+COMPILED = tuple(MAX_SHARED) if NEWEST else (90,)
+
+
 @pytest.fixture(scope="module")
 def runs() -> Iterator[dict[int, subprocess.Popen[str]]]:
     """A process for each GPU, all at once; this one may interpret Triton."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_gpus"]
     started = {
         capability: subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.compile_gpus", str(capability)],
+            [*command, str(capability), *([] if NEWEST else ["usual"])],
             cwd=ROOT,
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for capability in MAX_SHARED
+        for capability in COMPILED
     }
     yield started
     for process in started.values():
@@ -56,7 +64,7 @@ def runs() -> Iterator[dict[int, subprocess.Popen[str]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", MAX_SHARED)
+@pytest.mark.parametrize("capability", COMPILED)
 def test_kernels_compile_and_spill_nothing_unawares(
     runs: dict[int, subprocess.Popen[str]], capability: int
 ) -> None:
