@@ -76,7 +76,6 @@ class RadixCache17(SessionTree, RadixCache):
         allocator = self.token_to_kv_pool_allocator
         if state is not None:
             state.release_ring(allocator)
-            state.end()
         for dead in state.abandon() if state is not None else ():
             allocator.free_segment(dead.dest_tokens, start_pos=0)
         if state is None or not state.settled_fold:
