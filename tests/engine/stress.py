@@ -132,6 +132,14 @@ class PageAudit:
             release(*page_ids)
 
         self.allocator._release_page_ids = poison
+        clear = self.allocator.clear
+
+        def cleared() -> None:
+            # A flush frees everything at once.
+            self._shared = self._shared[:0]
+            clear()
+
+        self.allocator.clear = cleared
 
     def live_requests(self) -> list[Any]:
         """Requests that own memory now."""
