@@ -8,6 +8,7 @@ import torch
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.kernels.layout import BlockTables
+from sglang_kvc.kernels.query_ring import QueryRing
 from sglang_kvc.memory.device_state import DeviceState
 from sglang_kvc.scheduling.step_plan import Resumed, StepPlan
 from sglang_kvc.sessions.snapshot import Snapshot
@@ -34,12 +35,13 @@ def state() -> DeviceState:
         block_offsets=torch.full((SLOTS, HEADS + 1), 7, dtype=torch.int32),
         packed_pages=torch.full((SLOTS, PAGES), 7, dtype=torch.int32),
     )
+    rings = torch.full((SLOTS, 2), 7, dtype=torch.int32)
     return DeviceState(
         options=KVCompressOptions(sessions=True),
         shape=anything,
         arena=anything,
         tables=tables,
-        query_ring=anything,
+        query_ring=QueryRing(anything, anything, rings, window=32),
         query_lse=anything,
         novelty_unit=torch.full((SLOTS,), 7.0),
         device="cpu",
