@@ -74,10 +74,7 @@ def default_config(
     else:
         few = lanes == 128 and group in _GROUPS_OF_THREE
         config = _THREE if few else _TWO
-    if not byte_cells:
-        return config
-    limit = config.max_registers if config is _TWO else 168
-    return config._replace(num_stages=4, max_registers=limit)
+    return config._replace(num_stages=4) if byte_cells else config
 
 
 # KiB a program may use, by compute capability (CUDA C++ Programming Guide, "Technical

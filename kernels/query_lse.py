@@ -83,27 +83,15 @@ def lse_kernel(
         )
         qk_scale = qk_scale * load_scale(arena_scales, lh // H)
         t = tl.arange(0, TILE)
+        rings = (ring_k, ring_v, ring_pages)
+        dtype: tl.constexpr = matching_dtype(arena_k.dtype.element_ty)
         out = partial_lse + (x.to(tl.int64) * num_splits + split) * (W * G)
 
         for first_row in range(0, W * G, ROWS):
             row = first_row + tl.arange(0, ROWS)
             position = query_rows(row, seq_len, query_start, G, W)
             query = load_queries(
-                ring_k,
-                ring_v,
-                ring_pages,
-                slot,
-                lh,
-                row,
-                position,
-                matching_dtype(arena_k.dtype.element_ty),
-                LH,
-                G,
-                D,
-                DP,
-                R,
-                B,
-                N,
+                *rings, slot, lh, row, position, dtype, LH, G, D, DP, R, B, N
             )
             m = tl.full([ROWS], float("-inf"), tl.float32)
             denom = tl.zeros([ROWS], tl.float32)

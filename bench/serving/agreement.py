@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import tempfile
 import time
 from itertools import takewhile
@@ -24,7 +23,7 @@ from typing import Any
 
 from bench.common.ports import free_ports
 from bench.common.record import ROOT, environment, write_record
-from bench.serving.child import Child
+from bench.serving.child import Child, start_engine
 from bench.serving.engine import sampling_params
 from bench.serving.session import IDLE_SECONDS, START_LIMIT
 
@@ -75,9 +74,7 @@ def start(args: argparse.Namespace, way: dict[str, Any], log: Path) -> Child:
         **({} if stock else {"kv_compress": True}),
         **{name: value for name, value in way.items() if name != "stock"},
     }
-    command = [sys.executable, "-m", "bench.serving.engine"]
-    plugins = {"SGLANG_PLUGINS": "none" if stock else "kvcompress"}
-    return Child([*command, "--engine", json.dumps(keywords)], log, plugins)
+    return start_engine(keywords, log, stock=stock)
 
 
 def agreement(first: list[list[int]], other: list[list[int]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import os
 import selectors
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ from typing import Any
 
 class ChildError(RuntimeError):
     """The child reported a failure, died or did not answer in time."""
+
+
+def start_engine(keywords: dict[str, Any], log: Path, *, stock: bool) -> Child:
+    """An engine in a process of its own, with our plugin or, `stock`, without."""
+    command = [sys.executable, "-m", "bench.serving.engine"]
+    plugins = {"SGLANG_PLUGINS": "none" if stock else "kvcompress"}
+    return Child([*command, "--engine", json.dumps(keywords)], log, plugins)
 
 
 class Child:

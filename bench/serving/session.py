@@ -14,7 +14,7 @@ from bench.common.gpu_memory import GpuMemory
 from bench.common.ports import free_ports
 from bench.common.record import ROOT, commit, write_record
 from bench.serving import log, report
-from bench.serving.child import Child, ChildError
+from bench.serving.child import Child, ChildError, start_engine
 from bench.serving.loads import OURS, STOCK
 from bench.serving.plan import Clock, Run, Spec, check, engine_arguments
 
@@ -112,11 +112,9 @@ class Session:
         before = self.memory.now
         for spec, port in zip(specs, free_ports(len(specs)), strict=True):
             keywords = {**engine_arguments(self.args, spec), "nccl_port": port}
-            command = [sys.executable, "-m", "bench.serving.engine"]
-            command += ["--engine", json.dumps(keywords)]
             path = self.folder / f"{spec.name}.log"
-            plugins = "none" if spec.system == STOCK else "kvcompress"
-            self.children[spec] = Child(command, path, {"SGLANG_PLUGINS": plugins})
+            stock = spec.system == STOCK
+            self.children[spec] = start_engine(keywords, path, stock=stock)
         for spec in specs:
             try:
                 ready = self.children[spec].wait(START_LIMIT)

@@ -142,14 +142,15 @@ def subtract_metadata(configurator: Any, available: int) -> int:
     if schedule.max_total_tokens is not None:
         tokens = min(tokens, schedule.max_total_tokens)
     requests = schedule.max_running_requests or default_slots(tokens)
+    chunk_size = max(schedule.chunked_prefill_size or 0, 0)
     sizes = metadata_bytes(
         shape,
         options,
         max_running_requests=requests,
         context_len=configurator.model_config.context_len,
         pool_tokens=tokens,
-        chunk_size=max(schedule.chunked_prefill_size or 0, 0),
-        prefill_tokens=max(schedule.chunked_prefill_size or 0, 0),
+        chunk_size=chunk_size,
+        prefill_tokens=chunk_size,
     )
     left = sizes.scale_kv_bytes(available, shape)
     if left <= 0:

@@ -45,7 +45,7 @@ def attach_policy(req: Req, server: Server) -> None:
         message = pointed(str(error), Section.OPTIONS)
         attached.attach_refusal(req, Refusal(Reason.OPTIONS, message))
         return
-    if req.input_embeds is not None or req.positional_embed_overrides is not None:
+    if not attached.told_by_ids(req):
         # The end of a prompt scores its chunks by token ids, see `probe`.
         rule = dataclasses.replace(rule, mode="never")
     ring = server.pass_scheduler.rings.tokens if request.enabled else 0

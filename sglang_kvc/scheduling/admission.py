@@ -95,28 +95,23 @@ def add_one(
     A snapshot is given up like any other prefix if the request does not fit beside it
     although nothing else runs: what has a course is admitted.
     """
+    headroom = Headroom.of(adder)
     if policy_of(req) is None or course_of(req) is None:
-        Headroom.of(adder)
         return call()
     hit = find_hit(adder.tree_cache, req)
     result = _add_from(hit, adder, server, req, call)
-    alone = not adder.can_run_list and not Headroom.of(adder).running
     refused = result is schedule_policy.AddReqResult.NO_TOKEN
+    alone = not adder.can_run_list and not headroom.running
     if refused and alone and hit is not None:
         result = _add_from(None, adder, server, req, call)
         refused = result is schedule_policy.AddReqResult.NO_TOKEN
-    alone = not adder.can_run_list and not Headroom.of(adder).running
-    if refused and alone and Headroom.of(adder).free == _pool_size(adder):
+    pool_tokens = adder.token_to_kv_pool_allocator.size
+    if refused and alone and headroom.free == pool_tokens:
         # An empty pool has no room. It must not happen, see `course`; if it does, this
         # request ends, and the others do not wait for it. (One that has ended stays in
         # the running batch for a step, without memory, and is still charged.)
         server.pass_scheduler.stuck = req
     return result
-
-
-def _pool_size(adder: PrefillAdder) -> int:
-    size: int = adder.token_to_kv_pool_allocator.size
-    return size
 
 
 def _add_from(

@@ -87,6 +87,11 @@ def text_of(req: Req) -> TextChain:
     return text
 
 
+def told_by_ids(req: Req) -> bool:
+    """Whether the token ids of a request say what is computed for it."""
+    return req.input_embeds is None and req.positional_embed_overrides is None
+
+
 def prefix_cap_of(req: Req) -> int:
     """Longest prefix that SGLang would let a request start from."""
     tokens: int = getattr(req, "kv_compress_prefix_cap", 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_kvc.config.pages import floor_tokens
-from sglang_kvc.scheduling.attached import policy_of, text_of
+from sglang_kvc.scheduling.attached import policy_of, text_of, told_by_ids
 from sglang_kvc.scheduling.request_state import RequestState
 from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import Req
@@ -76,9 +76,8 @@ def _leaves_snapshot(req: Req, state: RequestState) -> bool:
     reason = req.finished_reason
     if reason is None or isinstance(reason, FINISH_ABORT):
         return False
-    # Of these the token ids do not say what was computed, or others look after it.
-    told_by_ids = req.input_embeds is None and req.positional_embed_overrides is None
-    if not told_by_ids or req.session is not None:
+    # SGLang's own sessions look after what they have computed.
+    if not told_by_ids(req) or req.session is not None:
         return False
     skipped = getattr(req, "skip_radix_cache_insert", False)
     return state.policy.leaves == "compressed" and not skipped

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from sglang.srt.mem_cache.base_prefix_cache import (
@@ -103,13 +102,7 @@ class RadixCache17(SessionTree, RadixCache):
 
     def evict(self, params: EvictParams) -> EvictResult:
         """Free tokens for SGLang."""
-        freed = self.drop_spares(params.num_tokens)
-        if freed >= params.num_tokens:
-            return EvictResult(num_tokens_evicted=freed)
-        rest = replace(params, num_tokens=params.num_tokens - freed)
-        result = super().evict(rest)
-        result.num_tokens_evicted += freed
-        return result
+        return self.evict_behind_spares(params, super().evict)
 
     def _drop_leaves(self, key: Any) -> int:
         """See `SessionTree`."""

@@ -7,8 +7,6 @@ chunks, so nothing has to be kept for it here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -115,22 +113,12 @@ class RadixCache22(SessionTree, UnifiedRadixCache):
 
     def evict(self, params: EvictParams) -> EvictResult:
         """Free tokens for SGLang."""
-        return self._evict_behind_spares(params, super().evict)
+        return self.evict_behind_spares(params, super().evict)
 
     def evict_for_alloc(self, params: EvictParams, **how: Any) -> EvictResult:
         """Free tokens for SGLang, which is about to take them."""
         call = partial(super().evict_for_alloc, **how)
-        return self._evict_behind_spares(params, call)
-
-    def _evict_behind_spares(
-        self, params: EvictParams, call: Callable[[EvictParams], EvictResult]
-    ) -> EvictResult:
-        freed = self.drop_spares(params.num_tokens)
-        if freed >= params.num_tokens:
-            return EvictResult(num_tokens_evicted=freed)
-        result = call(replace(params, num_tokens=params.num_tokens - freed))
-        result.num_tokens_evicted += freed
-        return result
+        return self.evict_behind_spares(params, call)
 
     def _drop_leaves(self, key: Any) -> int:
         """See `SessionTree`. The tree must be asked to evict nothing but leaves."""

@@ -159,6 +159,11 @@ class RequestState:
         """Whether there was no room for its ring yet."""
         return self.wants_ring and self.ring is None
 
+    @property
+    def _is_never_observed(self) -> bool:
+        """Whether passes look at queries and its course has none of them."""
+        return self.policy.ring_tokens > 0 and not self.wants_ring
+
     def own_ring(self, ring: Ring, start: int) -> None:
         """Take a ring that knows the queries from position `start` on."""
         self.ring = ring
@@ -181,7 +186,7 @@ class RequestState:
         has room for a second copy beside what the request holds by then.
         """
         policy = self.policy
-        if policy.ring_tokens and not self.wants_ring:
+        if self._is_never_observed:
             return None
         if self.fold == 0:
             if not policy.becomes_due:
@@ -222,7 +227,7 @@ class RequestState:
         return self._propose(Phase.DECODE, length, self.policy.budget(length))
 
     def _propose(self, phase: Phase, length: int, budget: int) -> PassDecision | None:
-        if self.policy.ring_tokens and not self.wants_ring:
+        if self._is_never_observed:
             return None
         # A chunk must make room for the next one, whatever the copy costs.
         chunk = phase is Phase.CHUNK

@@ -17,6 +17,7 @@ from sglang_kvc.scheduling.attached import (
     policy_of,
     prefix_cap_of,
     text_of,
+    told_by_ids,
 )
 from sglang_kvc.scheduling.course import course, reach
 from sglang_kvc.scheduling.lengths import tokens_left
@@ -47,7 +48,7 @@ def find_hit(tree: SessionTree, req: Req) -> Hit | None:
     policy, store = policy_of(req), getattr(tree, "sessions", None)
     if not store or tree.disable or policy is None:
         return None
-    if not policy.resumes or not _told_by_ids(req):
+    if not policy.resumes or not told_by_ids(req) or req.session is not None:
         return None
     ids = req.full_untruncated_fill_ids
     cap = floor_tokens(prefix_cap_of(req))
@@ -124,9 +125,3 @@ def forget_hit(req: Req) -> None:
     policy = policy_of(req)
     if policy is not None and policy.least_budget:
         attach_policy(req, replace(policy, least_budget=0))
-
-
-def _told_by_ids(req: Req) -> bool:
-    """Whether the token ids of a request say what is computed for it."""
-    plain = req.input_embeds is None and req.positional_embed_overrides is None
-    return plain and req.session is None

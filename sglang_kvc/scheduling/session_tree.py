@@ -6,11 +6,17 @@ Both generations' trees are made of it. What they say differently is asked of th
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    MatchPrefixParams,
+)
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_kvc.sessions.snapshot import Hit, Snapshot
@@ -119,6 +125,17 @@ class SessionTree(_Tree):
                 return freed
             freed += self.drop_branch(snapshot)
         return freed
+
+    def evict_behind_spares(
+        self, params: EvictParams, call: Callable[[EvictParams], EvictResult]
+    ) -> EvictResult:
+        """Let SGLang evict, by `call`, what spares do not free."""
+        freed = self.drop_spares(params.num_tokens)
+        if freed >= params.num_tokens:
+            return EvictResult(num_tokens_evicted=freed)
+        result = call(replace(params, num_tokens=params.num_tokens - freed))
+        result.num_tokens_evicted += freed
+        return result
 
     def noticed(self, node: Any) -> None:
         """Look whether a snapshot's packed pages are evicted with a node."""
