@@ -75,7 +75,6 @@ SETTINGS = {
     "pause": Setting(pause=True),
     "no turns": Setting(turns=0),
     "short turns": Setting(turn_tokens=32, chunk=512),
-    "short turns retract": Setting(turn_tokens=16, chunks="always", retract=True),
     "turns of chunks": Setting(turns=3, chunk=64, chunks="always"),
     "all at once": Setting(
         chunks="always", radix=False, priority=True, retract=True, pause=True
