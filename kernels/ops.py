@@ -22,6 +22,7 @@ from sglang_kvc.kernels import (
     novelty,
     observe,
     pack,
+    packed_prefill,
     pool,
     positional,
     select,
@@ -136,6 +137,24 @@ def _head_tables(case: Case) -> Iterator[Call]:
     yield Call((case.tables, *_batch(case)), how)
 
 
+def _packed_prefill(case: Case) -> Iterator[Call]:
+    slots, lens = _batch(case)
+    arena = case.arena
+    for (tables, *batch), how in _head_tables(case):
+        blocks, head_lens = head_tables.head_tables_ref(tables, *batch, **how)
+        # The tail ends with the new tokens; a new prompt is one whole.
+        folds = torch.tensor(case.folds, device=slots.device)
+        new = (lens - folds).clamp(max=100)
+        cu_new = torch.nn.functional.pad(new.cumsum(0, dtype=torch.int32), (1, 0))
+        generator = torch.Generator(slots.device).manual_seed(0)
+        shape = (int(cu_new[-1]), case.group * arena.num_kv_heads, arena.head_dim)
+        q = torch.randn(shape, generator=generator, device=slots.device)
+        layer = arena.num_layers - 1
+        args = (arena, q.to(case.query_dtype), blocks[layer], head_lens[layer], cu_new)
+        sizes = {"layer": layer, "longest_new": int(new.max())}
+        yield Call(args, {"sm_scale": arena.head_dim**-0.5, **sizes})
+
+
 def _observe(case: Case) -> Iterator[Call]:
     args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
     how = {"sm_scale": case.arena.head_dim**-0.5, "power": 2}
@@ -228,6 +247,13 @@ OPS = (
         head_tables.head_tables_triton,
         head_tables.head_tables_ref,
         _head_tables,
+    ),
+    Op(
+        packed_prefill.packed_prefill,
+        packed_prefill.packed_prefill_triton,
+        packed_prefill.packed_prefill_ref,
+        _packed_prefill,
+        tolerance=1e-4,
     ),
     Op(
         observe.observe_scores,

@@ -90,14 +90,13 @@ class KVCompressRuntime:
         )
         if options.chunks == "always" and not chunk_size:
             raise ConfigError(
-                "--kv-compress-chunks always needs chunked prefill and a Hopper GPU or "
-                "the CPU; leave it at auto, which then compresses whole prompts only"
+                "--kv-compress-chunks always needs chunked prefill; leave it at auto, "
+                "which then compresses whole prompts only"
             )
         if options.sessions and not chunk_size:
             raise ConfigError(
-                "--kv-compress-sessions needs chunked prefill and a Hopper GPU or the "
-                "CPU, where prompts can be computed behind what is packed already; "
-                "leave it out"
+                "--kv-compress-sessions needs chunked prefill, which can compute "
+                "behind what is packed already; leave it out"
             )
         self.checks_ranks = checks_every_step()
         self.stopwatch: Stopwatch | None = None

@@ -1,7 +1,8 @@
 """Systems that are compared: engines, and the settings of a request.
 
 A system is written ``stock``, ``ours``, ``ours:allocation=layer,window=64`` or
-``kvpress:snapkv``; options of ``ours`` are server flags without ``--kv-compress-``.
+``kvpress:snapkv``; options of ``ours`` are server flags without ``--kv-compress-``, or
+two of SGLang's own: ``tp_size`` and ``kv_cache_dtype``.
 A setting is a rate (``4``) or a budget in tokens (``b512``).
 """
 
@@ -22,6 +23,8 @@ MIN_BUDGET = 64
 PRESETS = ("ours", "ours:allocation=layer", "ours:allocation=head")
 RATES = ("1", "4", "8", "2", "16", "32", "64")
 """In the order of their importance."""
+SGLANG_OPTIONS = ("tp_size", "kv_cache_dtype")
+"""Keywords of ``sglang.Engine`` that may change answers, so they are in the name."""
 ALL_QUERIES = "full"
 """Metrics so named observe every query of a prompt, cached prefixes included."""
 
@@ -129,8 +132,12 @@ class System:
         options = {"min_budget": least} | given
         return {
             "kv_compress": True,
-            **{f"kv_compress_{key}": value for key, value in options.items()},
+            **{_keyword(key): value for key, value in options.items()},
         }
+
+
+def _keyword(option: str) -> str:
+    return option if option in SGLANG_OPTIONS else f"kv_compress_{option}"
 
 
 def _value(word: str) -> Any:

@@ -5,8 +5,10 @@
         --way 'two: {"tp_size": 2}' --out bench/results/agreement.jsonl
 
 A way is a name and JSON keywords of ``sglang.Engine``; ``"stock": true`` leaves the
-plugin out. The first way is what the others are compared with. Prompts are passages of
-the text, one request each, all sent at once. Answers of two kernels may part at a near
+plugin out. ``"nnodes": 2`` starts as many engines here, one a node, each on GPUs of its
+own: the first node sees the first ``tp_size / nnodes`` of them. The first way is what
+the others are compared with. Prompts are passages of the text, one request each, all
+sent at once. Answers of two kernels may part at a near
 tie and then differ to the end, so the place of the first difference is shown, too.
 """
 
@@ -28,6 +30,8 @@ from bench.serving.engine import sampling_params
 from bench.serving.session import IDLE_SECONDS, START_LIMIT
 
 ANSWER_LIMIT = 300.0
+END_SECONDS = 15.0
+"""The engine of a further node waits for the first one, which is gone."""
 
 
 def parse_way(text: str) -> tuple[str, dict[str, Any]]:
@@ -58,8 +62,8 @@ def passages(
     return found
 
 
-def start(args: argparse.Namespace, way: dict[str, Any], log: Path) -> Child:
-    """An engine in a process of its own."""
+def start(args: argparse.Namespace, way: dict[str, Any], log: Path) -> list[Child]:
+    """An engine in a process of its own, or one for each node; the first answers."""
     stock = way.get("stock", False)
     keywords = {
         "model_path": args.model,
@@ -74,7 +78,20 @@ def start(args: argparse.Namespace, way: dict[str, Any], log: Path) -> Child:
         **({} if stock else {"kv_compress": True}),
         **{name: value for name, value in way.items() if name != "stock"},
     }
-    return start_engine(keywords, log, stock=stock)
+    nodes = way.get("nnodes", 1)
+    if nodes == 1:
+        return [start_engine(keywords, log, stock=stock)]
+    keywords["dist_init_addr"] = f"127.0.0.1:{free_ports(1)[0]}"
+    gpus = way.get("tp_size", nodes) // nodes
+    return [
+        start_engine(
+            {**keywords, "node_rank": node},
+            log.with_suffix(f".node{node}.log"),
+            stock=stock,
+            gpus=range(node * gpus, (node + 1) * gpus),
+        )
+        for node in range(nodes)
+    ]
 
 
 def agreement(first: list[list[int]], other: list[list[int]]) -> dict[str, Any]:
@@ -117,12 +134,13 @@ def main() -> None:
     answers: dict[str, list[list[int]]] = {}
     with tempfile.TemporaryDirectory() as folder:
 
-        def begin(number: int) -> Child:
+        def begin(number: int) -> list[Child]:
             return start(args, args.way[number][1], Path(folder) / f"{number}.log")
 
         children = [] if args.apart else [begin(n) for n in range(len(args.way))]
         for number, (name, way) in enumerate(args.way):
-            child = begin(number) if args.apart else children[number]
+            engine = begin(number) if args.apart else children[number]
+            child = engine[0]
             try:
                 child.wait(START_LIMIT)
                 rate = None if way.get("stock") else args.rate
@@ -134,7 +152,8 @@ def main() -> None:
                 child.ask({"op": "flush"}, ANSWER_LIMIT)
                 child.ask({"op": "alive"}, ANSWER_LIMIT)
             finally:
-                child.close()
+                for one in engine:
+                    one.close(END_SECONDS)
     (first, _), *others = args.way
     for name, way in others:
         result = agreement(answers[first], answers[name])

@@ -12,6 +12,7 @@ import selectors
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,18 @@ class ChildError(RuntimeError):
     """The child reported a failure, died or did not answer in time."""
 
 
-def start_engine(keywords: dict[str, Any], log: Path, *, stock: bool) -> Child:
-    """An engine in a process of its own, with our plugin or, `stock`, without."""
+def start_engine(
+    keywords: dict[str, Any], log: Path, *, stock: bool, gpus: Iterable[int] = ()
+) -> Child:
+    """An engine in a process of its own, with our plugin or, `stock`, without.
+
+    `gpus` are those that it sees; none: all.
+    """
     command = [sys.executable, "-m", "bench.serving.engine"]
-    plugins = {"SGLANG_PLUGINS": "none" if stock else "kvcompress"}
-    return Child([*command, "--engine", json.dumps(keywords)], log, plugins)
+    environ = {"SGLANG_PLUGINS": "none" if stock else "kvcompress"}
+    if seen := ",".join(map(str, gpus)):
+        environ["CUDA_VISIBLE_DEVICES"] = seen
+    return Child([*command, "--engine", json.dumps(keywords)], log, environ)
 
 
 class Child:

@@ -15,8 +15,8 @@ STOCK, ABSENT, OURS = "stock", "absent", "kvc"
 """Plugin not loaded; plugin loaded, flag not given; flag given."""
 SMALL_GROUP, ALL_GROUP, FLAG_GROUP = EVERY = ("small", "all", "flag")
 LARGE_GROUP, BYTES_GROUP = "70b", "bytes"
-"""For ``bench/shapes/llama-3.1-70b-fp8``, and bf16 beside e4m3 caches of equal bytes;
-not in "every"."""
+"""For ``bench/shapes/llama-3.1-70b`` and ``-fp8``, and bf16 beside e4m3 caches of
+equal bytes; not in "every"."""
 GROUPS = (*EVERY, LARGE_GROUP, BYTES_GROUP)
 FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 PAPER_MIN_BUDGET = 128

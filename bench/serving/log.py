@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from statistics import median
 from typing import Any
 
@@ -10,6 +11,7 @@ DECODE = re.compile(
     r"Decode batch.*?#running-req: (\d+).*?gen throughput \(token/s\): ([\d.]+)"
 )
 PREFILL = "Prefill batch"
+REPLICA = re.compile(r"\bDP(\d+)\b.*Prefill batch.*?#new-seq: (\d+)")
 RETRACT = "KV cache pool is full. Retract requests"
 METADATA = "KV-Compress metadata: "
 POOL = re.compile(r"max_total_num_tokens=(\d+)")
@@ -25,7 +27,8 @@ def parse_log(text: str) -> dict[str, Any]:
         ``largest_batch``; ``retractions``; ``decode_step_ms``, the median over the
         lines with the largest batch, and ``decode_step_lines``, their number. A line's
         throughput covers all time since the line before, so lines with a prefill in
-        between are left out unless too few others remain.
+        between are left out unless too few others remain. ``replicas``, with data
+        parallel only: prompts, or chunks of them, that each replica has prefilled.
     """
     steps: list[tuple[int, float, bool]] = []
     prefilled = True  # the first line reaches back to before the run
@@ -40,7 +43,11 @@ def parse_log(text: str) -> dict[str, Any]:
     full = [(ms, mixed) for batch, ms, mixed in steps if batch == largest]
     clean = [ms for ms, mixed in full if not mixed]
     chosen = clean if len(clean) >= FEW_LINES else [ms for ms, _ in full]
+    replicas: Counter[str] = Counter()
+    for replica, prompts in REPLICA.findall(text):
+        replicas[replica] += int(prompts)
     return {
+        **({"replicas": dict(replicas)} if replicas else {}),
         "largest_batch": largest,
         "decode_step_ms": median(chosen) if chosen else None,
         "decode_step_lines": len(chosen),

@@ -106,9 +106,7 @@ class KVCompressAttentionBackend(base_attn_backend.AttentionBackend):
             self.token_to_kv_pool,
             state,
             sm_scale,
-            chunk_size=agreed_chunk(
-                state, chunk_size if self.kernels.packed is not None else 0
-            ),
+            chunk_size=agreed_chunk(state, chunk_size),
         )
         self._workspace: DecodeWorkspace | None = None
         if state.on_gpu:

@@ -3,7 +3,8 @@
 New tokens attend to their request's packed blocks and, causally, to its tail. Heads
 differ in what they kept, so each (request, KV head) is a sequence of its own with one
 KV head: *per-head sequences*. FlashAttention-3 takes such page lists as they are
-(`kernels/head_tables`); the CPU has `prefill_torch.PackedPrompts`.
+(`kernels/head_tables`). FlashInfer wants their lengths on the host, and they are on the
+device: a kernel of our own does it there. The CPU has `prefill_torch.PackedPrompts`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sglang_kvc.attention.kv_scales import fa3_inputs
 from sglang_kvc.attention.prefill import Folds, PrefillKernel
 from sglang_kvc.kernels.head_tables import head_tables
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables
+from sglang_kvc.kernels.packed_prefill import packed_prefill
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 
 
@@ -57,18 +59,11 @@ class FlashAttention3PackedPrefill(PrefillKernel[PerHeadPlan]):
 
     def plan(self, batch: Any, folds: Folds) -> PerHeadPlan:
         """Page lists of all heads and layers, and the order of the queries."""
-        arena = self.pool.arena
-        heads = arena.num_kv_heads
-        lengths = batch.seq_lens_cpu.tolist()
-        blocks, lens = head_tables(
-            self.tables,
-            batch.req_pool_indices,
-            batch.seq_lens,
-            num_kv_heads=heads,
-            width=table_width(lengths, folds, arena.heads_per_page),
-        )
+        blocks, lens = batch_head_tables(self.pool, self.tables, batch, folds)
         source, cu_new = per_head_queries(
-            batch.extend_seq_lens.long(), sum(batch.extend_seq_lens_cpu), heads
+            batch.extend_seq_lens.long(),
+            sum(batch.extend_seq_lens_cpu),
+            self.pool.arena.num_kv_heads,
         )
         return PerHeadPlan(
             blocks=blocks,
@@ -108,6 +103,76 @@ class FlashAttention3PackedPrefill(PrefillKernel[PerHeadPlan]):
         out = torch.empty_like(grouped)
         out.index_copy_(0, plan.source, result.to(q.dtype))
         return out.view(q.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class PageListPlan:
+    """Page lists of a batch in all layers.
+
+    Attributes
+    ----------
+    blocks, lens : see `PerHeadPlan`.
+    cu_new : new tokens before each request, int32 [bs + 1].
+    longest_new : new tokens of the request that has most.
+    """
+
+    blocks: torch.Tensor
+    lens: torch.Tensor
+    cu_new: torch.Tensor
+    longest_new: int
+
+
+class TritonPackedPrefill(PrefillKernel[PageListPlan]):
+    """`kernels/packed_prefill`, for NVIDIA GPUs before and after Hopper.
+
+    Parameters
+    ----------
+    pool : the KV pool.
+    tables : request table and block tables.
+    """
+
+    def __init__(self, pool: ArenaKVPool, tables: BlockTables) -> None:
+        self.pool = pool
+        self.tables = tables
+
+    def plan(self, batch: Any, folds: Folds) -> PageListPlan:
+        """Page lists of all heads and layers."""
+        blocks, lens = batch_head_tables(self.pool, self.tables, batch, folds)
+        return PageListPlan(
+            blocks=blocks,
+            lens=lens,
+            cu_new=F.pad(batch.extend_seq_lens.cumsum(0, dtype=torch.int32), (1, 0)),
+            longest_new=max(batch.extend_seq_lens_cpu),
+        )
+
+    def run(self, plan: PageListPlan, q: torch.Tensor, layer: Any) -> torch.Tensor:
+        """One launch for the whole batch."""
+        index = layer.layer_id - self.pool.start_layer
+        return packed_prefill(
+            self.pool.arena,
+            q.contiguous(),
+            plan.blocks[index],
+            plan.lens[index],
+            plan.cu_new,
+            layer=index,
+            sm_scale=layer.scaling,
+            longest_new=plan.longest_new,
+        )
+
+
+def batch_head_tables(
+    pool: ArenaKVPool, tables: BlockTables, batch: Any, folds: Folds
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page lists and lengths of a ForwardBatch, see `PerHeadPlan`."""
+    arena = pool.arena
+    lengths = batch.seq_lens_cpu.tolist()
+    return head_tables(
+        tables,
+        batch.req_pool_indices,
+        batch.seq_lens,
+        num_kv_heads=arena.num_kv_heads,
+        width=table_width(lengths, folds, arena.heads_per_page),
+    )
 
 
 def per_head_queries(

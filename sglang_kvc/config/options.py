@@ -182,7 +182,7 @@ class KVCompressOptions:
         "STEPS",
         "Decode steps between two prefills while fewer prompts wait than requests run, "
         "so that prompts do not hold up the answers of others. A prefill then takes "
-        "several prompts only up to 2,048 new tokens. 0: prompts go first, as in "
+        "several prompts only up to 1,024 new tokens. 0: prompts go first, as in "
         "SGLang.",
     )
 

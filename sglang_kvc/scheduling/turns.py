@@ -14,7 +14,7 @@ from typing import Any
 
 from sglang_kvc.upstream.types import Scheduler
 
-SHARED_TOKENS = 2048
+SHARED_TOKENS = 1024
 """New tokens that several prompts may bring to one prefill while answers wait."""
 
 

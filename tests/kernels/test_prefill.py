@@ -212,6 +212,35 @@ def test_torch_attends_to_packed_blocks_and_the_causal_tail(
     torch.testing.assert_close(out, packed_dense(case, q, layer, torch.float32))
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float32, E4M3])
+def test_page_lists_name_packed_blocks_and_the_causal_tail(
+    kv_dtype: torch.dtype,
+) -> None:
+    """The plan, with the reference in the kernel's place: `test_ops` compares them."""
+    from sglang_kvc.attention.prefill_packed import TritonPackedPrefill
+
+    case, pool, batch, folds, q, layer = make_packed("cpu", torch.float32, kv_dtype)
+    kernel = TritonPackedPrefill(pool, case.tables)
+    out = kernel.run(kernel.plan(batch, folds), q, layer)
+    torch.testing.assert_close(out, packed_dense(case, q, layer, torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, E4M3])
+def test_our_kernel_attends_to_packed_blocks_and_the_causal_tail(
+    kv_dtype: torch.dtype,
+) -> None:
+    """Within twice the error of the same maths in torch at bf16."""
+    from sglang_kvc.attention.prefill_packed import TritonPackedPrefill
+
+    case, pool, batch, folds, q, layer = make_packed("cuda", torch.bfloat16, kv_dtype)
+    kernel = TritonPackedPrefill(pool, case.tables)
+    out = kernel.run(kernel.plan(batch, folds), q, layer)
+    truth = packed_dense(case, q, layer, torch.float64)
+    working = packed_dense(case, q, layer, torch.bfloat16)
+    oracles.assert_arith(out, working, truth)
+
+
 @pytest.mark.gpu
 def test_fa3_attends_to_packed_blocks_and_the_causal_tail() -> None:
     """Within twice the error of the same maths in torch at bf16."""

@@ -6,5 +6,6 @@ TOUCH_KV = (
     "observe_scores",
     "key_diff",
     "pack_entries",
+    "packed_prefill",
 )
 """Names; `test_ops.py` finds out whether that is true."""

@@ -105,7 +105,10 @@ def test_a_plugin_that_sglang_would_not_load(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("capability", "prefill", "packed"),
-    [((9, 0), "FlashAttention-3", GOOD), ((8, 9), "FlashInfer", NOTE)],
+    [
+        ((9, 0), "FlashAttention-3", "FlashAttention-3, per head"),
+        ((8, 9), "FlashInfer", "Triton, per head"),
+    ],
 )
 def test_the_kernels_of_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capability: Any, prefill: str, packed: str
@@ -122,7 +125,9 @@ def test_the_kernels_of_a_gpu(
     sm = "".join(map(str, capability))
     assert found["device"].found == f"A GPU, sm_{sm}, the first of 2"
     assert found["prefill"] == Finding("prefill", GOOD, prefill)
-    assert found["prompts over the pool"].state == packed
+    assert found["prompts over the pool"] == Finding(
+        "prompts over the pool", GOOD, packed
+    )
     monkeypatch.setattr(device, "version_of", lambda *names: None)
     found = {each.subject: each for each in device.device()}
     assert found["prefill"].state == BAD

@@ -33,8 +33,7 @@ def device() -> Iterator[Finding]:
         yield Finding("device", NOTE, found)
     kernels = prefill_device(on_gpu)
     yield _prefill(kernels.whole)
-    packed = kernels.packed or "none: a prompt has to fit the pool whole"
-    yield Finding("prompts over the pool", GOOD if kernels.packed else NOTE, packed)
+    yield Finding("prompts over the pool", GOOD, kernels.packed)
     decode = "our Triton kernel" if on_gpu else "the reference, plain torch"
     yield Finding("decode", GOOD, decode)
 

@@ -175,8 +175,10 @@ def fake_fa3(
     out = torch.empty_like(q)
     lens = kwargs["cache_seqlens"].tolist()
     single = "max_seqlen_q" in kwargs
+    starts = kwargs["cu_seqlens_q"].tolist() if single else []
     for b, (table, n) in enumerate(zip(kwargs["page_table"], lens, strict=True)):
-        query = (q if single else q[b]).transpose(0, 1).float()
+        rows = slice(starts[b], starts[b + 1]) if single else b
+        query = q[rows].transpose(0, 1).float()
         keys, values = (
             cells[table.long()].flatten(0, 1)[:n].transpose(0, 1).float()
             for cells in (k, v)
@@ -190,10 +192,7 @@ def fake_fa3(
             scale=kwargs["softmax_scale"],
             enable_gqa=True,
         )[0].transpose(0, 1)
-        if single:
-            out = result.to(q.dtype)
-        else:
-            out[b] = result.to(q.dtype)
+        out[rows] = result.to(q.dtype)
     return out
 
 
@@ -208,6 +207,7 @@ def test_every_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(append, "PREFILL_TOKENS", 64)
     monkeypatch.setattr(prefill, "NEW_TOKENS", 64)
     monkeypatch.setattr(prefill, "PREFIXES", (0, 64))
+    monkeypatch.setattr(prefill, "PACKED", ((2, 40, 64), (1, 64, 0)))
     arena = make_arena(PAGES, SMALL, "cpu")
     out = tmp_path / "kernels.jsonl"
     report = Report(out, {"commit": "abc"})
@@ -235,6 +235,7 @@ def test_every_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("pass, off", "pass, on", "report_tokens"):
         assert kernels.count(("report", name)) == 2
     assert kernels.count(("prefill", "fa3_arena")) == 2
+    assert kernels.count(("prefill", "packed_prefill")) == 2
 
 
 def test_a_pass_can_be_repeated() -> None:

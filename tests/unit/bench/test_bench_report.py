@@ -45,6 +45,13 @@ def test_log_with_prefills_everywhere_uses_all_lines() -> None:
     assert log.parse_log("")["decode_step_ms"] is None
 
 
+def test_prompts_of_each_replica_are_counted() -> None:
+    line = "[2026-11-30 07:00:00 DP{} TP0] Prefill batch, #new-seq: {}, #new-token: 9"
+    text = "\n".join(line.format(*pair) for pair in ((0, 2), (1, 1), (0, 3)))
+    assert log.parse_log(text)["replicas"] == {"0": 5, "1": 1}
+    assert "replicas" not in log.parse_log("[2026] Prefill batch, #new-seq: 2")
+
+
 def test_start_of_the_log() -> None:
     text = "x\nKV-Compress metadata: 2.4 GiB = 3 % of 80 GiB\nmax_total_num_tokens=99, "
     assert log.parse_start(text) == {

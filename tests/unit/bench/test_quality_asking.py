@@ -231,6 +231,13 @@ def test_a_refused_request_is_an_error() -> None:
         ask.answer([sample()], FULL)
 
 
+def test_options_of_sglang_are_its_keywords() -> None:
+    system = parse_system("ours:tp_size=2,window=64")
+    assert system.name == "ours:tp_size=2,window=64"
+    keywords = system.keywords()
+    assert (keywords["tp_size"], keywords["kv_compress_window"]) == (2, 64)
+
+
 def test_engine_keywords() -> None:
     ours = parse_system("ours:allocation=head,window=64")
     gpu = engine_keywords(ours, "m", True, {"max_running_requests": 4})
