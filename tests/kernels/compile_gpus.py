@@ -38,8 +38,10 @@ KV_OPS = [op for op in OPS if op.name in TOUCH_KV]
 """The others know neither the dtype nor the shape of K and V."""
 PASS_OPS = [op for op in KV_OPS if op.name != "decode_attention"]
 DTYPES = (torch.bfloat16, torch.float16, E4M3)
-TILE_OPS = [op for op in OPS if op.name == "observe_scores"]
+TILE_OPS = [op for op in OPS if op.name in ("observe_scores", "packed_prefill")]
 """Besides decode, these alone hold tiles of K in shared memory."""
+SIZED_OPS = [op for op in OPS if op.name == "packed_prefill"]
+"""They choose their tiles, too, by what there is of it."""
 
 
 class Shape(NamedTuple):
@@ -229,6 +231,8 @@ def build(capability: int, extent: str) -> Built:
         launch_step(shape)
     if capability in SMALL and not shapes:
         launch_ops(TIGHT, TILE_OPS)
+    if not shapes and not extent:
+        launch_ops(LARGEST[-1], SIZED_OPS)
     wide = set(compiled)
     for dtype in DTYPES[1:]:
         launch_ops(USUAL, TILE_OPS if few or dtype != E4M3 else KV_OPS, dtype)
