@@ -22,6 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from bench.common.plotting import COLORS, caption_of, load_pyplot, write_png
 from bench.common.record import ROOT, environment, read_lines, write_record
 from sglang_kvc.config import series
+from sglang_kvc.errors import KVCError
+from sglang_kvc.tools.server_http import Http
 
 TIMEOUT_S = 3600
 FIRST_ID, LAST_ID = 1000, 20_000
@@ -164,6 +166,10 @@ def main() -> None:
     if args.draw_only:
         draw(read_lines(args.record)[-1], args.out)
         return
+    try:
+        server = server_of(args.url)
+    except KVCError as error:
+        raise SystemExit(str(error)) from None
     ended = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(watch, args.url, args.every, ended)
@@ -177,7 +183,7 @@ def main() -> None:
         **environment(),
         "bench": "watch",
         "settings": {name: getattr(args, name) for name in load},
-        "server": server_of(args.url),
+        "server": server,
         "resident_tokens": sum(it["resident_tokens"] for it in kept),
         "logical_tokens": sum(it["logical_tokens"] for it in kept),
         "passes": sum(it["passes"] for it in kept),
@@ -189,7 +195,7 @@ def main() -> None:
 
 def server_of(url: str) -> dict[str, Any]:
     """What a reader has to know of the server: the plugin's options, pool and model."""
-    info = requests.get(f"{url}/server_info", timeout=TIMEOUT_S).json()
+    info = Http(url).json("/server_info")
     names = ("tp_size", "device", "max_total_num_tokens", "chunked_prefill_size")
     found = {name: info.get(name) for name in names}
     model = Path(str(info.get("model_path"))).name

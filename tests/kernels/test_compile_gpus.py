@@ -36,6 +36,10 @@ MAX_SPILL_WIDE = {
 # An e4m3 cache, as Triton 3.8 makes it; sm80 converts with integers. Not tuned yet.
 MAX_SPILL_E4M3 = {"score_kernel": {80: 128, 86: 136, 89: 136, 90: 160}}
 
+# It takes all registers that there are, at heads of 256 everywhere; e4m3 on sm80.
+MAX_SPILL_PREFILL = {
+    "packed_prefill_kernel": {80: 216, 86: 64, 89: 64, 90: 56, 100: 104}
+}
 
 # With an older Triton only what most GPUs run that it is used on: enough to see that it
 # compiles what is written for the newest one. All of the matrix takes half an hour.
@@ -102,6 +106,7 @@ def test_kernels_compile_and_spill_nothing_unawares(
         capped = kernel["registers"] == CAPPED_REGISTERS.get(kernel["kernel"])
         usual = {} if kernel["usual"] and not capped else MAX_SPILL
         allowed = [usual] if kernel["usual"] else [MAX_SPILL_WIDE, usual]
+        allowed.append(MAX_SPILL_PREFILL)
         if kernel["e4m3"]:
             allowed.append(MAX_SPILL_E4M3)
         spills = [some.get(kernel["kernel"], {}).get(capability, 0) for some in allowed]
