@@ -130,7 +130,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     for panel in axes[1]:
         panel.set_xlabel("seconds", fontsize=8)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    caption = caption_of([record])
+    caption = caption_of([{**record, "gpu": record["gpu"] or "CPU"}])
     figure.text(0.5, 0.015, caption, ha="center", fontsize=8, color="dimgrey")
     write_png(figure, path)
     plt.close(figure)
