@@ -36,6 +36,7 @@ SMALL = "--max-total-tokens 8192 --max-running-requests 8 --sleep-on-idle"
 NOT_RUN = {
     LAUNCH: "doctor is asked about its flags",
     "pip install -e .": "it makes the environment of a clone; this one is a wheel's",
+    "python -m bench.": "of a clone; no wheel has it",
     "chromium ": "tests/unit/test_view_browser.py draws the page",
     "python -m sglang_router.": "two machines; tests/engine/test_gateway.py",
 }
