@@ -58,7 +58,8 @@ def prefill_config(
     """
     lanes = max(16, triton.next_power_of_2(head_dim))
     rows = min(128, max(16, triton.next_power_of_2(longest_rows)))
-    tile, stages = 32 if byte_cells else 64, 3
+    # More would not fit in registers beside the sums of wide heads.
+    tile, stages = 32 if byte_cells or lanes > 128 else 64, 3
     limit = shared_memory()
 
     def too_large() -> bool:

@@ -61,7 +61,7 @@ SCHEDULER = (
     "xgrammar_backend__apply_vocab_mask",
     # Start-up.
     "scheduler__init_metrics_reporter",
-    "scheduler__run_event_loop",
+    "scheduler__get_init_info",
     # One step.
     "schedule_batch__prepare_for_extend",
     "schedule_batch__prepare_for_decode",

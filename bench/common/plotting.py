@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-DPI = 150
+DPI = 100
 PALETTE = 128
 """Colours of a file; smooth edges of lines need most of them."""
 # Colours that stay apart for colour-blind readers (Okabe and Ito).

@@ -78,6 +78,9 @@ def start(args: argparse.Namespace, way: dict[str, Any], log: Path) -> list[Chil
         **({} if stock else {"kv_compress": True}),
         **{name: value for name, value in way.items() if name != "stock"},
     }
+    if keywords.get("dp_size", 1) > 1:
+        # Replicas choose ports themselves: all would listen on this one.
+        del keywords["nccl_port"]
     nodes = way.get("nnodes", 1)
     if nodes == 1:
         return [start_engine(keywords, log, stock=stock)]

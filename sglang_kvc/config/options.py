@@ -181,9 +181,9 @@ class KVCompressOptions:
         2,
         "STEPS",
         "Decode steps between two prefills while fewer prompts wait than requests run, "
-        "so that prompts do not hold up the answers of others. A prefill then takes "
-        "several prompts only up to 1,024 new tokens. 0: prompts go first, as in "
-        "SGLang.",
+        "so that prompts do not hold up the answers of others. A prefill then takes at "
+        "most 1,024 new tokens, or a chunk of a prompt that is compressed between "
+        "chunks. 0: prompts go first, as in SGLang.",
     )
 
     def __post_init__(self) -> None:

@@ -142,6 +142,8 @@ def _add_one(
         return schedule_policy.AddReqResult.OTHER
     way = need.way
     with _as_if_eos_counted(req.sampling_params):
+        if not way.chunk:
+            call = _in_turn(adder, server, req, call)
         if way.way in (Way.KEEP, Way.LATER):
             with headroom.charged_also(need.ring), _clip_of(need.clip):
                 return call()
@@ -216,7 +218,7 @@ def add_chunked(
     way = need.way
     if not way.chunk:
         with _clip_of(max(way.step - need.length, way.later)):
-            return call()
+            return _in_turn(adder, server, req, call)()
     budget = need.policy.budget(need.length)
     room = int(headroom.free - headroom.now) - budget - 2 * PAGE_SIZE
     chunk = min(way.chunk, floor_tokens(room))
@@ -249,6 +251,20 @@ def _has_lists_for_one_more(adder: PrefillAdder, server: Server, req: Req) -> bo
     if not width or len(reqs) == 1:
         return True
     return len(reqs) * width <= server.page_list_width
+
+
+def _in_turn(
+    adder: PrefillAdder, server: Server, req: Req, call: Callable[[], Any]
+) -> Callable[[], Any]:
+    """`call` with a chunk that answers can wait for.
+
+    A prompt that is compressed between its chunks keeps their length: what survives
+    depends on it. Without chunked prefill no prompt can be cut.
+    """
+    chunk = adder.rem_chunk_tokens
+    if chunk is None or (longest := server.turns.longest(chunk)) == chunk:
+        return call
+    return partial(_in_chunk, adder, req, longest, call)
 
 
 def _in_chunk(

@@ -5,7 +5,7 @@ for all of them. Here a few decode steps go between, by default two: SGLang hand
 the tokens of a step when it has launched the next one, so those of a single step would
 wait for the launch of a prefill. If as many prompts wait as requests run, prompts go
 first as in SGLang: then it pays to fill the batch. And a prefill that answers wait for
-takes several prompts only if they are short.
+is short: a longer prompt is cut, and prompts share one only if they fit.
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ from typing import Any
 
 from sglang_kvc.upstream.types import Scheduler
 
-SHARED_TOKENS = 1024
-"""New tokens that several prompts may bring to one prefill while answers wait."""
+TURN_TOKENS = 1024
+"""New tokens of a prefill that answers wait for, a multiple of a page."""
 
 
 class Turns:
-    """Whose turn it is, prompts' or answers', on one server."""
+    """Whose turn it is, prompts' or answers', on one server.
+
+    Attributes
+    ----------
+    tokens : new tokens of a prefill that answers wait for; only tests change it.
+    """
 
     def __init__(self) -> None:
+        self.tokens = TURN_TOKENS
         self._decoded = 0
         self._hurry = False
 
@@ -46,6 +52,10 @@ class Turns:
         self._hurry = few and _answers_wait(running_batch)
         return self._hurry and self._decoded < steps
 
+    def longest(self, chunk: int) -> int:
+        """New tokens that a prefill takes at most; `chunk` if no answers wait."""
+        return min(chunk, self.tokens) if self._hurry else chunk
+
     def takes(self, taken: int, more: int) -> bool:
         """Whether a prefill takes another prompt.
 
@@ -55,7 +65,7 @@ class Turns:
         more : new tokens of this one.
         """
         alone = not taken or not self._hurry
-        return alone or taken + more <= SHARED_TOKENS
+        return alone or taken + more <= self.tokens
 
 
 def _answers_wait(running_batch: Any) -> bool:

@@ -79,19 +79,23 @@ def extend_batch(
 
 
 @contextmanager
-def made_up_prompt(scheduler: Any, length: int) -> Iterator[ForwardBatch]:
+def made_up_prompt(
+    scheduler: Any, length: int, **sampling: float
+) -> Iterator[ForwardBatch]:
     """A prompt as SGLang would prefill it, outside any queue; gives back what it takes.
 
     Parameters
     ----------
     scheduler : SGLang's Scheduler, with nothing running.
     length : tokens of the prompt.
+    sampling : of SGLang's sampling parameters; greedy if none are given.
     """
+    sampling = sampling or {"temperature": 0}
     req = Req(
         rid="kv-compress-warm-up",
         origin_input_text="",
         origin_input_ids=array("q", [1]) * length,
-        sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
+        sampling_params=SamplingParams(max_new_tokens=1, **sampling),
     )
     req.full_untruncated_fill_ids = req.origin_input_ids
     req.logprob_start_len = -1

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_kvc.scheduling.turns import TURN_TOKENS
 from sglang_kvc.sessions.store import SessionStore
 from sglang_kvc.upstream.generation import UPSTREAM, Generation22
 from tests.engine.inprocess import (
@@ -51,6 +52,8 @@ class Setting:
     retract: bool = False
     pause: bool = False
     turns: int = 2
+    turn_tokens: int = 0
+    """New tokens of a prefill that answers wait for; 0: as servers have it."""
     sessions: int = 0
     """Turns of a conversation behind its first; 0: no sessions are kept."""
     sglang_turns: int = 0
@@ -71,6 +74,7 @@ SETTINGS = {
     "retract": Setting(retract=True),
     "pause": Setting(pause=True),
     "no turns": Setting(turns=0),
+    "short turns": Setting(turn_tokens=32, chunk=512),
     "turns of chunks": Setting(turns=3, chunk=64, chunks="always"),
     "all at once": Setting(
         chunks="always", radix=False, priority=True, retract=True, pause=True
@@ -249,6 +253,7 @@ def apply(server: InProcessScheduler, setting: Setting) -> None:
     )
     options = dataclasses.replace(options, sessions=bool(setting.sessions))
     runtime.state.options = runtime.pass_scheduler.options = options
+    runtime.turns.tokens = setting.turn_tokens or TURN_TOKENS
     server.sch.tree_cache.sessions = SessionStore() if setting.sessions else None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_kvc.attention.warmup import prefill_once
+from sglang_kvc.attention.warmup import SAMPLED, prefill_once
 from sglang_kvc.config.pages import ceil_tokens, floor_tokens
 from sglang_kvc.eviction.runner import PassRunner
 from tests.engine.inprocess import InProcessScheduler, Request
@@ -136,11 +136,14 @@ def test_warm_up_leaves_the_padding_slot_empty(
     assert not runtime.state.tables.block_offsets[0].any()
 
 
-def test_the_warm_up_prefill_gives_everything_back(fresh: InProcessScheduler) -> None:
+@pytest.mark.parametrize("sampling", [{}, *SAMPLED])
+def test_the_warm_up_prefill_gives_everything_back(
+    fresh: InProcessScheduler, sampling: dict[str, float]
+) -> None:
     scheduler = fresh.sch
     slots = scheduler.req_to_token_pool
     before = fresh.allocator.available_size(), slots.available_size()
-    prefill_once(scheduler, 40)
+    prefill_once(scheduler, 40, **sampling)
     assert (fresh.allocator.available_size(), slots.available_size()) == before
     tree = fresh.sch.tree_cache
     assert tree.evictable_size() + tree.protected_size() == 0

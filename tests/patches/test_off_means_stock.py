@@ -101,7 +101,7 @@ def calls(pool: object) -> dict[str, Call]:
             {"logits": cuda, "vocab_mask": None},
         ),
         "scheduler__init_metrics_reporter": ((holder,), {}),
-        "scheduler__run_event_loop": ((holder,), {}),
+        "scheduler__get_init_info": ((holder,), {}),
         "schedule_batch__prepare_for_extend": ((holder,), {}),
         "schedule_batch__prepare_for_decode": ((holder,), {}),
         "tp_worker__forward_batch_generation": ((worker, batch), {"is_verify": True}),

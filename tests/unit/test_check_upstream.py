@@ -18,7 +18,7 @@ from sglang_kvc.tools.upstream_diff.release import CheckError, open_release
 from tests.unit.small_wheels import make_wheel
 
 MODULE = "sglang/srt/managers/scheduler.py"
-LOOP = "class Scheduler:\n    def run_event_loop(self):\n        pass\n"
+LOOP = "class Scheduler:\n    def get_init_info(self):\n        pass\n"
 
 
 def test_our_own_source_is_understood() -> None:
@@ -159,10 +159,10 @@ def test_exit_status_and_summary(
     assert check_upstream.main(given) == check_upstream.WORK
     text = capsys.readouterr().out
     assert text.startswith("SGLang 2.0 against 1.0")
-    assert "read scheduler__run_event_loop.py (body changed)" in text
+    assert "read scheduler__get_init_info.py (body changed)" in text
     assert "+    return 1" in text
     assert check_upstream.main([str(gone), "--against", str(old)]) == 1
-    assert "adapt scheduler__run_event_loop.py (gone)" in capsys.readouterr().out
+    assert "adapt scheduler__get_init_info.py (gone)" in capsys.readouterr().out
 
 
 def test_installed_sglang_has_not_moved_and_is_not_imported() -> None:

@@ -11,7 +11,7 @@ from sglang_kvc.patches import (
     scheduler__get_new_batch_prefill_raw,
     scheduler__should_defer_prefill,
 )
-from sglang_kvc.scheduling.turns import Turns
+from sglang_kvc.scheduling.turns import TURN_TOKENS, Turns
 
 
 def req(done: int, most: int, *, finished: bool = False) -> Any:
@@ -78,19 +78,17 @@ def test_where_many_wait_the_batch_is_filled_first(
     assert Turns().decode_first(behind, ANSWERS, 2) == answers_first
 
 
-@pytest.mark.parametrize(
-    ("waiting", "steps", "together"), [(3, 2, 2048), (4, 2, 10**6), (3, 0, 10**6)]
-)
-def test_answers_wait_for_one_long_prompt_at_a_time(
-    waiting: int, steps: int, together: int
-) -> None:
-    """It may be as long as it likes; short ones share a prefill."""
-    turns = Turns()
+@pytest.mark.parametrize(("waiting", "steps"), [(3, 2), (4, 2), (3, 0)])
+def test_answers_wait_for_a_short_prefill(waiting: int, steps: int) -> None:
+    """A long prompt is cut; short ones share a prefill. Not where many wait."""
+    turns, short = Turns(), (waiting, steps) == (3, 2)
     for last in (PREFILL, DECODE, DECODE):
         turns.decode_first(scheduler(last, waiting=waiting), ANSWERS, steps)
-    assert turns.takes(0, 10**6)
-    assert turns.takes(together - 500, 500)
-    assert turns.takes(together - 500, 501) == (together > 2048)
+    assert turns.longest(8192) == (TURN_TOKENS if short else 8192)
+    assert turns.longest(256) == 256
+    assert turns.takes(0, 10**6), "it is cut"
+    assert turns.takes(TURN_TOKENS - 500, 500)
+    assert turns.takes(TURN_TOKENS - 500, 501) != short
 
 
 def runtime(steps: int) -> Any:

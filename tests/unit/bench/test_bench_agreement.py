@@ -43,6 +43,11 @@ def test_one_node_sees_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keywords["kv_compress"] is True
 
 
+def test_replicas_choose_their_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    [(keywords, _, _)] = started({"dp_size": 2}, monkeypatch)
+    assert "nccl_port" not in keywords
+
+
 def test_what_two_ways_have_in_common() -> None:
     found = agreement.agreement([[1, 2, 3], [4, 5]], [[1, 2, 9], [4, 5]])
     assert found == {"equal": 1, "alike_tokens": [2, 2], "tokens": [3, 2]}
