@@ -25,6 +25,7 @@ PARENT = (
     "http_server__app",
     "api_contract__generate_contract_error",
     "serving_base__handle_request",
+    "serving_responses__create_responses",
     "tokenizer_manager__generate_request",
     "tokenizer_manager__validate_one_request",
     "tokenizer_manager__init_req_state",

@@ -13,6 +13,7 @@ from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.config.pages import pages_of
+from sglang_kvc.config.server_args import chunk_tokens
 from sglang_kvc.errors import ConfigError
 from sglang_kvc.eviction.runner import PassRunner
 from sglang_kvc.eviction.scorers import get_scorer
@@ -140,7 +141,7 @@ class KVCompressRuntime:
             context_len=max_len,
             pool_tokens=tokens,
             chunk_size=self.chunk_rule.chunk_size,
-            prefill_tokens=max(get_schedule().chunked_prefill_size or 0, 0),
+            prefill_tokens=chunk_tokens(get_schedule()),
         )
         kv_bytes = state.arena.k.nbytes + state.arena.v.nbytes
         parts = parts_of(

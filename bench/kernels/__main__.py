@@ -1,6 +1,7 @@
 """Every kernel against its reference and the bytes that it must move, on one GPU.
 
-    python -m bench.kernels [--only decode,append,pass,prefill] [--quick] [--tune]
+    python -m bench.kernels [--only decode,append,pass,report,prefill] [--quick]
+    python -m bench.kernels --tune
     python -m bench.kernels --only decode --quick --shape 32x4x64x256
     python -m bench.kernels --only decode --kv-cache-dtype fp8_e4m3
 
@@ -23,13 +24,21 @@ from typing import Any
 import torch
 
 from bench.common.record import environment
-from bench.kernels import append, decode, decode_case, decode_tune, passes, prefill
+from bench.kernels import (
+    append,
+    decode,
+    decode_case,
+    decode_tune,
+    passes,
+    prefill,
+    reports,
+)
 from bench.kernels.batches import Shape, make_arena
 from bench.kernels.timing import Clock, Report
 from sglang_kvc.kernels.kv_dtype import E4M3
 
 DTYPES = {"bf16": torch.bfloat16, "fp8_e4m3": E4M3}
-SECTIONS = ("decode", "append", "pass", "prefill")
+SECTIONS = ("decode", "append", "pass", "report", "prefill")
 COPY_BYTES = 2 << 30
 REPLAYS, QUICK_REPLAYS = 15, 7
 SMALL_ARENA_PAGES = 4_352
@@ -72,7 +81,11 @@ def bench_copy(clock: Clock, report: Report) -> None:
 
 def arena_pages(sections: list[str]) -> int:
     """Pages that the sections need; 1 MiB of K and 1 MiB of V each."""
-    needs = {"decode": decode_case.ARENA_PAGES, "pass": passes.ARENA_PAGES}
+    needs = {
+        "decode": decode_case.ARENA_PAGES,
+        "pass": passes.ARENA_PAGES,
+        "report": reports.ARENA_PAGES,
+    }
     return max(needs.get(section, SMALL_ARENA_PAGES) for section in sections)
 
 
@@ -139,6 +152,7 @@ def main() -> None:
             "decode": lambda: decode.bench_decode(*base, fa3),
             "append": lambda: append.bench_append(*base),
             "pass": lambda: passes.bench_pass(*base),
+            "report": lambda: reports.bench_report(*base),
             "prefill": lambda: prefill.bench_prefill(*base, fa3),
         }
         work = {section: every[section] for section in sections}

@@ -8,7 +8,6 @@ each task (percentile bootstrap, 95 %).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +15,10 @@ import numpy as np
 from bench.quality.records import Cell, Key
 from bench.quality.systems import FULL, STOCK
 from bench.quality.tasks import GROUPS, RULER, TASKS
+from sglang_kvc.tools.advise import bootstrap
+from sglang_kvc.tools.advise.bootstrap import LEVELS
 
 RESAMPLES = 2000
-LEVELS = (2.5, 97.5)
 LM = "lm"
 
 
@@ -29,14 +29,8 @@ class Column(NamedTuple):
     setting: str
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % interval, from `count` samples."""
-
-    value: float
-    low: float
-    high: float
-    count: int
+class Estimate(bootstrap.Estimate):
+    """A value with its 95 % interval, from `count` samples; to a tenth."""
 
     def __str__(self) -> str:
         return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"

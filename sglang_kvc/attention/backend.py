@@ -24,7 +24,7 @@ from sglang_kvc.attention.kv_scales import layer_scales
 from sglang_kvc.attention.prefill import PrefillKernel
 from sglang_kvc.attention.prefill_kernels import prefill_kernels
 from sglang_kvc.attention.step_context import folds_of_forward
-from sglang_kvc.config.server_args import options_of
+from sglang_kvc.config.server_args import chunk_tokens, options_of
 from sglang_kvc.errors import UnsupportedModeError
 from sglang_kvc.kernels.append import append_kv
 from sglang_kvc.kernels.decode_attention import (
@@ -101,7 +101,7 @@ class KVCompressAttentionBackend(base_attn_backend.AttentionBackend):
         state = make_device_state(model_runner, options)
         self.kernels = prefill_kernels(self.token_to_kv_pool, state.tables)
         settings = UPSTREAM.resolved(model_runner.server_args)
-        chunk_size = max(settings.chunked_prefill_size or 0, 0)
+        chunk_size = chunk_tokens(settings)
         self.runtime = KVCompressRuntime(
             self.token_to_kv_pool,
             state,

@@ -44,6 +44,11 @@ _VARIABLES_OFF = {
 _FALSE = ("0", "false", "no", "n")
 
 
+def chunk_tokens(settings: Any) -> int:
+    """Tokens of a prefill chunk by these resolved settings; 0: prompts are whole."""
+    return max(settings.chunked_prefill_size or 0, 0)
+
+
 @points_to(Section.FLAGS)
 def construct(build: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
     """Build a ServerArgs from raw arguments that may contain ours.

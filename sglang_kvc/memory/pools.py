@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
+from sglang_kvc.config.server_args import chunk_tokens
 from sglang_kvc.config.server_args import options_of as attached_options
 from sglang_kvc.errors import (
     ConfigError,
@@ -142,7 +143,7 @@ def subtract_metadata(configurator: Any, available: int) -> int:
     if schedule.max_total_tokens is not None:
         tokens = min(tokens, schedule.max_total_tokens)
     requests = schedule.max_running_requests or default_slots(tokens)
-    chunk_size = max(schedule.chunked_prefill_size or 0, 0)
+    chunk_size = chunk_tokens(schedule)
     sizes = metadata_bytes(
         shape,
         options,

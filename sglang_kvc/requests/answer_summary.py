@@ -3,14 +3,15 @@
 SGLang shows ``meta_info`` in a chat that is not streamed only, and only to those who
 ask for it with a field that its gateway drops. ``metadata`` is a field of its answers
 anyway. A streamed answer has it in the chunk with the usage, whose list of choices is
-empty: clients that ask for that chunk (``stream_options``) expect one without text.
+empty: clients that ask for that chunk (``stream_options``) expect one without text. A
+stream of ``/v1/responses`` has it in its last event, which repeats the whole answer.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from sglang_kvc.config.options import SWITCH
@@ -18,6 +19,7 @@ from sglang_kvc.config.options import SWITCH
 _DATA = "data: "
 # Of the text of an answer every quotation mark is escaped.
 _USAGE_CHUNK = ('"choices":[]', '"usage":{')
+_LAST_EVENTS = ("event: response.completed\n", "event: response.incomplete\n")
 
 
 async def answer_with_summary(
@@ -31,9 +33,10 @@ async def answer_with_summary(
     Parameters
     ----------
     answering : callable
-        SGLang's ``OpenAIServingBase.handle_request``.
+        SGLang's ``OpenAIServingBase.handle_request``, or ``create_responses`` of
+        ``OpenAIServingResponses``, which streams without an HTTP response around it.
     serving : OpenAIServingBase
-        Of a chat, or of completions. Others' answers have no such field.
+        Of a chat, of completions or of responses. Others' answers have no such field.
     request, raw_request : as SGLang gives them.
     """
     # A request has a serving object of its own, which looks on; the parts are shared.
@@ -41,6 +44,8 @@ async def answer_with_summary(
     serving = copy.copy(serving)
     serving.tokenizer_manager = heard
     answer = await answering(serving, request, raw_request)
+    if isinstance(answer, AsyncGenerator):
+        return _with_summary(answer, heard)
     if hasattr(answer, "body_iterator"):
         answer.body_iterator = _with_summary(answer.body_iterator, heard)
     elif hasattr(answer, "metadata") and heard.summaries:
@@ -82,11 +87,23 @@ class Listener:
 
 async def _with_summary(
     chunks: AsyncIterator[Any], heard: Listener
-) -> AsyncIterator[Any]:
+) -> AsyncGenerator[Any]:
     async for chunk in chunks:
-        is_last = isinstance(chunk, str) and all(it in chunk for it in _USAGE_CHUNK)
-        if is_last and heard.summaries and chunk.startswith(_DATA):
-            usage = json.loads(chunk[len(_DATA) :])
-            usage["metadata"] = {SWITCH: heard.in_order()}
-            chunk = f"{_DATA}{json.dumps(usage, separators=(',', ':'))}\n\n"
+        if isinstance(chunk, str) and heard.summaries:
+            chunk = _told(chunk, heard.in_order())
         yield chunk
+
+
+def _told(chunk: str, summaries: list[Any]) -> str:
+    """The chunk, with the summaries if it is the one for them."""
+    event, _, data = chunk.partition(_DATA)
+    if event in _LAST_EVENTS:
+        last = json.loads(data)
+        response = last["response"]
+        response["metadata"] = {**(response.get("metadata") or {}), SWITCH: summaries}
+    elif not event and all(it in data for it in _USAGE_CHUNK):
+        last = json.loads(data)
+        last["metadata"] = {SWITCH: summaries}
+    else:
+        return chunk
+    return f"{event}{_DATA}{json.dumps(last, separators=(',', ':'))}\n\n"

@@ -64,6 +64,9 @@ class TinyModel:
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
             # Looked up, not summed; a small one would leave the last token no say.
             model.get_input_embeddings().weight.normal_()
+            if config.tie_word_embeddings:
+                # With signs of its own, or every token would be followed by itself.
+                model.model.norm.weight.normal_(std=3)
         model.save_pretrained(folder)
         return str(folder)
 
@@ -101,6 +104,8 @@ MODELS = {
             16,
             {"attention_bias": True, "partial_rotary_factor": 0.5},
         ),
+        # One KV head, wide heads, norms that multiply by 1 + w.
+        TinyModel("GemmaForCausalLM", (8, 1), 32, {"tie_word_embeddings": True}),
         TinyModel("Olmo2ForCausalLM", (10, 2), 16, {"hidden_size": 160}),
         # The usual scale would be 0.177.
         TinyModel(

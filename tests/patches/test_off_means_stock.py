@@ -58,6 +58,7 @@ def calls(pool: object) -> dict[str, Call]:
         "pynccl__init": ((owner, None, "cuda:0"), {}),
         "api_contract__generate_contract_error": (({},), {}),
         "serving_base__handle_request": ((serving, obj, None), {}),
+        "serving_responses__create_responses": ((serving, obj, None), {}),
         "tokenizer_manager__generate_request": ((owner, obj, None), {}),
         "tokenizer_manager__validate_one_request": ((owner, obj, []), {}),
         "tokenizer_manager__init_req_state": ((owner, obj, None), {}),

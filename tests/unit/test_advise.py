@@ -393,8 +393,8 @@ def test_a_missing_matplotlib_is_said_first(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rates", "2,x"], "must be numbers with commas"),
-        (["--rates", "0.5"], "must be at least 1"),
+        (["--rates", "2,x"], "rates of at least 1 with commas"),
+        (["--rates", "0.5"], "rates of at least 1"),
         (["--concurrency", "0"], "must be a number above 0"),
         (["--tolerance", "101"], "must be from 0 to 100"),
     ],

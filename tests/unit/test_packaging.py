@@ -6,7 +6,6 @@ import email
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,10 +17,9 @@ import pytest
 
 import sglang_kvc
 from sglang_kvc.upstream.compat import SUPPORTED_SGLANG
+from tests.unit.packed_tree import PAGES, ROOT, copy_packed
 
-ROOT = Path(__file__).parents[2]
 PLUGIN = "sglang_kvc.plugin:register"
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 TYPED = "sglang_kvc/py.typed"
 
 
@@ -58,18 +56,8 @@ def source_files() -> set[str]:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packed, so that no build folder is left."""
-    tree = tmp_path_factory.mktemp("tree")
-    for folder in ("sglang_kvc", "kernels", "patches", "docs"):
-        shutil.copytree(
-            ROOT / folder,
-            tree / folder,
-            symlinks=True,
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )
-    for name in ("pyproject.toml", "MANIFEST.in", "LICENSE", *PAGES):
-        shutil.copy(ROOT / name, tree)
-    return tree
+    """What is packed, in a folder of its own."""
+    return copy_packed(tmp_path_factory.mktemp("tree"))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,23 @@ REFUSED: list[tuple[str, str, dict[str, Any], list[str]]] = [
     ("Gemma2ForCausalLM", "Gemma2Config", {}, ["soft-capped attention logits", WINDOW]),
     ("Gemma3ForCausalLM", "Gemma3TextConfig", {}, [WINDOW]),
     ("Gemma3ForConditionalGeneration", "Gemma3Config", {}, [WINDOW]),
+    ("Gemma3nForCausalLM", "Gemma3nTextConfig", {}, [WINDOW]),
+    (
+        "Gemma3nForConditionalGeneration",
+        "Gemma3nConfig",
+        {},
+        ["image, audio or video input", WINDOW],
+    ),
+    # SGLang 0.5.23 reads no config of Gemma4ForCausalLM, which has no checkpoint.
+    *(
+        (
+            f"{name}ForConditionalGeneration",
+            f"{name}Config",
+            {},
+            ["image, audio or video input", "sliding-window layers", WINDOW],
+        )
+        for name in ("Gemma4", "Gemma4Unified")
+    ),
     (
         "GptOssForCausalLM",
         "GptOssConfig",
@@ -63,6 +80,8 @@ SERVED: list[tuple[str, str, tuple[int, int, int]]] = [
     ("Phi-3-mini-128k", "Phi3", (32, 32, 96)),
     ("Phi-4-mini", "Phi3", (24, 8, 128)),
     ("GLM-4-9B", "Glm4", (32, 2, 128)),
+    ("Gemma-2B", "Gemma", (8, 1, 256)),
+    ("Gemma-7B", "Gemma", (16, 16, 256)),
     ("OLMo-2-7B", "Olmo2", (32, 32, 128)),
     ("OLMo-2-32B", "Olmo2", (40, 8, 128)),
     ("Granite-3.1-2B", "Granite", (32, 8, 64)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ from sglang.srt.entrypoints.openai.protocol import (
     ChatCompletionStreamResponse,
     CompletionResponse,
     CompletionStreamResponse,
+    ResponsesResponse,
     UsageInfo,
 )
 from starlette.responses import JSONResponse, StreamingResponse
@@ -55,6 +56,9 @@ def answer(stock: Any, made: Any) -> Any:
         response = await answer_with_summary(answering, stock, "request", "raw")
         if isinstance(response, StreamingResponse):
             return [chunk async for chunk in response.body_iterator]
+        # As SGLang's route asks.
+        if isinstance(response, AsyncGenerator):
+            return [chunk async for chunk in response]
         return response
 
     found = asyncio.run(all_of_it())
@@ -118,6 +122,55 @@ def test_streamed(kind: Any, written: dict[str, bool], asked: bool) -> None:
     assert last.startswith("data: {") and last.endswith("}\n\n")
     before, after = (json.loads(it.removeprefix("data: ")) for it in (usage, last))
     assert after.pop("metadata") == {"kv_compress": [{"rate": 2}, {"rate": 3}]}
+    assert after == before
+
+
+def response_of(request_metadata: dict[str, Any]) -> ResponsesResponse:
+    """An answer of /v1/responses, which repeats the request's metadata."""
+    return ResponsesResponse(model="m", status="completed", metadata=request_metadata)
+
+
+def test_whole_response() -> None:
+    """The client's own entries stay; its wish gives way to what came of it."""
+
+    async def made(outs: Any, request: Any) -> Any:
+        await outs.__anext__()
+        return response_of({"kv_compress": "rate=8", "mine": "7"})
+
+    told = answer(serving(out(8)), made).metadata
+    assert told == {"kv_compress": [{"rate": 8}], "mine": "7"}
+
+
+@pytest.mark.parametrize("end", ["completed", "incomplete"])
+def test_streamed_response(end: str) -> None:
+    """SGLang answers with the stream itself; only its last event is written anew."""
+    trap = f"event: response.{end}\ndata: " + TRAP
+
+    def event(kind: str, **fields: Any) -> str:
+        payload = json.dumps({"type": kind, **fields})
+        return f"event: {kind}\ndata: {payload}\n\n"
+
+    whole = json.loads(response_of({"mine": "7"}).model_dump_json())
+    last = event(f"response.{end}", sequence_number=3, response=whole)
+
+    async def made(outs: Any, request: Any) -> Any:
+        async def chunks() -> AsyncIterator[str]:
+            yield event("response.created", response=whole)
+            async for _ in outs:
+                yield event("response.output_text.delta", delta=trap)
+            yield last
+
+        return chunks()
+
+    created, *deltas, told = answer(serving(out(1), out(2)), made)
+    assert created == event("response.created", response=whole)
+    assert deltas == [event("response.output_text.delta", delta=trap)] * 2
+    head, data = told.split("data: ")
+    assert head == f"event: response.{end}\n" and data.endswith("}\n\n")
+    before, after = (json.loads(it.partition("data: ")[2]) for it in (last, told))
+    expected = {"mine": "7", "kv_compress": [{"rate": 2}]}
+    assert after["response"].pop("metadata") == expected
+    del before["response"]["metadata"]
     assert after == before
 
 

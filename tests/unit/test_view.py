@@ -186,7 +186,10 @@ def fake() -> Iterator[Any]:
     ("mode", "message"),
     [
         ("stock", "the server runs without --kv-compress"),
-        ("too long", "the server refused the prompt: longer than the context"),
+        (
+            "too long",
+            "the server refused the prompt: HTTP 400: longer than the context",
+        ),
         ("breaks off", "the answer broke off before its end"),
     ],
 )
@@ -241,7 +244,7 @@ def test_what_is_missing_is_named(
         (["--rates", "2,0.5"], "rates of at least 1"),
         (["--rates", "2,x"], "rates of at least 1"),
         (["--rates", "nan"], "rates of at least 1"),
-        (["--max-new-tokens", "0"], "expected a number of tokens"),
+        (["--max-new-tokens", "0"], "must be a number above 0"),
     ],
 )
 def test_a_bad_option_ends_with_usage(

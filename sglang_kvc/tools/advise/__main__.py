@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sglang_kvc.errors import KVCError
+from sglang_kvc.tools import checked_numbers as numbers
 from sglang_kvc.tools.advise import plot
 from sglang_kvc.tools.advise.advice import MIN_PROMPTS, TOLERANCE, advise
 from sglang_kvc.tools.advise.asking import FULL, Answer, Asker, Run
@@ -147,21 +148,7 @@ def _bar(title: str, prompts: Sequence[Prompt], rounds: int) -> Any:
 
 
 def _rates(text: str) -> list[float]:
-    try:
-        rates = sorted({float(word) for word in text.split(",")})
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be numbers with commas between them, got {text!r}"
-        ) from None
-    if not all(1 <= rate < 1e6 for rate in rates):
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
-    return rates
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return int(text)
+    return sorted(numbers.rates(text))
 
 
 def _percent(text: str) -> float:
@@ -193,9 +180,15 @@ def _parser() -> argparse.ArgumentParser:
         'right answers "reference": a text or a list of them',
     )
     parser.add_argument("--rates", type=_rates, default=_RATES, metavar="X,Y,...")
-    parser.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
     parser.add_argument(
-        "--concurrency", type=_count, default=8, metavar="N", help="requests at once"
+        "--max-new-tokens", type=numbers.count, default=128, metavar="N"
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=numbers.count,
+        default=8,
+        metavar="N",
+        help="requests at once",
     )
     parser.add_argument(
         "--score",

@@ -8,10 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sglang_kvc.tools.view.client import Answer, Client, RefusedError, ViewError
+from sglang_kvc.errors import KVCError
+from sglang_kvc.tools import checked_numbers as numbers
+from sglang_kvc.tools.server_http import RefusedError
+from sglang_kvc.tools.view.client import Answer, Client
 from sglang_kvc.tools.view.page import View, render
 
 _REPORT_S = 5.0
+
+
+class ViewError(KVCError):
+    """Something that the user of the tool can put right, said in one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         path = _write(args)
-    except ViewError as error:
+    except KVCError as error:
         print(f"view: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -37,29 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="the server")
     parser.add_argument("--prompt", required=True, metavar="FILE", help="its text")
-    parser.add_argument("--rates", type=_rates, default=[2.0, 4.0, 8.0], metavar="X,Y")
-    parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")
+    parser.add_argument(
+        "--rates", type=numbers.rates, default=[2.0, 4.0, 8.0], metavar="X,Y"
+    )
+    parser.add_argument("--max-new-tokens", type=numbers.count, default=64, metavar="N")
     parser.add_argument("--out", default="view.html", metavar="FILE.html")
     parser.add_argument("--api-key", help="if the server wants one")
     return parser
-
-
-def _rates(text: str) -> list[float]:
-    try:
-        rates = [float(part) for part in text.split(",")]
-    except ValueError:
-        rates = [0.0]
-    if not all(1 <= rate < float("inf") for rate in rates):
-        raise argparse.ArgumentTypeError(
-            f"expected rates of at least 1 with commas between, as in 2,4,8; got {text}"
-        )
-    return list(dict.fromkeys(rates))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a number of tokens, got {text}")
-    return int(text)
 
 
 def _write(args: argparse.Namespace) -> Path:

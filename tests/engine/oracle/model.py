@@ -30,6 +30,10 @@ class MaskedModel:
             model_path, dtype=torch.float32, attn_implementation="kv_oracle"
         ).eval()
         config = self._model.config
+        if getattr(config, "use_qk_norm", None) is False:
+            # A switch of SGLang's MiniMax-M2 that transformers' does not know.
+            for layer in self._model.model.layers:
+                layer.self_attn.q_norm = layer.self_attn.k_norm = torch.nn.Identity()
         self.copies = max(ranks // config.num_key_value_heads, 1)
         self.layers = config.num_hidden_layers
         self.heads = config.num_key_value_heads * self.copies

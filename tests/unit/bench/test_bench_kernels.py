@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.kernels import append, decode, decode_tune, passes, prefill
+from bench.kernels import append, decode, decode_tune, passes, prefill, reports
 from bench.kernels.__main__ import arena_pages, parse_shape
 from bench.kernels.batches import Batch, Shape, fold_by_head, head_blocks, make_arena
 from bench.kernels.checks import POOL, POWER, SINKS, WINDOW, check_pass, small_case
@@ -202,6 +202,7 @@ def test_every_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(decode, "ROWS", (Row(3, 256, True), Row(2, 128, False)))
     monkeypatch.setattr(passes, "CASES", (PassCase(1, 0, 512), PassCase(2, 64, 80)))
     monkeypatch.setattr(passes, "SLOTS", 3)
+    monkeypatch.setattr(reports, "CASES", (PassCase(1, 0, 512), PassCase(2, 64, 80)))
     monkeypatch.setattr(append, "DECODE_BATCHES", (1, 4))
     monkeypatch.setattr(append, "PREFILL_TOKENS", 64)
     monkeypatch.setattr(prefill, "NEW_TOKENS", 64)
@@ -214,6 +215,7 @@ def test_every_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     decode.bench_decode(*base, fake_fa3)
     append.bench_append(*base)
     passes.bench_pass(*base)
+    reports.bench_report(*base)
     prefill.bench_prefill(*base, fake_fa3)
     report.print_table()
     assert report.errors == []
@@ -230,6 +232,8 @@ def test_every_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for stage in ("observe", "pool", "distinct", "select", "pack", "commit"):
         assert kernels.count(("pass", stage)) == 2
     assert kernels.count(("pass", "whole pass")) == 2
+    for name in ("pass, off", "pass, on", "report_tokens"):
+        assert kernels.count(("report", name)) == 2
     assert kernels.count(("prefill", "fa3_arena")) == 2
     assert kernels.count(("prefill", "packed_prefill")) == 2
 
