@@ -86,6 +86,14 @@ class KVCompressOptions:
         "rate, too, but no budget; short prompts are kept whole up to it.",
         expert=False,
     )
+    answer: int = integer(
+        0,
+        "TOKENS",
+        "Last tokens of an answer (rounded up to 16) that stay whole, beside the "
+        "budget, which is then that of all before them. 0: decoded tokens compete "
+        "with the prompt, and count against its rate or budget.",
+        expert=False,
+    )
     window: int = integer(
         32,
         "QUERIES",
@@ -191,6 +199,7 @@ class KVCompressOptions:
         check_int("window", self.window, 1, MAX_WINDOW)
         check_int("protected", self.protected, 1)
         check_int("interval", self.interval, 1)
+        check_int("answer", self.answer, 0)
         check_int("sinks", self.sinks, 0)
         check_int("turns", self.turns, 0)
         check_switch("sessions", self.sessions)

@@ -145,10 +145,14 @@ def _by_groups(
     )
 
 
-def least_pages(options: KVCompressOptions, kept_pages: int) -> int:
-    """Pages that a layer keeps at least where an equal share is `kept_pages`."""
+def least_pages(options: KVCompressOptions, kept_pages: int, protected: int) -> int:
+    """Pages that a layer keeps at least where an equal share is `kept_pages`.
+
+    `protected`: last tokens below the fold that every head keeps.
+    """
     # A layer must be able to keep what its heads must.
-    return max(int(options.least_layer_share * kept_pages), options.floor // PAGE_SIZE)
+    forced = max(pages_of(options.sinks + protected), options.floor // PAGE_SIZE)
+    return max(int(options.least_layer_share * kept_pages), forced)
 
 
 WARM_UP_TOKENS = (20 * PAGE_SIZE, 512 * PAGE_SIZE)
@@ -293,7 +297,8 @@ def _plan_request(decision: PassDecision, options: KVCompressOptions) -> PassReq
     fold_blocks = (decision.fold_new - decision.fold_old) // PAGE_SIZE
     freed_pages = (decision.packed_old - decision.packed_new) // PAGE_SIZE + fold_blocks
     kept_pages = decision.packed_new // PAGE_SIZE
-    least = least_pages(options, kept_pages)
+    protected = max(decision.fold_new - (decision.seq_len - decision.protected), 0)
+    least = least_pages(options, kept_pages, protected)
     return PassRequest(
         slot=decision.slot,
         seq_len=decision.seq_len,
@@ -303,7 +308,7 @@ def _plan_request(decision: PassDecision, options: KVCompressOptions) -> PassReq
         packed_pages=decision.packed_old // PAGE_SIZE,
         evict_pages=freed_pages,
         evict_most_pages=freed_pages + kept_pages - least,
-        protected=max(decision.fold_new - (decision.seq_len - options.protected), 0),
+        protected=protected,
         is_first=decision.is_first,
         repeated=decision.repeated,
         pool_tail=decision.pool_tail,

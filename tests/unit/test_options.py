@@ -24,7 +24,7 @@ from sglang_kvc.errors import ConfigError
 
 COUNTS = (
     *("budget", "min_budget", "window", "protected", "interval", "sinks"),
-    *("pool_back", "pool_ahead", "head_floor"),
+    *("pool_back", "pool_ahead", "head_floor", "answer"),
 )
 FACTORS = ("pool_decay", "pool_gain", "distinct", "layer_share")
 TOO_MANY = (1 << 30) + 1
@@ -51,6 +51,7 @@ def parse(*argv: str) -> KVCompressOptions | None:
         *[("window", value) for value in (0, 257, 32.0)],
         *[("protected", value) for value in (0, -1)],
         *[("interval", value) for value in (0, False)],
+        *[("answer", value) for value in (-1, 1.5, None, True)],
         *[("sinks", value) for value in (-1, 4.0)],
         *[("sessions", value) for value in (1, "true", None)],
         *[("pool_back", value) for value in (-1, 129, 3.5)],
@@ -250,7 +251,7 @@ def test_a_field_is_described_once() -> None:
     assert flags["chunks"].placeholder == "{auto,always,never}"
     assert flags["rate"].placeholder == "X"
     users = [name for name, flag in flags.items() if not flag.expert]
-    assert users == ["rate", "budget", "min_budget", "chunks", "sessions"]
+    assert users == ["rate", "budget", "min_budget", "answer", "chunks", "sessions"]
 
 
 def test_keywords_are_taken_out() -> None:
