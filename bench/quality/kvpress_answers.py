@@ -82,6 +82,12 @@ class Row:
         """Tokens that the method was allowed, per head on average."""
         return self.label.setting.kept(len(self.prompt.context))
 
+    def mean_resident(self, decoded: int) -> float:
+        """Tokens held over so many decode steps, of which none is evicted."""
+        full = self.label.method == FULL_PRESS
+        held = len(self.prompt.context) if full else self.kept
+        return held + len(self.prompt.question) + (decoded + 1) / 2
+
 
 class Answering:
     """Answers prompts with one model.
@@ -166,6 +172,7 @@ class Answering:
                 len(row.prompt.context) + len(row.prompt.question),
                 count,
                 None if row.label.method == FULL_PRESS else row.kept,
+                row.mean_resident(count),
             )
             for row, (text, count) in zip(rows, texts, strict=True)
         ]
@@ -173,7 +180,14 @@ class Answering:
     def _think(self, rows: Sequence[Row]) -> list[Answer]:
         references = [self.references[row.prompt.sample.key] for row in rows]
         return [
-            Answer("", len(row.prompt.context), 0, row.kept, thoughts)
+            Answer(
+                "",
+                len(row.prompt.context),
+                0,
+                row.kept,
+                row.mean_resident(len(row.prompt.sample.targets)),
+                thoughts,
+            )
             for row, thoughts in zip(
                 rows, self._thoughts(rows, references), strict=True
             )
