@@ -58,7 +58,7 @@ TABLE = (
     "reasoning",
 )
 """All tasks but those of long answers, most important first."""
-LONG_METHODS = ("full", "tova", "keydiff", "adakv", "expected")
+LONG_METHODS = ("full", "rkv", "tova", "keydiff", "adakv", "expected")
 KVPRESS_METHODS = (
     "full",
     "snapkv",
