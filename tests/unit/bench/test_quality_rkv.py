@@ -105,7 +105,7 @@ def test_queries_are_those_that_attend(model: LlamaForCausalLM) -> None:
 
 
 def test_the_oldest_of_many_likes_are_redundant() -> None:
-    """Six equal keys and two others; of each five likes the four newest do not count."""
+    """Six equal keys, two others; of each five likes the four newest do not count."""
     keys = torch.eye(4)[[0, 0, 0, 1, 0, 0, 2, 0]][None]
     found = rkv.redundancy(keys)
     # The first one is left by all others, the second one by the first.
