@@ -23,6 +23,7 @@ FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "pool-gain": ("pool_gain", (0.01, 0.03, 0.1, 0.3, 1.0)),
     "protected": ("protected", (32, 64, 128)),
     "interval": ("interval", (32, 64, 128)),
+    "aging": ("aging", (0.5, 0.8, 1.0)),
     "sinks": ("sinks", (0, 4, 16)),
     "metric": ("metric", ("l2", "l1", "value_norm", "value_norm_l1")),
     "floor": ("head_floor", (0, 64, 128)),
@@ -147,7 +148,7 @@ def _long_presets() -> dict[str, Preset]:
             TUNING_SEED,
         ),
     }
-    others = ("interval=32", "window=64", "protected=128", "interval=128")
+    others = ("interval=32", "window=64", "aging=0.5", "protected=128", "aging=0.8")
     found[f"{TUNE}-long-passes"] = Preset(
         (OURS, *(f"{OURS}:{one}" for one in others)),
         ("squality", "qmsum", "fact_report", "gsm8k_four"),

@@ -138,6 +138,12 @@ class KVCompressOptions:
         "head's mean key it is (key_similarity keeps what is dissimilar); recency; or "
         "a random draw.",
     )
+    aging: float = number(
+        1.0,
+        "What is left at each later pass of what a KV was worth before: above 0, at most "
+        "1, which is all of it. Less favours what the answer looks at now. With "
+        "attention as the metric only.",
+    )
     distinct: float | None = number(
         None,
         "What a key that is unlike the others of its head adds to the worth of a "
@@ -211,12 +217,14 @@ class KVCompressOptions:
             if flag.choices:
                 check_choice(name, getattr(self, name), flag.choices)
         check_number("distinct", self.distinct_weight, 0)
-        if self.distinct and not METRICS[self.metric].observes:
-            raise ConfigError(
-                f"distinct={self.distinct} adds to what attention says; "
-                f"metric={self.metric} does not ask it. Leave one of them out, or use "
-                f"one of {', '.join(ATTENTION_METRICS)}."
-            )
+        check_number("aging", self.aging, 0, 1, above=True)
+        for name, asks in (("distinct", self.distinct), ("aging", self.aging != 1)):
+            if asks and not METRICS[self.metric].observes:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} changes what attention says; "
+                    f"metric={self.metric} does not ask it. Leave one of them out, or "
+                    f"use one of {', '.join(ATTENTION_METRICS)}."
+                )
         check_int("head_floor", self.head_floor, 0)
         check_number("layer_share", self.least_layer_share, 0, 1)
         if self.layer_share and self.allocation != "joint":

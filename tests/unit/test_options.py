@@ -26,7 +26,7 @@ COUNTS = (
     *("budget", "min_budget", "window", "protected", "interval", "sinks"),
     *("pool_back", "pool_ahead", "head_floor", "answer"),
 )
-FACTORS = ("pool_decay", "pool_gain", "distinct", "layer_share")
+FACTORS = ("pool_decay", "pool_gain", "aging", "distinct", "layer_share")
 TOO_MANY = (1 << 30) + 1
 
 
@@ -62,6 +62,7 @@ def parse(*argv: str) -> KVCompressOptions | None:
         *[("head_floor", value) for value in (-1, 16.0)],
         *[("distinct", value) for value in (-0.1, math.nan, math.inf, "1", True)],
         *[("layer_share", value) for value in (-0.1, 1.01, math.nan, "1", True)],
+        *[("aging", value) for value in (0, -0.5, 1.01, math.nan, "1", None)],
         *[("pool_gain", value) for value in (0, -0.5, 1.01, math.nan, "1", None)],
     ],
 )
@@ -126,6 +127,12 @@ def test_a_budget_holds_the_floor_of_every_head() -> None:
 def test_distinct_keys_add_to_attention(metric: str) -> None:
     with pytest.raises(ConfigError, match=f"distinct=1 .*metric={metric}.*value_norm"):
         KVCompressOptions(distinct=1, metric=metric)
+
+
+def test_what_is_not_attention_does_not_age() -> None:
+    with pytest.raises(ConfigError, match="aging=0.5 .*metric=random"):
+        KVCompressOptions(aging=0.5, metric="random")
+    assert KVCompressOptions(aging=0.5, metric="l1").aging == 0.5
 
 
 @pytest.mark.parametrize("allocation", ["layer", "head"])

@@ -22,6 +22,7 @@ class Policy:
     allocation: str = "joint"
     head_floor: int = 0
     layer_share: float | None = None
+    aging: float = 1.0
 
     @property
     def options(self) -> KVCompressOptions:
