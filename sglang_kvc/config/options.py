@@ -140,8 +140,8 @@ class KVCompressOptions:
     )
     aging: float = number(
         1.0,
-        "What is left at each later pass of what a KV was worth before: above 0, at most "
-        "1, which is all of it. Less favours what the answer looks at now. With "
+        "What is left at each later pass of what a KV was worth before: above 0, at "
+        "most 1, which is all of it. Less favours what the answer looks at now. With "
         "attention as the metric only.",
     )
     distinct: float | None = number(
