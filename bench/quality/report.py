@@ -71,15 +71,19 @@ def _section(cells: Mapping[Key, Cell], model: str, length: int) -> str:
 
 def retention_table(cells: Mapping[Key, Cell]) -> str:
     """One row a system and setting, one column a group."""
-    groups = groups_of(cells)
+    groups, found = groups_of(cells), columns(cells)
+    # Older records do not know the mean over the steps.
+    fields = [
+        field
+        for field in ("resident", "mean_resident")
+        if any(mean_of(cells, column, TASKS, field) is not None for column in found)
+    ]
     rows = []
-    for column in columns(cells):
+    for column in found:
         values = [group_retention(cells, column, group) for group in groups]
-        resident = mean_of(cells, column, TASKS, "resident")
-        mean = mean_of(cells, column, TASKS, "mean_resident")
-        held = [_number(resident, 0), _number(mean, 0)]
+        held = [_number(mean_of(cells, column, TASKS, it), 0) for it in fields]
         rows.append([*_name(column), *held, *map(_cell, values)])
-    head = ["system", "rate", "resident", "mean resident"]
+    head = ["system", "rate", *(field.replace("_", " ") for field in fields)]
     return table([*head, *(_title(cells, group) for group in groups)], rows)
 
 

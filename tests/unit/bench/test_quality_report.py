@@ -158,7 +158,7 @@ def test_the_report_has_every_cell(cells: dict[Key, Cell]) -> None:
     text = markdown(cells)
     assert "## m, 4096 tokens" in text
     assert "## m, prompts as they are" in text
-    assert "| ours | 8 | 500 |  | 66.7 [" in text
+    assert "| ours | 8 | 500 | 66.7 [" in text
     assert "| 25.0 (n=3) |" in text
     assert "2.300 | 0.800 | 0.0500" in text
     assert "| ours | ours:allocation=head | 8 | 8.3 [" in text
