@@ -59,7 +59,8 @@ def pass_batch(
     )
     new = seq_len // PAGE_SIZE * PAGE_SIZE
     folded = (new - fold) // PAGE_SIZE
-    least = least_pages(DEFAULTS, case.keep_pages)
+    protected = max(new - (seq_len - DEFAULTS.protected), 0)
+    least = least_pages(DEFAULTS, case.keep_pages, protected)
     requests = [
         PassRequest(
             slot=slot,
@@ -70,7 +71,7 @@ def pass_batch(
             packed_pages=packed,
             evict_pages=packed + folded - case.keep_pages,
             evict_most_pages=packed + folded - least,
-            protected=max(new - (seq_len - DEFAULTS.protected), 0),
+            protected=protected,
             is_first=not case.packed,
             repeated=False,
             # Decoded tokens are not pooled, prompts are.

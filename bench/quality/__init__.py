@@ -7,14 +7,17 @@
 * `presets`: runs by name: the reported tables, and one option of the server at a time
 * `plan`: which cells are missing, most important first; `deadline`: which still fit
 * `asking`: one batch through ``sglang.Engine``; `forced` dictates tokens to it
-* `metrics`: an answer's score in [0, 1]
+* `metrics`, `math_answers`: an answer's score in [0, 1]; `long_answers`: what else is
+  said of a long one
 * `records`: JSONL files that can be resumed and merged
 * `archive`, `columns`: their samples as one compressed file a campaign
-* `stats`, `report`, `plot`: retention of the full cache's score, with intervals
+* `stats`, `report`, `plot`: retention of the full cache's score, with intervals;
+  `equal_memory`: shares of an answer's own against other rates
 * `heads`, `heads_report`: what every layer and head keeps
 * `advised`: what `sglang_kvc.tools.advise` says of a task's prompts
 * `side_by_side`: several of these runs on one GPU
-* `kvpress_systems`, `kvpress_answers`, `hf_decoding`: other methods, in Hugging Face
+* `kvpress_systems`, `kvpress_answers`, `hf_decoding`: other methods, in Hugging Face;
+  `rkv`: one that evicts while decoding
 * `scouts`: tried in Hugging Face before it is worth a server, and checks of that
 
 On a GPU machine
@@ -49,7 +52,19 @@ repeat them until they exit with 0 (3: samples are left).
            --deadline 560 --out $R/tune.jsonl
 
    All ``tune`` presets share one file: the defaults are measured once.
-4. Merge and report; lines of all files and visits are one table::
+4. Long answers: texts, lists and chains of thought, with and without a share of the
+   answer's own (``8+512``: rate 8 and 512 tokens of the answer whole); the report has
+   them at equal means of resident tokens. What they look for and do not find::
+
+       python -m bench.quality run --model $M --data $D --preset long --block 4 \\
+           --engine max_total_tokens=5000000 --deadline 480 --out $R/long.jsonl
+       python -m bench.quality.scouts.lost --model $M --data $D --length 4096 \\
+           --tasks squality gsm8k_four --settings 8 8+512 --samples 10 \\
+           --deadline 400 --out $R/lost.jsonl --plots $R/plots
+
+   ``long-replay``, ``chain`` and ``long-kvpress`` are run likewise; ``tune-long``,
+   ``tune-long-passes`` and ``tune-chain`` choose, on odd texts.
+5. Merge and report; lines of all files and visits are one table::
 
        python -m bench.quality report $R/quality*.jsonl --out $R/quality.md
        python -m bench.quality plot $R/quality*.jsonl --out docs/plots

@@ -38,13 +38,15 @@ TURN_REPLY = "I have read it. What do you want to know?"
 class Answer:
     """What came back for one sample.
 
-    `gold` is the full cache's answer where that is the one to give.
+    `resident` tokens of a KV head on average are held at the end, `mean_resident` over
+    all decode steps. `gold` is the full cache's answer where that is the one to give.
     """
 
     text: str
     prompt_tokens: int
     output_tokens: int = 0
     resident: int | None = None
+    mean_resident: float | None = None
     thoughts: forced.Thoughts | None = None
     gold: tuple[str, ...] = ()
 
@@ -273,4 +275,5 @@ def _answer(output: dict[str, Any], text: str, request: Request) -> Answer:
         len(request.ids),
         len(output["output_ids"]),
         info.get("resident_tokens"),
+        info.get("mean_resident_tokens"),
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bench.quality import forced
+from bench.quality import forced, rkv
 from bench.quality.asking import Answer, with_gold
 from bench.quality.hf_decoding import Prefilled, equal_shapes, joined, packed
 from bench.quality.kvpress_decoding import generate, think
@@ -78,9 +78,20 @@ class Row:
     left: Prefilled
 
     @property
+    def evicts(self) -> bool:
+        """Whether what is decoded is evicted, too."""
+        return self.label.method == rkv.METHOD
+
+    @property
     def kept(self) -> int:
         """Tokens that the method was allowed, per head on average."""
         return self.label.setting.kept(len(self.prompt.context))
+
+    def mean_resident(self, decoded: int) -> float:
+        """Tokens held over so many decode steps, of which none is evicted."""
+        full = self.label.method == FULL_PRESS
+        held = len(self.prompt.context) if full else self.kept
+        return held + len(self.prompt.question) + (decoded + 1) / 2
 
 
 class Answering:
@@ -118,9 +129,12 @@ class Answering:
         rows = [row for group in groups for row in self._rows(group)]
         if likely:
             self._refer([row for row in rows if row.label == WHOLE])
-        decode = self._think if likely else self._generate
+        own = [row for row in rows if row.label in row.prompt.labels]
         found: Answers = {}
-        for some in _packed([row for row in rows if row.label in row.prompt.labels]):
+        for some in _batches(own):
+            decode = self._think if likely else self._generate
+            if some[0].evicts:
+                decode = self._evict
             for row, answer in zip(some, decode(some), strict=True):
                 sample = row.prompt.sample
                 found[sample.key, row.label] = with_gold(sample, answer)
@@ -143,7 +157,7 @@ class Answering:
         tokens = len(group[0].context)
         for label in group[0].labels:
             discard = 1 - label.setting.kept(tokens) / tokens
-            whole = label.method == FULL_PRESS or discard <= 0
+            whole = label.method in (FULL_PRESS, rkv.METHOD) or discard <= 0
             press = None if whole else presses()[label.method](discard)
             found[label] = press if tokens > observed_window(press) else None
         if any(p.likely and p.sample.key not in self.references for p in group):
@@ -166,14 +180,45 @@ class Answering:
                 len(row.prompt.context) + len(row.prompt.question),
                 count,
                 None if row.label.method == FULL_PRESS else row.kept,
+                row.mean_resident(count),
             )
             for row, (text, count) in zip(rows, texts, strict=True)
+        ]
+
+    def _evict(self, rows: Sequence[Row]) -> list[Answer]:
+        """Answers of a method that evicts while decoding."""
+        if any(row.prompt.likely or row.prompt.question for row in rows):
+            raise ValueError(f"{rkv.METHOD} answers questions inside of prompts only")
+        texts = rkv.generate(
+            self.model,
+            self.tokenizer,
+            self.ends,
+            [row.left for row in rows],
+            [row.label.setting for row in rows],
+            [row.prompt.sample for row in rows],
+        )
+        return [
+            Answer(
+                one.text,
+                len(row.prompt.context),
+                one.tokens,
+                row.label.setting.kept(len(row.prompt.context) + one.tokens),
+                one.mean_resident,
+            )
+            for row, one in zip(rows, texts, strict=True)
         ]
 
     def _think(self, rows: Sequence[Row]) -> list[Answer]:
         references = [self.references[row.prompt.sample.key] for row in rows]
         return [
-            Answer("", len(row.prompt.context), 0, row.kept, thoughts)
+            Answer(
+                "",
+                len(row.prompt.context),
+                0,
+                row.kept,
+                row.mean_resident(len(row.prompt.sample.targets)),
+                thoughts,
+            )
             for row, thoughts in zip(
                 rows, self._thoughts(rows, references), strict=True
             )
@@ -201,6 +246,12 @@ def _groups(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
         for places in equal_shapes([prompt.shape for prompt in prompts])
     ]
     return sorted(groups, key=lambda g: (max(p.steps for p in g), len(g[0].context)))
+
+
+def _batches(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that are decoded together: those that are evicted meanwhile apart."""
+    parts = ([r for r in rows if r.evicts == evicts] for evicts in (False, True))
+    return [batch for part in parts for batch in _packed(part)]
 
 
 def _packed(rows: Sequence[Row]) -> list[list[Row]]:

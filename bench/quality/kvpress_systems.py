@@ -1,6 +1,7 @@
 """The same samples answered by Hugging Face transformers with a kvpress method.
 
-A system ``kvpress:NAME`` of `presses`; ``kvpress:full`` is the uncompressed baseline.
+A system ``kvpress:NAME`` of `presses`; ``kvpress:full`` is the uncompressed baseline,
+``kvpress:rkv`` is `rkv`, which evicts while decoding and is not kvpress'.
 Needs an environment with kvpress, whose transformers is older than SGLang's
 (`REQUIREMENTS`); neither SGLang nor our backend is imported here.
 
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bench.quality import forced
+from bench.quality import forced, rkv
 from bench.quality.asking import TURN_REPLY, Answer, with_full_text
 from bench.quality.hf_decoding import load
 from bench.quality.kvpress_answers import WHOLE, Answering, Answers, Label, Prompt
@@ -111,7 +112,7 @@ class PressAsker:
         self.method, self.tokenizer = system.press, tokenizer
         if not _is_known(self.method):
             raise ValueError(
-                f"unknown method {self.method!r}; known: {FULL_PRESS}, "
+                f"unknown method {self.method!r}; known: {FULL_PRESS}, {rkv.METHOD}, "
                 f"{', '.join(presses())}"
             )
         self._memory = memory(model)
@@ -185,7 +186,7 @@ class PressAsker:
 
 
 def _is_known(method: str) -> bool:
-    return method == FULL_PRESS or method in presses()
+    return method in (FULL_PRESS, rkv.METHOD) or method in presses()
 
 
 def _labels(

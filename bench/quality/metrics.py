@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from bench.quality.math_answers import math_answer, numbered
 from sglang_kvc.tools.advise.scores import contains, normalize, rouge_l
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -33,6 +34,14 @@ def last_number(text: str, answers: Sequence[str]) -> float:
     return float(any(abs(last - float(answer)) < 1e-6 for answer in answers))
 
 
+def listed(text: str, answers: Sequence[str]) -> float:
+    """F1 of the lines of a list, whatever marks or numbers stand before each."""
+    lines = (re.sub(r"^[\s\-*•]*(?:\d+[.)])?[\s`*]*", "", x) for x in text.splitlines())
+    given = {line.rstrip("`*.,:() ").lower() for line in lines} - {""}
+    gold = {answer.lower() for answer in answers}
+    return 2 * len(given & gold) / (len(given) + len(gold))
+
+
 def boxed(text: str, answers: Sequence[str]) -> float:
     r"""1 if the content of the last ``\boxed{}`` is the answer, up to spelling."""
     start = text.rfind("\\boxed{")
@@ -58,6 +67,9 @@ SCORERS: dict[str, Scorer] = {
     "starts": starts,
     "last_number": last_number,
     "boxed": boxed,
+    "math": math_answer,
+    "numbered": numbered,
+    "listed": listed,
     "rouge_l": rouge_l,
 }
 LIKELIHOOD = "likelihood"

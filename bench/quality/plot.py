@@ -15,7 +15,7 @@ from bench.quality.stats import (
     groups_of,
     select,
 )
-from bench.quality.systems import FULL, KVPRESS
+from bench.quality.systems import FULL, KVPRESS, SHARE
 from bench.quality.tasks import OWN_LENGTH
 
 PANEL = (4.2, 3.4)
@@ -49,7 +49,7 @@ def retention_lines(cells: Mapping[Key, Cell], group: str) -> Lines:
     """Rate and retention of each system that evicts; budgets are left out."""
     lines: Lines = {}
     for column in columns(cells):
-        if column.setting.startswith("b"):
+        if column.setting.startswith("b") or SHARE in column.setting:
             continue
         value = group_retention(cells, column, group)
         if value is not None:

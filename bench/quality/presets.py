@@ -21,7 +21,9 @@ FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "pool-ahead": ("pool_ahead", (0, 3, 16, 32)),
     "pool-decay": ("pool_decay", (0.8, 0.9, 0.95, 1.0)),
     "pool-gain": ("pool_gain", (0.01, 0.03, 0.1, 0.3, 1.0)),
-    "protected": ("protected", (32, 64)),
+    "protected": ("protected", (32, 64, 128)),
+    "interval": ("interval", (32, 64, 128)),
+    "aging": ("aging", (0.5, 0.8, 1.0)),
     "sinks": ("sinks", (0, 4, 16)),
     "metric": ("metric", ("l2", "l1", "value_norm", "value_norm_l1")),
     "floor": ("head_floor", (0, 64, 128)),
@@ -32,6 +34,19 @@ FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
 """Name of a preset: the option that it varies, and its values."""
 RESOLVED = {"distinct": "distinct_weight", "layer_share": "least_layer_share"}
 """Where the options say what an option that is not given comes to."""
+REPORTS = ("squality", "qmsum", "code_purpose", "fact_report", "wiki_report", "lists")
+"""Long answers about long texts, and lists, most important first."""
+REPLAYS = ("long-replay", "essay_report")
+"""What the full cache said of them."""
+CHAINS = ("gsm8k_four", "math_long", "gsm8k_steps", "math500")
+"""Long answers to short prompts."""
+SHARED = ("1", "8", "8+512", "4", "4+512", "16", "16+512", "2", "2+512", "6", "3", "12")
+"""Rates with and without a share of the answer's own; the last ones stand where the
+former hold as many tokens on average."""
+BUDGETS = (
+    *("1", "2", "2+512", "b512", "b256+256", "b1024", "b512+512", "2+2048"),
+    *("1.5", "b768"),
+)
 TABLE = (
     RULER,
     "kv",
@@ -43,7 +58,8 @@ TABLE = (
     "replay",
     "reasoning",
 )
-"""All tasks, most important first."""
+"""All tasks but those of long answers, most important first."""
+LONG_METHODS = ("full", "rkv", "tova", "keydiff", "adakv", "expected")
 KVPRESS_METHODS = (
     "full",
     "snapkv",
@@ -100,6 +116,50 @@ def _tuning(systems: list[str]) -> Preset:
     )
 
 
+def _long(tasks: tuple[str, ...], rates: tuple[str, ...], seed: int) -> Preset:
+    return Preset((OURS,), tasks, rates, 50, seed, (6144,))
+
+
+def _long_presets() -> dict[str, Preset]:
+    """Long answers: reported on one seed, chosen on the other with other shares."""
+    found = {
+        "long": _long(REPORTS, SHARED, REPORTED_SEED),
+        "long-replay": _long(REPLAYS, SHARED, REPORTED_SEED),
+        "chain": _long(CHAINS, BUDGETS, REPORTED_SEED),
+        "long-kvpress": Preset(
+            tuple(f"kvpress:{name}" for name in LONG_METHODS),
+            (*REPORTS, *CHAINS),
+            ("1", "4", "8", "2"),
+            50,
+            REPORTED_SEED,
+            (6144,),
+        ),
+        f"{TUNE}-long": _long(
+            (*REPORTS, *REPLAYS),
+            ("1", "8", "8+512", "8+256", "8+128", "4", "4+512", "4+256", "6"),
+            TUNING_SEED,
+        ),
+        f"{TUNE}-chain": _long(
+            CHAINS,
+            (
+                *("1", "2", "2+512", "2+1024", "2+128", "b512", "b256+256"),
+                *("b128+384", "b1024", "b512+512", "1.5"),
+            ),
+            TUNING_SEED,
+        ),
+    }
+    others = ("interval=32", "window=64", "aging=0.5", "protected=128", "aging=0.8")
+    found[f"{TUNE}-long-passes"] = Preset(
+        (OURS, *(f"{OURS}:{one}" for one in others)),
+        ("squality", "qmsum", "fact_report", "gsm8k_four"),
+        ("1", "8", "2", "8+512"),
+        50,
+        TUNING_SEED,
+        (6144,),
+    )
+    return found
+
+
 def _presets() -> dict[str, Preset]:
     methods = tuple(f"kvpress:{name}" for name in KVPRESS_METHODS)
     found = {
@@ -113,7 +173,7 @@ def _presets() -> dict[str, Preset]:
         systems = variants(option, values)
         everything += systems
         found[f"{TUNE}-{name}"] = _tuning(systems)
-    return found | {TUNE: _tuning(everything)}
+    return found | {TUNE: _tuning(everything)} | _long_presets()
 
 
 RUNS = _presets()

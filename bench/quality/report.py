@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
+from bench.quality import equal_memory
+from bench.quality.long_answers import FIGURES
 from bench.quality.records import Cell, Key
+from bench.quality.scoring import LONG
 from bench.quality.stats import (
     Column,
     Estimate,
@@ -13,14 +18,15 @@ from bench.quality.stats import (
     group_tasks,
     groups_of,
     mean_of,
+    pairs,
     scores,
     select,
     versus,
 )
-from bench.quality.systems import FULL
+from bench.quality.systems import FULL, SHARE
 from bench.quality.tasks import OWN_LENGTH, RULER, TASKS
 
-DECODED = ("lm", "replay")
+DECODED = ("lm", "replay", "long-replay")
 
 
 def markdown(
@@ -54,6 +60,8 @@ def _section(cells: Mapping[Key, Cell], model: str, length: int) -> str:
     ]
     for title, text in (
         ("Decoded text: likelihood of what the full cache sees", decoded_table(cells)),
+        ("Long answers beside the full cache's", long_table(cells)),
+        ("An answer's own share, at equal memory", share_table(cells)),
         ("Points over other systems on the same samples", versus_table(cells)),
     ):
         if text:
@@ -63,13 +71,19 @@ def _section(cells: Mapping[Key, Cell], model: str, length: int) -> str:
 
 def retention_table(cells: Mapping[Key, Cell]) -> str:
     """One row a system and setting, one column a group."""
-    groups = groups_of(cells)
+    groups, found = groups_of(cells), columns(cells)
+    # Older records do not know the mean over the steps.
+    fields = [
+        field
+        for field in ("resident", "mean_resident")
+        if any(mean_of(cells, column, TASKS, field) is not None for column in found)
+    ]
     rows = []
-    for column in columns(cells):
+    for column in found:
         values = [group_retention(cells, column, group) for group in groups]
-        resident = mean_of(cells, column, TASKS, "resident")
-        rows.append([*_name(column), _number(resident, 0), *map(_cell, values)])
-    head = ["system", "rate", "resident"]
+        held = [_number(mean_of(cells, column, TASKS, it), 0) for it in fields]
+        rows.append([*_name(column), *held, *map(_cell, values)])
+    head = ["system", "rate", *(field.replace("_", " ") for field in fields)]
     return table([*head, *(_title(cells, group) for group in groups)], rows)
 
 
@@ -116,6 +130,53 @@ def decoded_table(cells: Mapping[Key, Cell]) -> str:
             rows.append(row)
     head = [f"{task} {name}" for task in tasks for name in ("nll", "agree", "KL")]
     return table(["system", "rate", *head], rows) if rows else ""
+
+
+def long_table(cells: Mapping[Key, Cell]) -> str:
+    """Means of what is known of long answers, and their length in percent of the full
+    cache's; resident tokens are means over the decode steps.
+    """
+    tasks = [name for name, task in TASKS.items() if task.group in LONG]
+    rows = []
+    for column in columns(cells):
+        means = [mean_of(cells, column, tasks, figure) for figure in FIGURES]
+        if not any(value is not None for value in means):
+            continue
+        lengths = np.concatenate(
+            [pairs(cells, column, task, "output_tokens") for task in tasks]
+        )
+        share = (
+            100 * lengths[:, 0].sum() / lengths[:, 1].sum() if len(lengths) else None
+        )
+        resident = mean_of(cells, column, tasks, "mean_resident")
+        shares = [None if value is None else 100 * value for value in means]
+        rows.append(
+            [*_name(column), _number(resident, 0), _number(share, 0)]
+            + [_number(value, 1) for value in shares]
+        )
+    head = ["system", "rate", "mean resident", "length", *FIGURES]
+    return table(head, rows) if rows else ""
+
+
+def share_table(cells: Mapping[Key, Cell]) -> str:
+    """Retention with a share of the answer's own, minus that of the same system where
+    it keeps as many tokens on average without one, in points.
+    """
+    groups = [group for group in groups_of(cells) if group != RULER]
+    rows = []
+    for column in columns(cells):
+        if SHARE not in column.setting:
+            continue
+        row = list(_name(column))
+        for group in groups:
+            held, kept = equal_memory.measured(cells, column, group)
+            line = equal_memory.points(cells, column.system, group)
+            plain = equal_memory.at(line, held) if held else None
+            known = kept is not None and plain is not None
+            row.append(f"{kept - plain:+.1f} ({held:.0f})" if known else "")
+        rows.append(row)
+    head = ["system", "rate", *(f"{group}, points (mean)" for group in groups)]
+    return table(head, rows) if rows else ""
 
 
 def versus_table(cells: Mapping[Key, Cell]) -> str:

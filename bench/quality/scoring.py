@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.quality import forced, metrics
+from bench.quality import forced, long_answers, metrics
 from bench.quality.asking import Answer
 from bench.quality.records import ANSWER_CHARS
 from bench.quality.tasks.sample import Sample
 
 # The first token follows the prompt itself, before anything is evicted.
 BEFORE_EVICTION = 1
+LONG = ("long", "lists")
+"""Groups whose answers are looked at closer."""
 
 
 def result(sample: Sample, answer: Answer) -> dict[str, Any]:
@@ -20,10 +22,14 @@ def result(sample: Sample, answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "output_tokens": answer.output_tokens,
         "resident": answer.resident,
+        "mean_resident": answer.mean_resident,
     }
     if sample.scorer == metrics.LIKELIHOOD:
         return record | _likelihood(answer.thoughts)
-    score = metrics.SCORERS[sample.scorer](answer.text, answer.gold or sample.answers)
+    gold = answer.gold or sample.answers
+    score = metrics.SCORERS[sample.scorer](answer.text, gold)
+    if sample.group in LONG:
+        record |= long_answers.figures(answer.text, gold, sample.prompt)
     wrong = answer.text[:ANSWER_CHARS] if score < 1 else None
     return record | {"score": score, "answer": wrong}
 

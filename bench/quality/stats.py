@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.quality.records import Cell, Key
-from bench.quality.systems import FULL, STOCK
+from bench.quality.systems import FULL, SHARE, STOCK
 from bench.quality.tasks import GROUPS, RULER, TASKS
 from sglang_kvc.tools.advise import bootstrap
 from sglang_kvc.tools.advise.bootstrap import LEVELS
@@ -56,11 +56,13 @@ def columns(cells: Mapping[Key, Cell]) -> list[Column]:
     return sorted(found, key=lambda c: (systems.index(c.system), order(c.setting)))
 
 
-def order(setting: str) -> tuple[int, float]:
-    """Sorts rates upwards, then budgets downwards."""
-    if setting.startswith("b"):
-        return 1, -float(setting[1:])
-    return 0, float(setting)
+def order(setting: str) -> tuple[int, float, int]:
+    """Sorts rates upwards, then budgets downwards; shares of the answer upwards."""
+    keep, _, share = setting.partition(SHARE)
+    answer = int(share or 0)
+    if keep.startswith("b"):
+        return 1, -float(keep[1:]), answer
+    return 0, float(keep), answer
 
 
 def full_cell(cells: Mapping[Key, Cell], key: Key) -> Cell | None:
@@ -79,7 +81,9 @@ def full_cell(cells: Mapping[Key, Cell], key: Key) -> Cell | None:
     return None
 
 
-def pairs(cells: Mapping[Key, Cell], column: Column, task: str) -> Any:
+def pairs(
+    cells: Mapping[Key, Cell], column: Column, task: str, field: str = "score"
+) -> Any:
     """Scores and the full cache's of the same samples, ``[n, 2]``, seeds together."""
     rows = []
     for key, cell in cells.items():
@@ -90,7 +94,7 @@ def pairs(cells: Mapping[Key, Cell], column: Column, task: str) -> Any:
             continue
         for index, sample in sorted(cell.samples.items()):
             if index in full.samples:
-                rows.append((sample["score"], full.samples[index]["score"]))
+                rows.append((sample[field], full.samples[index][field]))
     return np.array(rows, float).reshape(-1, 2)
 
 

@@ -3,7 +3,8 @@
 A system is written ``stock``, ``ours``, ``ours:allocation=layer,window=64`` or
 ``kvpress:snapkv``; options of ``ours`` are server flags without ``--kv-compress-``, or
 two of SGLang's own: ``tp_size`` and ``kv_cache_dtype``.
-A setting is a rate (``4``) or a budget in tokens (``b512``).
+A setting is a rate (``4``) or a budget in tokens (``b512``), either with tokens of the
+answer that stay whole beside it (``8+512``, ``b512+512``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from sglang_kvc.errors import ConfigError
 STOCK, OURS, KVPRESS = "stock", "ours", "kvpress"
 FULL_PRESS = "full"
 KINDS = (STOCK, OURS, KVPRESS)
+SHARE = "+"
+"""Before the answer's tokens of a setting."""
 MIN_BUDGET = 64
 """Low enough for 64x at 4k tokens; more if what no head may lose is more."""
 PRESETS = ("ours", "ours:allocation=layer", "ours:allocation=head")
@@ -31,17 +34,28 @@ ALL_QUERIES = "full"
 
 @dataclass(frozen=True)
 class Setting(Keep):
-    """How much a request may keep, and how it is written."""
+    """How much a request may keep, and how it is written.
+
+    Attributes
+    ----------
+    answer : int
+        Last tokens of the answer that stay whole beside that.
+    """
+
+    answer: int = 0
 
     @property
     def label(self) -> str:
-        """Name of the setting: ``4`` or ``b512``."""
-        return f"b{self.budget}" if self.budget else f"{self.rate:g}"
+        """Name of the setting: ``4``, ``b512`` or ``8+512``."""
+        share = f"{SHARE}{self.answer}" if self.answer else ""
+        return (f"b{self.budget}" if self.budget else f"{self.rate:g}") + share
 
     @property
     def option(self) -> dict[str, Any]:
         """The ``kv_compress`` entry of a request."""
-        return {"budget": self.budget} if self.budget else {"rate": self.rate}
+        share = {"answer": self.answer} if self.answer else {}
+        keep = {"budget": self.budget} if self.budget else {"rate": self.rate}
+        return keep | share
 
     @property
     def is_full(self) -> bool:
@@ -68,14 +82,19 @@ def parse_setting(word: str) -> Setting:
         If it is neither a rate of at least 1 nor ``b`` and a number of tokens.
     """
     try:
-        if word.startswith("b"):
-            return Setting(budget=int(word[1:]))
-        return Setting(rate=float(word.removesuffix("x")))
+        keep, plus, share = word.partition(SHARE)
+        answer = int(share) if plus else 0
+        if answer < 0:
+            raise ValueError
+        if keep.startswith("b"):
+            return Setting(budget=int(keep[1:]), answer=answer)
+        return Setting(rate=float(keep.removesuffix("x")), answer=answer)
     except ConfigError as error:
         raise ValueError(f"{word!r}: {error}") from None
     except ValueError:
         raise ValueError(
-            f"{word!r} is no setting: a rate such as 4, or a budget such as b512"
+            f"{word!r} is no setting: a rate such as 4, a budget such as b512, or with "
+            "an answer of its own such as 8+512"
         ) from None
 
 

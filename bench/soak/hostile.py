@@ -101,6 +101,8 @@ OPTIONS = (
     _option("budget of a thousand digits", {"budget": 10**1000}),
     _option("rate and budget", {"rate": 8, "budget": 1024}),
     _option("off with a rate", {"enabled": False, "rate": 8}),
+    _option("answer negative", {"answer": -1}),
+    _option("off with an answer", {"enabled": False, "answer": 8}),
     _option("enabled a string", {"enabled": "no"}),
     _option("enabled zero", {"enabled": 0}),
     _option("report_heads a number", {"report_heads": 1}),

@@ -139,7 +139,8 @@ class Load:
             return {"budget": rng.choice((*BUDGETS, max(length, 64)))}
         if draw < 0.93:
             return {"enabled": False}
-        return rng.choice(({"report_heads": True}, {"rate": 8, "report_tokens": True}))
+        told = {"report_heads": True}, {"rate": 8, "report_tokens": True}
+        return rng.choice((*told, {"rate": 8, "answer": 64}))
 
     def _native(
         self,

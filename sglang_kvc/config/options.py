@@ -86,6 +86,14 @@ class KVCompressOptions:
         "rate, too, but no budget; short prompts are kept whole up to it.",
         expert=False,
     )
+    answer: int = integer(
+        0,
+        "TOKENS",
+        "Last tokens of an answer (rounded up to 16) that stay whole, beside the "
+        "budget, which is then that of all before them. 0: decoded tokens compete "
+        "with the prompt, and count against its rate or budget.",
+        expert=False,
+    )
     window: int = integer(
         32,
         "QUERIES",
@@ -129,6 +137,12 @@ class KVCompressOptions:
         "either times the value's norm (value_norm, value_norm_l1); how unlike the "
         "head's mean key it is (key_similarity keeps what is dissimilar); recency; or "
         "a random draw.",
+    )
+    aging: float = number(
+        1.0,
+        "What is left at each later pass of what a KV was worth before: above 0, at "
+        "most 1, which is all of it. Less favours what the answer looks at now. With "
+        "attention as the metric only.",
     )
     distinct: float | None = number(
         None,
@@ -191,6 +205,7 @@ class KVCompressOptions:
         check_int("window", self.window, 1, MAX_WINDOW)
         check_int("protected", self.protected, 1)
         check_int("interval", self.interval, 1)
+        check_int("answer", self.answer, 0)
         check_int("sinks", self.sinks, 0)
         check_int("turns", self.turns, 0)
         check_switch("sessions", self.sessions)
@@ -202,12 +217,14 @@ class KVCompressOptions:
             if flag.choices:
                 check_choice(name, getattr(self, name), flag.choices)
         check_number("distinct", self.distinct_weight, 0)
-        if self.distinct and not METRICS[self.metric].observes:
-            raise ConfigError(
-                f"distinct={self.distinct} adds to what attention says; "
-                f"metric={self.metric} does not ask it. Leave one of them out, or use "
-                f"one of {', '.join(ATTENTION_METRICS)}."
-            )
+        check_number("aging", self.aging, 0, 1, above=True)
+        for name, asks in (("distinct", self.distinct), ("aging", self.aging != 1)):
+            if asks and not METRICS[self.metric].observes:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} changes what attention says; "
+                    f"metric={self.metric} does not ask it. Leave one of them out, or "
+                    f"use one of {', '.join(ATTENTION_METRICS)}."
+                )
         check_int("head_floor", self.head_floor, 0)
         check_number("layer_share", self.least_layer_share, 0, 1)
         if self.layer_share and self.allocation != "joint":

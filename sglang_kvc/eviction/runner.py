@@ -52,16 +52,21 @@ class PassSettings:
     rule : who competes, as in `select_entries`.
     pooling : how scores of a prompt spread, as in `pool_scores`.
     novelty : weight of what keys say, as in `add_novelty`; 0: nothing.
+    aging : what is left of scores at the next pass.
     """
 
     rule: SelectionRule
     pooling: Pooling
     novelty: float = 0.0
+    aging: float = 1.0
 
     @classmethod
-    def of(cls, options: KVCompressOptions, rule: SelectionRule) -> PassSettings:
-        """Make the settings of a server."""
-        return cls(rule, pooling(options), options.distinct_weight)
+    def of(
+        cls, options: KVCompressOptions, rule: SelectionRule, *, ages: bool = True
+    ) -> PassSettings:
+        """Make the settings of a server; scores of a pass that `ages` fade after it."""
+        aging = options.aging if ages else 1.0
+        return cls(rule, pooling(options), options.distinct_weight, aging)
 
 
 def run_pass(
@@ -93,6 +98,10 @@ def run_pass(
     if settings.novelty:
         reward_novelty(context, scores, novelty_unit, weight=settings.novelty)
     selected = select_entries(tables, plan, scores, rule=settings.rule)
+    if settings.aging != 1:
+        # What is stored is what the next pass adds to.
+        for stored in (scores, selected.scores):
+            stored.mul_(settings.aging)
     pack_entries(arena, plan, selected, dest_pages)
     commit_tables(arena, tables, plan, selected, dest_pages, scores)
     return selected
@@ -145,10 +154,14 @@ def _by_groups(
     )
 
 
-def least_pages(options: KVCompressOptions, kept_pages: int) -> int:
-    """Pages that a layer keeps at least where an equal share is `kept_pages`."""
+def least_pages(options: KVCompressOptions, kept_pages: int, protected: int) -> int:
+    """Pages that a layer keeps at least where an equal share is `kept_pages`.
+
+    `protected`: last tokens below the fold that every head keeps.
+    """
     # A layer must be able to keep what its heads must.
-    return max(int(options.least_layer_share * kept_pages), options.floor // PAGE_SIZE)
+    forced = max(pages_of(options.sinks + protected), options.floor // PAGE_SIZE)
+    return max(int(options.least_layer_share * kept_pages), forced)
 
 
 WARM_UP_TOKENS = (20 * PAGE_SIZE, 512 * PAGE_SIZE)
@@ -187,11 +200,11 @@ class PassRunner:
         """Run every pass of a step; alike ones that fit together share a launch."""
         group: list[PassInFlight] = []
         held = 0
-        for one in sorted(launched, key=lambda it: self._rule(it.decision)):
+        for one in sorted(launched, key=lambda it: self._kind(it.decision)):
             need = self._head_bytes(one.decision)
             if group and (
                 held + need > self.max_bytes
-                or self._rule(one.decision) != self._rule(group[0].decision)
+                or self._kind(one.decision) != self._kind(group[0].decision)
             ):
                 self._run_group(group)
                 group, held = [], 0
@@ -199,6 +212,13 @@ class PassRunner:
             held += need
         if group:
             self._run_group(group)
+
+    def _kind(self, decision: PassDecision) -> tuple[SelectionRule, bool]:
+        """What passes have in common that share a launch: the rule, and if they age.
+
+        Passes between chunks are scored by the same queries again, so none is older.
+        """
+        return self._rule(decision), not decision.between_chunks
 
     def _rule(self, decision: PassDecision) -> SelectionRule:
         if decision.between_chunks:
@@ -254,7 +274,8 @@ class PassRunner:
     def _run_group(self, group: list[PassInFlight]) -> None:
         requests = [_plan_request(it.decision, self.state.options) for it in group]
         pages = torch.cat([it.dest_tokens[::PAGE_SIZE] // PAGE_SIZE for it in group])
-        selected = self._launch(requests, pages, self._rule(group[0].decision))
+        rule, ages = self._kind(group[0].decision)
+        selected = self._launch(requests, pages, rule, ages=ages)
         if self.state.options.sessions:
             self._note_tables(group, selected)
         report(self.state, group, selected)
@@ -274,6 +295,8 @@ class PassRunner:
         requests: list[PassRequest],
         dest_pages: torch.Tensor,
         rule: SelectionRule,
+        *,
+        ages: bool = True,
     ) -> SelectedEntries:
         state = self.state
         context = ScoreContext(
@@ -284,7 +307,7 @@ class PassRunner:
             plan=build_plan(requests, state.arena.heads_per_page, state.device),
             sm_scale=self.sm_scale,
         )
-        settings = PassSettings.of(state.options, rule)
+        settings = PassSettings.of(state.options, rule, ages=ages)
         return run_pass(self.scorer, context, dest_pages, state.novelty_unit, settings)
 
 
@@ -293,7 +316,8 @@ def _plan_request(decision: PassDecision, options: KVCompressOptions) -> PassReq
     fold_blocks = (decision.fold_new - decision.fold_old) // PAGE_SIZE
     freed_pages = (decision.packed_old - decision.packed_new) // PAGE_SIZE + fold_blocks
     kept_pages = decision.packed_new // PAGE_SIZE
-    least = least_pages(options, kept_pages)
+    protected = max(decision.fold_new - (decision.seq_len - decision.protected), 0)
+    least = least_pages(options, kept_pages, protected)
     return PassRequest(
         slot=decision.slot,
         seq_len=decision.seq_len,
@@ -303,7 +327,7 @@ def _plan_request(decision: PassDecision, options: KVCompressOptions) -> PassReq
         packed_pages=decision.packed_old // PAGE_SIZE,
         evict_pages=freed_pages,
         evict_most_pages=freed_pages + kept_pages - least,
-        protected=max(decision.fold_new - (decision.seq_len - options.protected), 0),
+        protected=protected,
         is_first=decision.is_first,
         repeated=decision.repeated,
         pool_tail=decision.pool_tail,

@@ -4,6 +4,7 @@ They arrive in SGLang's ``sampling_params.custom_params`` (OpenAI: ``extra_body`
 
     {"kv_compress": {"rate": 8}}          keep 1/8 of this request
     {"kv_compress": {"budget": 1024}}     keep 1024 tokens per KV head on average
+    {"kv_compress": {"answer": 512}}      keep the answer's last 512 tokens beside that
     {"kv_compress": {"enabled": false}}   keep everything
     {"kv_compress": {"report_heads": true}}   tell what every head keeps
     {"kv_compress": {"report_tokens": true}}  tell who keeps every token of the prompt
@@ -20,14 +21,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_kvc.config.checks import check_choice, check_switch
+from sglang_kvc.config.checks import check_choice, check_int, check_switch
 from sglang_kvc.config.keep import Keep
 from sglang_kvc.config.options import SWITCH, KVCompressOptions
 from sglang_kvc.config.shown import shown, suggestion
 from sglang_kvc.errors import ConfigError
 
 _KEYS = (
-    *("enabled", "rate", "budget", "report_heads", "report_tokens"),
+    *("enabled", "rate", "budget", "answer", "report_heads", "report_tokens"),
     *("keep", "resume"),
 )
 LEAVES = ("compressed", "whole", "none")
@@ -47,6 +48,8 @@ class RequestOptions:
         False keeps the whole KV cache of this request.
     keep : Keep, optional
         How much this request keeps; None takes the server's setting.
+    answer : int, optional
+        Last tokens of its answer that stay whole; None takes the server's setting.
     report_heads : bool
         Report how many tokens every KV head holds after a pass.
     report_tokens : bool
@@ -61,6 +64,7 @@ class RequestOptions:
 
     enabled: bool = True
     keep: Keep | None = None
+    answer: int | None = None
     report_heads: bool = False
     report_tokens: bool = False
     leaves: str | None = None
@@ -139,7 +143,7 @@ def parse_options(
 def resolve_budget(
     request: RequestOptions, defaults: KVCompressOptions, logical_len: int
 ) -> int | None:
-    """Tokens this request may keep at its present length.
+    """Tokens this request may keep at its present length, its answer's apart.
 
     Parameters
     ----------
@@ -187,20 +191,24 @@ def _checked(asked: Mapping[str, Any], defaults: KVCompressOptions) -> RequestOp
     for name in ("enabled", "report_heads", "report_tokens", "resume"):
         check_switch(f"{SWITCH}.{name}", asked.get(name, False))
     rate, budget = asked.get("rate"), asked.get("budget")
+    answer = asked.get("answer")
     asks = rate is not None or budget is not None
     keep = Keep(rate, budget, prefix=f"{SWITCH}.") if asks else None
     if budget is not None:
         defaults.check_budget(f"{SWITCH}.budget", budget)
+    if answer is not None:
+        check_int(f"{SWITCH}.answer", answer, 0)
     enabled = asked.get("enabled", True)
-    if asks and not enabled:
+    if (asks or answer is not None) and not enabled:
         raise ConfigError(
-            f"{SWITCH}.enabled=false keeps the whole cache, but a rate or budget is "
-            "given too; drop one of them."
+            f"{SWITCH}.enabled=false keeps the whole cache, but a rate, a budget or an "
+            "answer is given too; drop one of them."
         )
     _check_session(asked, defaults, enabled)
     return RequestOptions(
         enabled,
         keep,
+        answer,
         report_heads=asked.get("report_heads", False),
         report_tokens=asked.get("report_tokens", False),
         leaves=asked.get("keep"),

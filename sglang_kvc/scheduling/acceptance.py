@@ -50,7 +50,9 @@ def attach_policy(req: Req, server: Server) -> None:
         rule = dataclasses.replace(rule, mode="never")
     ring = server.pass_scheduler.rings.tokens if request.enabled else 0
     rule = dataclasses.replace(rule, pool_tokens=rule.pool_tokens - ring)
-    attached.attach_policy(req, RequestPolicy(options, request, rule, ring))
+    length = len(req.origin_input_ids)
+    policy = RequestPolicy(options, request, rule, ring, prompt_len=length)
+    attached.attach_policy(req, policy)
 
 
 def limit_request(
@@ -82,6 +84,8 @@ def limit_request(
             attached.attach_refusal(req, Refusal(Reason.TOO_LONG, message))
             return
         req.origin_input_ids = req.origin_input_ids[: policy.whole_pool - 2 * PAGE_SIZE]
+        policy = dataclasses.replace(policy, prompt_len=len(req.origin_input_ids))
+        attached.attach_policy(req, policy)
     length = len(req.origin_input_ids)
     most = min(max_req_len - length - 1, reach(policy, length) - length)
     if asked is not None:

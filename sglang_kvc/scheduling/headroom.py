@@ -49,6 +49,10 @@ def growth_bound(req: Req, stock: float) -> float:
     bound = due + LATE_PASS_SLACK - length
     if state.fold:
         bound += _budget_growth(policy, length, int(stock))
+    if policy.answer:
+        # What it decodes is kept for long, so SGLang's guess serves for that, too.
+        tail = policy.growth(policy.budget(length))
+        bound = min(bound, ceil_tokens(int(stock)) + tail + LATE_PASS_SLACK)
     return min(ceil_tokens(tokens_left(req)), bound)
 
 

@@ -35,6 +35,7 @@ class RequestPolicy:
     ring_tokens : of the pool, that its last queries take while it may be compressed.
     least_budget : tokens that it keeps at least: those of the snapshot that it has
         started from, which its passes do not shrink.
+    prompt_len : tokens of its prompt; what follows is its answer.
     """
 
     options: KVCompressOptions
@@ -42,6 +43,7 @@ class RequestPolicy:
     chunk_rule: ChunkRule | None = None
     ring_tokens: int = 0
     least_budget: int = 0
+    prompt_len: int = UNLIMITED
 
     @property
     def whole_pool(self) -> int:
@@ -73,10 +75,53 @@ class RequestPolicy:
             return False
         return request.resume is not False
 
+    @cached_property
+    def answer(self) -> int:
+        """Last tokens of the answer that stay whole at most, in whole pages."""
+        asked = self.request.answer
+        return ceil_tokens(self.options.answer if asked is None else asked)
+
+    @cached_property
+    def whole_until(self) -> int:
+        """Logical length up to which nothing of the answer is to be evicted."""
+        return floor_tokens(self.prompt_len) + self.answer
+
     def budget(self, length: int) -> int:
-        """Tokens to keep per KV head at logical `length`; not enabled: `UNLIMITED`."""
-        budget = resolve_budget(self.request, self.options, length)
-        return UNLIMITED if budget is None else max(budget, self.least_budget)
+        """Tokens to keep per KV head at logical `length`; not enabled: `UNLIMITED`.
+
+        The answer's last pages are kept beside what rate or budget say of all before
+        them. Its pages begin where the pass behind the prompt folds, so as it grows
+        that pass has nothing to take back.
+        """
+        before = length
+        if length > self.prompt_len:
+            before = max(length - self.answer, self.prompt_len)
+        budget = resolve_budget(self.request, self.options, before)
+        if budget is None:
+            return UNLIMITED
+        return max(budget, self.least_budget) + self._answer_share(length)
+
+    def _answer_share(self, length: int) -> int:
+        """Tokens, in whole pages, that the budget holds for the answer alone."""
+        decoded = floor_tokens(length) - floor_tokens(self.prompt_len)
+        return min(max(decoded, 0), self.answer)
+
+    def past_whole_answer(self, due: int, gain: int) -> int:
+        """Length at which a pass that is due at `due` and gains so much is worth it.
+
+        Until the answer has outgrown its share, what is decoded is no gain.
+        """
+        whole = self.whole_until
+        if not self.answer or due >= whole:
+            return due
+        if gain >= self.least_gain(self.budget(due)):
+            return due
+        return whole + max(self.growth(self.budget(whole)) - gain, 1)
+
+    def protected(self, length: int) -> int:
+        """Last tokens that no pass at logical `length` evicts."""
+        answer = min(max(length - self.prompt_len, 0), self.answer)
+        return max(self.options.protected, answer)
 
     def growth(self, budget: int) -> int:
         """Tokens of the tail, in whole pages, that make a pass due: the interval.

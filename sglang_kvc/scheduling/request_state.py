@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_kvc.config.pages import PAGE_SIZE, floor_tokens
 from sglang_kvc.scheduling.pass_decision import PassDecision, Phase, Probe
 from sglang_kvc.scheduling.policy import RequestPolicy
+from sglang_kvc.scheduling.residency import Residency
 from sglang_kvc.sessions.snapshot import Hit, Snapshot
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class RequestState:
     chunk_passes: int = 0
     deferred_passes: int = 0
     peak_resident: int = 0
+    residency: Residency = field(default_factory=Residency)
     resumed_tokens: int = 0
     generations: int = 0
 
@@ -198,6 +200,7 @@ class RequestState:
             least = policy.least_gain(self.packed + grown)
             due = max(policy.growth(self.packed), grown + least)
             due = max(self.fold + due, length + 1)
+            due = policy.past_whole_answer(due, self.gain(due))
         fits = policy.pass_fits(self.resident(due), policy.budget(due))
         return due if fits else None
 
@@ -247,6 +250,7 @@ class RequestState:
             packed_old=self.packed,
             packed_new=budget,
             query_start=query_start,
+            protected=self.policy.protected(length),
             recorded=query_start >= self.prefilled,
             repeated=self.probed and phase is not Phase.DECODE,
             level=not self.resumed_tokens,
@@ -264,8 +268,9 @@ class RequestState:
         The peak leaves out the prompt: it must be resident while it is prefilled.
         """
         if decision.phase is Phase.DECODE:
-            resident = self.resident(decision.seq_len)
+            length, resident = decision.seq_len, self.resident(decision.seq_len)
             self.peak_resident = max(self.peak_resident, resident)
+            self.residency.add(self.prefilled, length, resident)
         self.fold, self.packed = decision.fold_new, decision.packed_new
         self.observed = decision.seq_len
         self.probed = self.probed or probe is not None
@@ -301,6 +306,8 @@ class RequestState:
         """Summary that ``meta_info["kv_compress"]`` shows for logical `length`."""
         resident = self.resident(length)
         enabled, budget = self.policy.enabled, self.policy.budget(length)
+        # An answer that is whole has grown since the last pass, and its budget with it.
+        held = budget if self.policy.answer else self.packed or budget
         report = {
             "enabled": enabled,
             "logical_tokens": length,
@@ -308,7 +315,10 @@ class RequestState:
             "peak_resident_tokens": max(self.peak_resident, resident)
             if self.fold
             else resident,
-            "budget_tokens": (self.packed or budget) if enabled else None,
+            "mean_resident_tokens": self.residency.mean(
+                self.prefilled, length, resident
+            ),
+            "budget_tokens": held if enabled else None,
             "passes": self.passes,
             "chunk_passes": self.chunk_passes,
             "deferred_passes": self.deferred_passes,

@@ -119,7 +119,7 @@ def draw(rng: random.Random, name: str, setting: Setting, count: int) -> list[Re
                 f"{name}-{i:03}",
                 ids,
                 max_new=rng.choice([0, 1, 2, 17, 40, 90, LONGEST]),
-                kv=rng.choice(options),
+                kv=with_answer(rng.choice(options), f"{name}-{i:03}"),
                 arrive=arrive,
                 abort_at=arrive + rng.randrange(0, 60) if aborted else None,
                 ignore_eos=rng.random() < 0.7,
@@ -128,6 +128,19 @@ def draw(rng: random.Random, name: str, setting: Setting, count: int) -> list[Re
             )
         )
     return requests
+
+
+def with_answer(
+    kv: dict[str, Any] | None, rid: str, share: float = 0.3
+) -> dict[str, Any] | None:
+    """The options, for some requests with an answer that stays whole.
+
+    Drawn apart from the rest, so that the other draws are what they were.
+    """
+    rng = random.Random(f"answer {rid}")
+    if rng.random() >= share or not (kv or {}).get("enabled", True):
+        return kv
+    return {**(kv or {}), "answer": rng.choice([0, 16, 40, 150, 1 << 30])}
 
 
 def draw_conversations(rng: random.Random, name: str, count: int) -> list[Request]:
@@ -150,7 +163,7 @@ def draw_conversations(rng: random.Random, name: str, count: int) -> list[Reques
                 f"{name}-{i:03}",
                 ids,
                 max_new=rng.choice([1, 2, 17, 40, 90]),
-                kv=rng.choice(options),
+                kv=with_answer(rng.choice(options), f"{name}-{i:03}"),
                 arrive=arrive,
                 abort_at=arrive + rng.randrange(60) if rng.random() < 0.1 else None,
                 ignore_eos=rng.random() < 0.7,

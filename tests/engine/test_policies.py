@@ -38,6 +38,7 @@ POLICIES = [
     Policy(head_floor=60, distinct=0, layer_share=0),
     Policy(layer_share=0.8, distinct=0),
     Policy(distinct=0.5, layer_share=0),
+    Policy(aging=0.25),
 ]
 STRIDE = 512
 

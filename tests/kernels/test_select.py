@@ -40,6 +40,8 @@ CASES = [
     ([63, 100, 47], [0, 64, 0], [2, 3, 1], 8, 0),
     ([500, 140], [256, 128], [9, 3], 5, 3),
     ([333, 15, 200], [160, 0, 0], [4, 0, 12], 32, 4),
+    # An answer that stays: most of a tail, and more than all of another.
+    ([500, 140], [256, 128], [9, 3], 150, 4),
     # More is evicted than unforced entries allow.
     ([128], [0], [1], 40, 20),
 ]

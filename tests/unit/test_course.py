@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -118,12 +119,46 @@ def test_what_is_accepted_runs_alone(case: Case) -> None:
     serve_alone(case)
 
 
+ANSWERS = st.integers(1, 400) | st.sampled_from([16, 1024, 5000, 1 << 30])
+
+
+def with_answer(case: Case, answer: int) -> Case:
+    """The case with an answer that stays whole, and no ring.
+
+    The limit of an answer is found with a ring, which a request that is cut to it may
+    turn out not to take.
+    """
+    asks = case.kv.get("enabled", True)
+    kv = {**case.kv, "answer": answer} if asks else case.kv
+    return dataclasses.replace(case, kv=kv, ring=0)
+
+
+@drawn
+@given(cases(), ANSWERS)
+@example(Case(1280, 8192, 512, "auto", True, True, 32, 64, 64, 4, 1000, 600, 0), 512)
+def test_what_keeps_its_answer_whole_runs_alone(case: Case, answer: int) -> None:
+    serve_alone(with_answer(case, answer))
+
+
+@drawn
+@given(cases(), st.floats(0, 1), ANSWERS)
+def test_a_retracted_answer_comes_back_whole(
+    case: Case, part: float, answer: int
+) -> None:
+    come_back(with_answer(case, answer), part)
+
+
 @drawn
 @given(cases(), st.floats(0, 1))
 @example(
     Case(18656, 37312, -1, "auto", False, False, 1, 1, 48, 1.1, 1, 1 << 30, 0), 0.75
 )
 def test_what_is_retracted_comes_back_or_is_told_why(case: Case, part: float) -> None:
+    come_back(case, part)
+
+
+def come_back(case: Case, part: float) -> None:
+    """The property of a request that has decoded `part` of its answer."""
     server = Server(case)
     req = server.request()
     if refusal_of(req) is not None:

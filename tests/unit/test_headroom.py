@@ -173,6 +173,7 @@ def test_passes_in_flight_count_before_any_other() -> None:
             packed_old=BUDGET,
             packed_new=BUDGET,
             query_start=0,
+            protected=32,
             recorded=True,
             repeated=False,
         )

@@ -24,9 +24,9 @@ from sglang_kvc.errors import ConfigError
 
 COUNTS = (
     *("budget", "min_budget", "window", "protected", "interval", "sinks"),
-    *("pool_back", "pool_ahead", "head_floor"),
+    *("pool_back", "pool_ahead", "head_floor", "answer"),
 )
-FACTORS = ("pool_decay", "pool_gain", "distinct", "layer_share")
+FACTORS = ("pool_decay", "pool_gain", "aging", "distinct", "layer_share")
 TOO_MANY = (1 << 30) + 1
 
 
@@ -51,6 +51,7 @@ def parse(*argv: str) -> KVCompressOptions | None:
         *[("window", value) for value in (0, 257, 32.0)],
         *[("protected", value) for value in (0, -1)],
         *[("interval", value) for value in (0, False)],
+        *[("answer", value) for value in (-1, 1.5, None, True)],
         *[("sinks", value) for value in (-1, 4.0)],
         *[("sessions", value) for value in (1, "true", None)],
         *[("pool_back", value) for value in (-1, 129, 3.5)],
@@ -61,6 +62,7 @@ def parse(*argv: str) -> KVCompressOptions | None:
         *[("head_floor", value) for value in (-1, 16.0)],
         *[("distinct", value) for value in (-0.1, math.nan, math.inf, "1", True)],
         *[("layer_share", value) for value in (-0.1, 1.01, math.nan, "1", True)],
+        *[("aging", value) for value in (0, -0.5, 1.01, math.nan, "1", None)],
         *[("pool_gain", value) for value in (0, -0.5, 1.01, math.nan, "1", None)],
     ],
 )
@@ -125,6 +127,12 @@ def test_a_budget_holds_the_floor_of_every_head() -> None:
 def test_distinct_keys_add_to_attention(metric: str) -> None:
     with pytest.raises(ConfigError, match=f"distinct=1 .*metric={metric}.*value_norm"):
         KVCompressOptions(distinct=1, metric=metric)
+
+
+def test_what_is_not_attention_does_not_age() -> None:
+    with pytest.raises(ConfigError, match="aging=0.5 .*metric=random"):
+        KVCompressOptions(aging=0.5, metric="random")
+    assert KVCompressOptions(aging=0.5, metric="l1").aging == 0.5
 
 
 @pytest.mark.parametrize("allocation", ["layer", "head"])
@@ -250,7 +258,7 @@ def test_a_field_is_described_once() -> None:
     assert flags["chunks"].placeholder == "{auto,always,never}"
     assert flags["rate"].placeholder == "X"
     users = [name for name, flag in flags.items() if not flag.expert]
-    assert users == ["rate", "budget", "min_budget", "chunks", "sessions"]
+    assert users == ["rate", "budget", "min_budget", "answer", "chunks", "sessions"]
 
 
 def test_keywords_are_taken_out() -> None:

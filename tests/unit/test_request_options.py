@@ -40,6 +40,9 @@ def parse(asked: Any) -> RequestOptions:
         ({"enabled": True, "rate": 2}, RequestOptions(keep=Keep(rate=2))),
         ({"report_heads": True}, RequestOptions(report_heads=True)),
         ({"report_tokens": True}, RequestOptions(report_tokens=True)),
+        ({"answer": 512}, RequestOptions(answer=512)),
+        ({"rate": 8, "answer": 0}, RequestOptions(keep=Keep(rate=8), answer=0)),
+        ({"answer": None}, RequestOptions()),
         ({"rate": None}, RequestOptions()),
     ],
 )
@@ -140,6 +143,11 @@ def test_not_ours(params: Any) -> None:
         ({"report_heads": 1}, "report_heads must be true or false"),
         ({"report_tokens": "yes"}, "report_tokens must be true or false"),
         ({"enabled": False, "rate": 8}, "drop one of them"),
+        ({"enabled": False, "answer": 8}, "drop one of them"),
+        ({"answer": -1}, "kv_compress.answer must be an integer >= 0"),
+        ({"answer": 1.5}, "answer must be"),
+        ({"answer": True}, "answer must be"),
+        ({"answer": 10**1000}, "answer must be .* about 1001 digits"),
     ],
 )
 def test_refused(asked: Any, message: str) -> None:
@@ -166,9 +174,7 @@ ANYTHING = st.recursive(
     max_leaves=5,
 )
 ENTRIES = st.dictionaries(
-    st.sampled_from(
-        ["enabled", "rate", "budget", "report_heads", "report_tokens", "bugdet"]
-    )
+    st.sampled_from(["enabled", "rate", "budget", "answer", "report_heads", "bugdet"])
     | st.text(),
     ANYTHING,
     max_size=6,

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.quality.tasks import (
+    code,
     fewshot,
     language,
     lookup,
     qa,
     reasoning,
+    reports,
     tracking,
 )
 from bench.quality.tasks.corpus import Corpus
@@ -46,6 +48,8 @@ class Task:
 
 
 _SINGLE = Needles()
+_STORY = reports.Asked("stories", "story")
+_MEETING = reports.Asked("meetings", "meeting")
 _ALL = (
     Task("needle_noise", "needles", Needles(hay=NOISE), True),
     Task("needle_numbers", "needles", _SINGLE, True),
@@ -70,6 +74,19 @@ _ALL = (
     Task("gsm8k", "reasoning", reasoning.gsm8k, fits=False),
     Task("gsm8k_steps", "reasoning", reasoning.gsm8k_steps, fits=False),
     Task("math500", "reasoning", reasoning.math500, fits=False),
+    Task("gsm8k_four", "chain", reasoning.gsm8k_four, fits=False),
+    Task("math_long", "chain", reasoning.math_long, fits=False),
+    Task("squality", "long", _STORY, fits=False),
+    Task("qmsum", "long", _MEETING, fits=False),
+    Task("code_purpose", "long", code.code_purpose, fits=False),
+    Task("wiki_report", "long", reports.wiki_report),
+    Task("fact_report", "long", reports.fact_report),
+    Task("essay_report", "long", reports.essay_report),
+    Task("squality_replay", "long-replay", reports.Replay(_STORY), fits=False),
+    Task("qmsum_replay", "long-replay", reports.Replay(_MEETING), fits=False),
+    Task("wiki_replay", "long-replay", reports.Replay(reports.wiki_report)),
+    Task("code_names", "lists", code.code_names, fits=False),
+    Task("listed_titles", "lists", reports.listed_titles),
     Task("topics", "fewshot", fewshot.Classification()),
     Task("labels", "fewshot", fewshot.Classification(synthetic=True)),
     Task("summary_lead", "summary", language.summary_lead),

@@ -23,7 +23,9 @@ GSM8K = "gsm8k_test.jsonl"
 MATH = "math500.jsonl"
 WIKITEXT = "wikitext2_test.txt"
 KV_RETRIEVAL = "kv_retrieval_75keys_100.jsonl.gz"
-FILES = (ESSAYS, XQUAD, GSM8K, MATH, WIKITEXT, KV_RETRIEVAL)
+STORIES = "squality_dev.jsonl.gz"
+MEETINGS = "qmsum_val.jsonl.gz"
+FILES = (ESSAYS, XQUAD, GSM8K, MATH, WIKITEXT, KV_RETRIEVAL, STORIES, MEETINGS)
 
 T = TypeVar("T")
 
@@ -50,6 +52,15 @@ class WikiArticle(NamedTuple):
     title: str
     lead: list[str]
     body: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A long text that people have written about: (question, answers) pairs."""
+
+    number: int
+    text: str
+    questions: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def half(items: Sequence[T], seed: int) -> list[T]:
@@ -163,6 +174,29 @@ class Corpus:
     def kv_cases(self) -> list[dict[str, Any]]:
         """Retrieval cases: ``ordered_kv_records``, ``key`` and ``value``."""
         return self._lines(KV_RETRIEVAL)
+
+    @cached_property
+    def stories(self) -> list[Report]:
+        """SQuALITY: short stories, of each a plot and four questions."""
+        return [_report(line, line["document"]) for line in self._lines(STORIES)]
+
+    @cached_property
+    def meetings(self) -> list[Report]:
+        """QMSum: transcripts, one speaker a line."""
+        lines = self._lines(MEETINGS)
+        return [_report(line, "\n".join(line["transcript"])) for line in lines]
+
+
+def half_by_number(items: Sequence[Report], seed: int) -> list[Report]:
+    """Those whose number has the seed's parity."""
+    return [item for item in items if item.number % 2 == seed % 2]
+
+
+def _report(line: dict[str, Any], text: str) -> Report:
+    # Marks of transcribers: {vocalsound}, {disfmarker}.
+    text = re.sub(r" *\{\w+\}", "", text)
+    questions = tuple((q["question"], tuple(q["answers"])) for q in line["questions"])
+    return Report(int(line["id"]), text.strip(), questions)
 
 
 def _paragraph(entry: dict[str, Any]) -> Paragraph:

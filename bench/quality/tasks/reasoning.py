@@ -17,6 +17,8 @@ SHOT_POOL = 20
 """Problems at the end of the file that serve as shots only."""
 STEPS_TOKENS = 400
 PROOF_TOKENS = 1024
+TOGETHER, TOGETHER_TOKENS = 4, 1600
+LONG_TOKENS = 2000
 
 
 def number_after_hashes(answer: str) -> str:
@@ -66,6 +68,43 @@ def gsm8k_steps(draw: Draw) -> Sample:
         answers=(number_after_hashes(problem["answer"]),),
         max_new_tokens=2 * STEPS_TOKENS,
         scorer="last_number",
+        question=question,
+    )
+
+
+def gsm8k_four(draw: Draw) -> Sample:
+    """Four problems in one answer, step by step: it is long whatever the model."""
+    own = half(draw.corpus.gsm8k[:-SHOT_POOL], draw.seed)
+    some = [own[(TOGETHER * draw.index + k) % len(own)] for k in range(TOGETHER)]
+    text = "\n\n".join(f"Problem {k}: {p['question']}" for k, p in enumerate(some, 1))
+    question = (
+        "Solve all problems, one after the other. Think step by step in each, and end "
+        "each with a line like 'Answer 1: 42', with the problem's number and the final "
+        "number."
+    )
+    return draw.sample(
+        prompt=f"{text}\n\n{question}",
+        answers=tuple(number_after_hashes(problem["answer"]) for problem in some),
+        max_new_tokens=TOGETHER_TOKENS,
+        scorer="numbered",
+        question=question,
+    )
+
+
+def math_long(draw: Draw) -> Sample:
+    """A competition problem with room for 2,000 tokens, and a request to use it."""
+    own = half(draw.corpus.math, draw.seed)
+    problem = own[draw.index % len(own)]
+    question = (
+        f"{problem['problem']}\n\nThink step by step. Explain every step, then solve "
+        "the problem once more in another way to check the result. At the end put the "
+        "final answer in \\boxed{}."
+    )
+    return draw.sample(
+        prompt=question,
+        answers=(problem["answer"],),
+        max_new_tokens=LONG_TOKENS,
+        scorer="math",
         question=question,
     )
 

@@ -22,6 +22,7 @@ class Policy:
     allocation: str = "joint"
     head_floor: int = 0
     layer_share: float | None = None
+    aging: float = 1.0
 
     @property
     def options(self) -> KVCompressOptions:
@@ -40,6 +41,8 @@ class Step:
     repeated : the queries are those of earlier passes.
     allocation : default, the policy's.
     level : layers hold equally much; not what comes of a snapshot.
+    budget : tokens that a head keeps on average; default, that of the replay.
+    protected : last tokens that stay; default, the server's.
     """
 
     length: int
@@ -47,6 +50,8 @@ class Step:
     repeated: bool = False
     allocation: str = ""
     level: bool = True
+    budget: int = 0
+    protected: int = 0
 
 
 class Oracle:
@@ -157,14 +162,14 @@ class OracleRequest:
                 self.tokens.probe(self.prompt[first:], first)
             prompt = step.length <= len(self.prompt)
             scores = self.scores.update(prompt, step.repeated)
-            rule = self._rule(step, budget, prompt)
+            rule = self._rule(step, step.budget or budget, prompt)
             visible = self.tokens.visible[:, : _fold(step.length)]
             competing = [seen.nonzero().flatten().tolist() for seen in visible]
             for rank in range(self.model.ranks):
                 own = self.model.heads_of(rank)
                 choice = choose(scores[own], [competing[head] for head in own], rule)
                 held = [kept[head] for head in own]
-                assert sum(map(len, held)) == budget * len(held)
+                assert sum(map(len, held)) == rule.budget * len(held)
                 problems = explain_differences(choice, held, tie)
                 assert not problems, (step, rank, len(problems), problems[:5])
                 differing += count_differences(choice, held)
@@ -186,7 +191,7 @@ class OracleRequest:
             layer_share=share,
             floor_blocks=-(-self.options.head_floor // BLOCK),
             sinks=self.options.sinks,
-            protected=self.options.protected,
+            protected=step.protected or self.options.protected,
         )
 
 

@@ -61,7 +61,10 @@ class EntryScores:
         else:
             self._score_entries()
         self._fold, self._scored = length // BLOCK * BLOCK, length
-        return self._scores.clone()
+        found = self._scores.clone()
+        if length >= self.prompt_len:
+            self._scores *= self.options.aging
+        return found
 
     def _add_attention(self, repeated: bool) -> None:
         """Add what the observed queries paid, the paper's eq. 6-8."""

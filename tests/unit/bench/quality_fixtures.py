@@ -15,6 +15,8 @@ from bench.quality.tasks.corpus import (
     GSM8K,
     KV_RETRIEVAL,
     MATH,
+    MEETINGS,
+    STORIES,
     WIKITEXT,
     XQUAD,
 )
@@ -98,6 +100,20 @@ def make_data(folder: Path) -> Path:
         ]
         key, value = pairs[rng.randrange(75)]
         cases.append({"ordered_kv_records": pairs, "key": key, "value": value})
+    for name, text, count in ((STORIES, "document", 4), (MEETINGS, "transcript", 1)):
+        long = [
+            {
+                "id": str(number),
+                text: prose(40) if count > 1 else [f"Ann: {prose(2)}"] * 20,
+                "questions": [
+                    {"question": f"What is {k}?", "answers": [prose(3)] * count}
+                    for k in range(2)
+                ],
+            }
+            for number in (1, 2, 4, 5, 7, 8)
+        ]
+        packed = gzip.compress("\n".join(map(json.dumps, long)).encode())
+        (folder / name).write_bytes(packed)
     packed = gzip.compress("\n".join(map(json.dumps, cases)).encode())
     (folder / KV_RETRIEVAL).write_bytes(packed)
     return folder

@@ -322,7 +322,7 @@ def test_how_much_a_method_may_keep(ask: Callable[..., PressAsker]) -> None:
     (whole,) = ask("norm").answer(MIXED[:1], Setting(budget=tokens))
     (full,) = ask("full").answer(MIXED[:1], FULL)
     assert (whole.text, whole.resident) == (full.text, tokens)
-    with pytest.raises(ValueError, match="known: full, norm, drawn"):
+    with pytest.raises(ValueError, match="known: full, rkv, norm, drawn"):
         ask("other")
 
 

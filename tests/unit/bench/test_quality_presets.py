@@ -51,8 +51,23 @@ def test_tuning_changes_one_option_at_a_time() -> None:
 
 
 def test_tables_have_all_tasks() -> None:
+    longer = {
+        task
+        for name in ("long", "long-replay", "chain")
+        for task in resolve(RUNS[name].tasks)
+    }
     for name in ("table", "table-kvpress"):
-        assert set(resolve(RUNS[name].tasks)) == set(resolve(["all"]))
+        assert set(resolve(RUNS[name].tasks)) | longer == set(resolve(["all"]))
+
+
+def test_shares_of_an_answer_have_settings_without_them_around() -> None:
+    """So that both are compared where they keep equally many tokens."""
+    for name in ("long", "chain"):
+        found = [parse_setting(word) for word in RUNS[name].rates]
+        assert [one.label for one in found] == list(RUNS[name].rates)
+        assert any(one.answer for one in found)
+        plain = [one for one in found if not one.answer]
+        assert len(plain) >= 5 and plain[0].is_full
 
 
 def test_flags_win_over_a_preset() -> None:
