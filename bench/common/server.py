@@ -1,4 +1,4 @@
-"""The server under soak: start and stop it, ask it, read its memory and its log."""
+"""A server under load: start and stop it, ask it, read its memory and its log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 
 from bench.common.ports import free_ports
-from bench.soak.job import Limits
 from sglang_kvc.tools import serve
 
 RETRACTED = re.compile(r"[Rr]etract.*#retracted_reqs: (\d+)")
@@ -168,28 +167,6 @@ class Server:
             return json.loads(text)
         except ValueError:
             return text
-
-    def limits(self, structured: bool | None) -> Limits:
-        """What the load has to know; `structured` None: on with a tokenizer."""
-        info = self.get("/server_info")
-        model = Path(info["model_path"])
-        text = not info["skip_tokenizer_init"]
-        config: dict[str, Any] = {}
-        if (model / "config.json").exists():
-            config = json.loads((model / "config.json").read_text())
-        command = self.process.args if self.process else []
-        words = [str(word) for word in command] if isinstance(command, list) else []
-        never = "never" in words or "--kv-compress-chunks=never" in words
-        return Limits(
-            pool=info["max_total_num_tokens"],
-            chunk=info["chunked_prefill_size"] or 0,
-            context=info["max_req_input_len"],
-            vocab=config.get("vocab_size", 1000),
-            text=text,
-            structured=text and structured is not False,
-            folds=not never,
-            priority=info["enable_priority_scheduling"],
-        )
 
     def load(self) -> dict[str, Any]:
         """Requests and tokens of now, by the scheduler."""

@@ -1,4 +1,4 @@
-"""The soak's HTTP client: send a request, watch the answer, say what became of it."""
+"""A client under load: send a request, watch the answer, say what became of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from bench.soak.job import EITHER, REFUSED, REGEX, Job
+from bench.common.job import EITHER, REFUSED, REGEX, Job
 
 SERVED, TURNED_DOWN, ABORTED, LEFT = "ok", "refused", "aborted", "left"
 LATE, STALLED, UNEXPECTED = "too late to cut", "stalled", "unexpected"
