@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def server_command(
     *,
     pool: int = 0,
     load_format: str = "auto",
+    tokenizer: str = "",
     priority: bool = False,
     stock: bool = False,
     extra: Sequence[str] = (),
@@ -55,6 +56,8 @@ def server_command(
     pool : int
         Tokens; 0 leaves it to SGLang (on the CPU to `sglang_kvc.tools.serve`).
     load_format : str
+    tokenizer : str
+        Folder of one; empty: the model's, or none if it has none.
     priority : bool
         Schedule by priority.
     stock : bool
@@ -65,7 +68,9 @@ def server_command(
     flags = ["--load-format", load_format]
     if pool:
         flags += ["--max-total-tokens", str(pool)]
-    if not has_tokenizer(Path(model)):
+    if tokenizer:
+        flags += ["--tokenizer-path", tokenizer]
+    elif not has_tokenizer(Path(model)):
         flags += ["--skip-tokenizer-init"]
     if priority:
         flags += ["--enable-priority-scheduling", "--default-priority-value", "0"]
@@ -108,9 +113,16 @@ class Server:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     @classmethod
-    def start(cls, command: list[str], log: Path, gpu: bool, limit: float) -> Server:
-        """Start a server and wait until it is ready."""
-        environ = dict(os.environ)
+    def start(
+        cls,
+        command: list[str],
+        log: Path,
+        gpu: bool,
+        limit: float,
+        more: Mapping[str, str] | None = None,
+    ) -> Server:
+        """Start a server and wait until it is ready; `more` is its environment's."""
+        environ = {**os.environ, **(more or {})}
         serve.set_defaults(environ, gpu, local_model=True)
         port = command[command.index("--port") + 1]
         with log.open("wb") as out:
