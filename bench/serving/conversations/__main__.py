@@ -98,6 +98,7 @@ class Comparison:
 
     def _command(self, system: System) -> list[str]:
         flags = ["--enable-cache-report", "--enable-metrics"]
+        flags += system.flags(self.args.host_ratio, self.args.min_budget)
         return server_command(
             str(self.model),
             new_port(),
@@ -106,7 +107,7 @@ class Comparison:
             load_format=self.args.load_format,
             tokenizer=self.tokenizer,
             stock=system.stock,
-            extra=[*flags, *system.flags(self.args.host_ratio), *self.args.extra],
+            extra=[*flags, *self.args.extra],
         )
 
     def _start(self, system: System) -> Server | str:
@@ -138,6 +139,7 @@ class Comparison:
             "model": self.model.name,
             "shape": self.load.shape.record(),
             "pool": self.args.pool,
+            "min_budget": self.args.min_budget,
             "host_ratio": self.args.host_ratio,
             "extra": self.args.extra,
         }

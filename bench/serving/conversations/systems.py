@@ -51,19 +51,23 @@ class System:
         """Tokens of its pool in the bytes of `tokens` of bf16."""
         return tokens * (FP8_TOKENS if self.fp8 else 1)
 
-    def flags(self, ratio: float) -> list[str]:
+    def flags(self, ratio: float, min_budget: int | None = None) -> list[str]:
         """Its own flags.
 
         Parameters
         ----------
         ratio : float
             Host memory of a hierarchical cache, as a multiple of the pool.
+        min_budget : int, optional
+            Tokens that are kept in any case, with our plugin.
         """
         flags = ["--kv-cache-dtype", "fp8_e4m3"] if self.fp8 else []
         if self.host:
             flags += ["--enable-hierarchical-cache", "--hicache-ratio", f"{ratio:g}"]
         if not self.stock:
             flags += ["--kv-compress-rate", f"{self.rate:g}"]
+            if min_budget:
+                flags += ["--kv-compress-min-budget", str(min_budget)]
         if self.kind == SESSIONS:
             flags += ["--kv-compress-sessions"]
         return flags

@@ -25,6 +25,13 @@ HEAD = [
 ]
 
 
+LEGEND = (
+    "first_s: seconds to the first token, p50/p99, of turn 1 and of later ones",
+    "new_x: prompt tokens computed, over those that were new",
+    "hits: sessions whose last turn found its history; held: snapshots at the end",
+)
+
+
 def comparable(records: list[Record], commit: str = "") -> list[Record]:
     """The newest record of each system, of what was served last.
 
@@ -35,7 +42,7 @@ def comparable(records: list[Record], commit: str = "") -> list[Record]:
     if not wanted:
         return []
     last = wanted[-1]
-    keys = ("shape", "pool", "model", "gpu", "host_ratio")
+    keys = ("shape", "pool", "model", "gpu")
     same = [
         one
         for one in records
@@ -59,7 +66,9 @@ def _place(record: Record) -> tuple[int, float, str]:
 def failed(record: Record) -> str:
     """Why a record has no figures that count; empty if it has."""
     if record.get("error"):
-        return str(record["error"]).strip().splitlines()[0]
+        lines = str(record["error"]).strip().splitlines()
+        # A log's last line says more than that there is one.
+        return " ... ".join(dict.fromkeys((lines[0], lines[-1])))
     if record.get("errors"):
         return f"{record['errors']} turns failed: {record['first_errors'][0]}"
     return ""
@@ -73,7 +82,7 @@ def format_table(records: list[Record]) -> str:
     lines = [about(records[-1]), _columns(HEAD)]
     for one in records:
         if why := failed(one):
-            lines.append(f"{one['system']:<{WIDTHS[0]}} FAILED: {why[:100]}")
+            lines.append(f"{one['system']:<{WIDTHS[0]}} FAILED: {why[:200]}")
             continue
         ratio = one["turns_per_s"] / base["turns_per_s"] if base else None
         hits, held = one.get("last_turn_hits"), one.get("snapshots")
@@ -91,12 +100,7 @@ def format_table(records: list[Record]) -> str:
             _cell(held, 0),
         ]
         lines.append(_columns(cells))
-    lines += [
-        "",
-        "first_s: seconds to the first token, p50/p99, of turn 1 and of later",
-    ]
-    lines += ["new_x: prompt tokens computed, over those that were new; hits: sessions"]
-    lines += ["whose last turn found its history; held: snapshots at the end"]
+    lines += ["", *LEGEND]
     for one in records:
         if one.get("host_cache_gb"):
             lines.append(f"{one['system']}: {one['host_cache_gb']:.1f} GB host memory")
@@ -109,7 +113,8 @@ def about(record: Record) -> str:
     """The load, in one line."""
     shape = record["shape"]
     return (
-        f"{shape['sessions']} sessions x {shape['turns']} turns, {shape['first']} first, "
+        f"{shape['sessions']} sessions x {shape['turns']} turns, {shape['first']} "
+        "first, "
         f"{shape['user']} + {shape['answer']} a turn, thinking {shape['think']:g} s, "
         f"{100 * shape['forks']:.0f} % fork, pool {record['pool']}, {record['model']}"
     )
