@@ -62,12 +62,12 @@ class Comparison:
     Parameters
     ----------
     args : Namespace
-    folder : Path
-        For logs and a tokenizer.
+    logs, folder : Path
+        For the servers' logs, and for a tokenizer.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.args, self.folder = args, folder
+    def __init__(self, args: argparse.Namespace, logs: Path, folder: Path) -> None:
+        self.args, self.logs = args, logs
         self.gpu = serve.has_gpu() if args.device is None else args.device == "gpu"
         self.model = Path(args.model or fetch(DEFAULT_MODEL))
         vocab = vocabulary_size(self.model)
@@ -119,7 +119,7 @@ class Comparison:
         try:
             return Server.start(
                 command,
-                self.folder / f"{system.name}.log",
+                self.logs / f"{system.name}.log",
                 self.gpu,
                 self.args.start_limit,
                 {"SGLANG_PLUGINS": "none" if away else "kvcompress"},
@@ -194,7 +194,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             logs = args.logs or Path(folder)
             logs.mkdir(parents=True, exist_ok=True)
-            green = Comparison(args, logs).run()
+            green = Comparison(args, logs, Path(folder)).run()
     records = [one for one in read_lines(args.out) if "system" in one]
     records = comparable(records, args.commit)
     print(format_table(records))
