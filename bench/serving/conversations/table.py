@@ -116,7 +116,7 @@ def about(record: Record) -> str:
         f"{shape['sessions']} sessions x {shape['turns']} turns, {shape['first']} "
         "first, "
         f"{shape['user']} + {shape['answer']} a turn, thinking {shape['think']:g} s, "
-        f"{100 * shape['forks']:.0f} % fork, pool {record['pool']}, {record['model']}"
+        f"{100 * shape['forks']:g} % fork, pool {record['pool']}, {record['model']}"
     )
 
 
