@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,7 @@ from bench.quality.engines import start
 from bench.quality.systems import FULL, OURS, Setting, System
 from bench.quality.tasks.sample import (
     ASK,
+    CONVERSATION,
     DICTATED,
     LIKELIHOOD,
     TURNS,
@@ -27,6 +29,7 @@ from bench.quality.tasks.sample import (
     SampleKey,
     encode,
     encode_parts,
+    encode_said,
     encode_turns,
     text_ids,
 )
@@ -38,7 +41,8 @@ TURN_REPLY = "I have read it. What do you want to know?"
 class Answer:
     """What came back for one sample.
 
-    `gold` is the full cache's answer where that is the one to give.
+    `gold` is the full cache's answer where that is the one to give; `resumed` are
+    tokens of the prompt that came from a snapshot.
     """
 
     text: str
@@ -47,6 +51,7 @@ class Answer:
     resident: int | None = None
     thoughts: forced.Thoughts | None = None
     gold: tuple[str, ...] = ()
+    resumed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class EngineAsker:
             (TURNS, self._turns),
             (DICTATED, self._dictated),
             (LIKELIHOOD, self._likelihood),
+            (CONVERSATION, self._conversations),
         ):
             places = [i for i, sample in enumerate(samples) if sample.mode == mode]
             if places:
@@ -145,6 +151,27 @@ class EngineAsker:
         ]
         return self._answers(requests, setting)
 
+    def _conversations(
+        self, samples: Sequence[Sample], setting: Setting
+    ) -> list[Answer]:
+        """Turn by turn, all conversations at once; the last turn is answered freely."""
+        talks = [encode_said(self.tokenizer, s) for s in samples]
+        for turn in range(max(len(talk) // 2 for talk in talks)):
+            requests = []
+            for talk in (one for one in talks if turn < len(one) // 2):
+                *read, reply = talk[: 2 * turn + 2]
+                dictate = forced.job(reply)
+                history = list(chain(*read))
+                requests.append(Request(history, len(reply), (), dictate, True))
+            outputs = self._send(requests, setting)
+            for output, request in zip(outputs, requests, strict=True):
+                _check_dictation(output, request)
+        requests = [
+            Request(list(chain(*talk)), s.max_new_tokens, s.stop)
+            for talk, s in zip(talks, samples, strict=True)
+        ]
+        return self._answers(requests, setting)
+
     def _dictated(self, samples: Sequence[Sample], setting: Setting) -> list[Answer]:
         requests = []
         for sample in samples:
@@ -165,12 +192,7 @@ class EngineAsker:
         ]
 
     def _after_dictation(self, output: dict[str, Any], request: Request) -> str:
-        assert request.dictate
-        count = len(request.dictate["tokens"])
-        ids = output["output_ids"]
-        if ids[:count] != request.dictate["tokens"]:
-            raise RuntimeError("the engine did not follow the dictation")
-        ids = ids[count:]
+        ids = output["output_ids"][_check_dictation(output, request) :]
         if (end := self.tokenizer.eos_token_id) in ids:
             ids = ids[: ids.index(end)]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -206,9 +228,7 @@ class EngineAsker:
             outputs = self._send(requests, setting)
             answers = []
             for output, request in zip(outputs, requests, strict=True):
-                assert request.dictate
-                if list(output["output_ids"]) != request.dictate["tokens"]:
-                    raise RuntimeError("the engine did not follow the dictation")
+                _check_dictation(output, request)
                 thoughts = forced.read(request.dictate)
                 answers.append(replace(_answer(output, "", request), thoughts=thoughts))
         return answers
@@ -253,6 +273,15 @@ class EngineAsker:
         return params
 
 
+def _check_dictation(output: dict[str, Any], request: Request) -> int:
+    """Tokens that were dictated; raises if others came."""
+    assert request.dictate
+    wanted = request.dictate["tokens"]
+    if list(output["output_ids"][: len(wanted)]) != wanted:
+        raise RuntimeError("the engine did not follow the dictation")
+    return len(wanted)
+
+
 def with_full_text(sample: Sample, text: str, tokenizer: Any) -> Sample:
     """The sample with the full cache's answer filled in."""
     # A model that says nothing is asked how likely its silence still is.
@@ -273,4 +302,5 @@ def _answer(output: dict[str, Any], text: str, request: Request) -> Answer:
         len(request.ids),
         len(output["output_ids"]),
         info.get("resident_tokens"),
+        resumed=info.get("resumed_tokens"),
     )

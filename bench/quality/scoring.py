@@ -21,6 +21,8 @@ def result(sample: Sample, answer: Answer) -> dict[str, Any]:
         "output_tokens": answer.output_tokens,
         "resident": answer.resident,
     }
+    if answer.resumed is not None:
+        record["resumed"] = answer.resumed
     if sample.scorer == metrics.LIKELIHOOD:
         return record | _likelihood(answer.thoughts)
     score = metrics.SCORERS[sample.scorer](answer.text, answer.gold or sample.answers)
