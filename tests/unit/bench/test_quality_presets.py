@@ -51,8 +51,12 @@ def test_tuning_changes_one_option_at_a_time() -> None:
 
 
 def test_tables_have_all_tasks() -> None:
+    """Conversations have tables of their own."""
     for name in ("table", "table-kvpress"):
-        assert set(resolve(RUNS[name].tasks)) == set(resolve(["all"]))
+        asked = {*resolve(RUNS[name].tasks), *resolve(["sessions"])}
+        assert asked == set(resolve(["all"]))
+    for name in ("sessions", "sessions-kvpress"):
+        assert RUNS[name].tasks == ("sessions",)
 
 
 def test_flags_win_over_a_preset() -> None:
