@@ -2,6 +2,7 @@
 
 ``python -m bench.serving``; ``python -m bench.serving.plot`` draws what it recorded,
 and ``python -m bench.serving.passkey`` asks which rates still find a key.
+``python -m bench.serving.conversations`` serves sessions of several turns over HTTP.
 
 * `loads`: what is served, and what is aimed at
 * `args`, `plan`: which engines serve which loads, before which deadline
@@ -11,4 +12,5 @@ and ``python -m bench.serving.passkey`` asks which rates still find a key.
 * `report`: medians, ratios to stock, the table
 * `plot`, `plot_data`: figures against the rate
 * `passkey`, `passkey_prompts`: a key hidden in a long prompt
+* `conversations`: a room of its own
 """

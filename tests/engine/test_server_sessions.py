@@ -123,8 +123,9 @@ def test_a_fork_of_several_answers_starts_from_one_snapshot(keeper: Server) -> N
 
 def test_a_load_of_conversations_is_served(keeper: Server) -> None:
     """What `bench.serving.conversations` drives and counts, also of a fork."""
+    # Answers of more than a page: what a turn leaves reaches further than its prompt.
     shape = Shape(
-        sessions=2, turns=2, first=200, user=40, answer=16, think=0.1, forks=0.5
+        sessions=2, turns=2, first=200, user=40, answer=24, think=0.1, forks=0.5
     )
     load = Load(shape, vocabulary_size(Path(keeper.model)))
     drive = Drive(driven.Server(keeper.url), load, seconds=ANSWER_S, stall=ANSWER_S)
@@ -136,7 +137,7 @@ def test_a_load_of_conversations_is_served(keeper: Server) -> None:
     assert values["resumed_turns"] == values["later"]["turns"] == 3
     assert values["later"]["cached_tokens"] == values["resumed_tokens"]
     # All but what is new and less than a page each.
-    assert values["later"]["computed_tokens"] < 3 * (40 + 16)
+    assert values["later"]["computed_tokens"] <= 3 * (40 + 16)
     assert values["last_turn_hits"] == 1
     found = counters(requests.get(f"{keeper.url}/metrics", timeout=ANSWER_S).text)
     assert found["snapshots"] >= 3

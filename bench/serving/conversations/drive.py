@@ -32,8 +32,8 @@ class Turn:
     prompt, cached, new, answer : int
         Tokens of the prompt, those that were not computed, those that no earlier turn
         has had or said, and what came.
-    ours : dict
-        ``kv_compress`` of the answer; empty for stock.
+    ours : dict or None
+        ``kv_compress`` of the answer; None for stock.
     error : str
         Empty if it was served.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from bench.common.server import Server
+from bench.serving.conversations.__main__ import Comparison
 from bench.serving.conversations.args import parse_arguments
 from bench.serving.conversations.drive import Drive, Turn
 from bench.serving.conversations.figures import (
@@ -241,6 +243,86 @@ def test_the_time_ends_a_run() -> None:
     assert not whole
     assert run.turns == []
     assert summarize(run.turns, 20, run.begin)["complete"] is False
+
+
+class QuietServer:
+    """A server whose process lives, or has died; without a process."""
+
+    def __init__(self, url: str, dies: bool = False) -> None:
+        self.url, self.dies, self.flushed = url, dies, 0
+
+    def alive(self) -> bool:
+        return not (self.dies and self.flushed)
+
+    def log_text(self) -> str:
+        return "max_total_num_tokens=640\n1.50 GB host memory\n"
+
+    log_tail = log_text
+
+    def wait_idle(self, limit: float) -> None:
+        assert limit
+
+    def flush(self) -> None:
+        self.flushed += 1
+
+    def get(self, path: str) -> str:
+        assert path == "/metrics"
+        return f"{series.HITS.name}{{}} 5\n"
+
+    def memory(self) -> dict[str, float]:
+        return {"sglang::scheduler": 7.4}
+
+
+def measured(system: str, **quiet: Any) -> dict[str, Any]:
+    """Record of a system on a stub that reports KV-Compress."""
+    words = "--sessions 2 --turns 2 --first 30 --user 6 --answer 5 --think 0 --forks 0"
+    args = parse_arguments(None, [*words.split(), "--device", "cpu"])
+    one = Comparison.__new__(Comparison)
+    one.args, one.model, one.load = args, Path("stub"), Load(args.shape, VOCAB)
+    stub = Stub()
+    ready = threading.Event()
+    urls: list[str] = []
+
+    async def listen() -> None:
+        async def use(url: str) -> None:
+            urls.append(url)
+            ready.set()
+            await asyncio.to_thread(done.wait)
+
+        await stub.serve(use)
+
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(listen()))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        server: Any = QuietServer(urls[0], **quiet)
+        return one._measure(parse_system(system), server)
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_record_has_all_that_was_seen() -> None:
+    record = measured("sessions-4")
+    assert not failed(record)
+    assert record["turns"] == record["asked"] == 4
+    assert record["snapshot_hits"] == 0
+    assert (record["pool_tokens"], record["host_cache_gb"]) == (640, 1.5)
+    assert record["processes_mib"] == {"sglang::scheduler": 7}
+    assert "sessions-4" in format_table([record])
+
+
+def test_what_went_wrong_makes_a_record_red() -> None:
+    """The wrong code, a server that died; figures so far are kept."""
+    assert "of stock SGLang report" in failed(measured("stock"))
+    dead = measured("sessions-4", dies=True)
+    assert failed(dead).startswith("the server died")
+    one = Comparison.__new__(Comparison)
+    one.args, one.model, one.load = parse_arguments(None, []), Path("m"), Load(SHAPE, 9)
+    assert failed(one._measure(parse_system("stock"), "it did not start")) == (
+        "it did not start"
+    )
 
 
 # Figures ------------------------------------------------------------------------------
