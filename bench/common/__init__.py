@@ -3,5 +3,7 @@
 * `record`: JSON lines with command, commit and hardware
 * `gpu_memory`: memory of the GPU, watched from outside
 * `ports`: ports for servers and engines
+* `server`, `job`, `client`: a server of HTTP, one request to it, and who sends it
+* `percentiles`: of latencies
 * `plotting`: looks and captions of plots, and which records count
 """

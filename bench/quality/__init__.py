@@ -17,7 +17,7 @@
 * `advised`: what `sglang_kvc.tools.advise` says of a task's prompts
 * `side_by_side`: several of these runs on one GPU
 * `kvpress_systems`, `kvpress_answers`, `hf_decoding`: other methods, in Hugging Face;
-  `rkv`: one that evicts while decoding
+  `rkv`: one that evicts while decoding; `kvpress_repeat`: one that is none of kvpress
 * `scouts`: tried in Hugging Face before it is worth a server, and checks of that
 
 On a GPU machine
@@ -64,7 +64,18 @@ repeat them until they exit with 0 (3: samples are left).
 
    ``long-replay``, ``chain`` and ``long-kvpress`` are run likewise; ``tune-long``,
    ``tune-long-passes`` and ``tune-chain`` choose, on odd texts.
-5. Merge and report; lines of all files and visits are one table::
+5. Conversations: what a turn has left is what the next one starts from. 50 samples of
+   five tasks are some 250 sessions of up to six turns; the pool should hold them::
+
+       python -m bench.quality run --model $M --data $D --preset sessions \\
+           --batch 50 --deadline 560 --out $R/quality_sessions.jsonl
+       PYTHONPATH=$K python -m bench.quality run --model $M --data $D \\
+           --preset sessions-kvpress --block 1 --batch 12 --deadline 560 \\
+           --out $R/quality_sessions_kvpress.jsonl
+
+   Rate 1 is the whole history. ``ours`` computes every turn again; KeyDiff's score and
+   a KVzip-like one (`kvpress_repeat`) compress the history once, before the question.
+6. Merge and report; lines of all files and visits are one table::
 
        python -m bench.quality report $R/quality*.jsonl --out $R/quality.md
        python -m bench.quality plot $R/quality*.jsonl --out docs/plots

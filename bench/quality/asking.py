@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,7 @@ from bench.quality.engines import start
 from bench.quality.systems import FULL, OURS, Setting, System
 from bench.quality.tasks.sample import (
     ASK,
+    CONVERSATION,
     DICTATED,
     LIKELIHOOD,
     TURNS,
@@ -27,6 +29,7 @@ from bench.quality.tasks.sample import (
     SampleKey,
     encode,
     encode_parts,
+    encode_said,
     encode_turns,
     text_ids,
 )
@@ -39,7 +42,8 @@ class Answer:
     """What came back for one sample.
 
     `resident` tokens of a KV head on average are held at the end, `mean_resident` over
-    all decode steps. `gold` is the full cache's answer where that is the one to give.
+    all decode steps. `gold` is the full cache's answer where that is the one to give;
+    `resumed` are tokens of the prompt that came from a snapshot.
     """
 
     text: str
@@ -49,6 +53,7 @@ class Answer:
     mean_resident: float | None = None
     thoughts: forced.Thoughts | None = None
     gold: tuple[str, ...] = ()
+    resumed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class EngineAsker:
             (TURNS, self._turns),
             (DICTATED, self._dictated),
             (LIKELIHOOD, self._likelihood),
+            (CONVERSATION, self._conversations),
         ):
             places = [i for i, sample in enumerate(samples) if sample.mode == mode]
             if places:
@@ -147,6 +153,27 @@ class EngineAsker:
         ]
         return self._answers(requests, setting)
 
+    def _conversations(
+        self, samples: Sequence[Sample], setting: Setting
+    ) -> list[Answer]:
+        """Turn by turn, all conversations at once; the last turn is answered freely."""
+        talks = [encode_said(self.tokenizer, s) for s in samples]
+        for turn in range(max(len(talk) // 2 for talk in talks)):
+            requests = []
+            for talk in (one for one in talks if turn < len(one) // 2):
+                *read, reply = talk[: 2 * turn + 2]
+                dictate = forced.job(reply)
+                history = list(chain(*read))
+                requests.append(Request(history, len(reply), (), dictate, True))
+            outputs = self._send(requests, setting)
+            for output, request in zip(outputs, requests, strict=True):
+                _check_dictation(output, request)
+        requests = [
+            Request(list(chain(*talk)), s.max_new_tokens, s.stop)
+            for talk, s in zip(talks, samples, strict=True)
+        ]
+        return self._answers(requests, setting)
+
     def _dictated(self, samples: Sequence[Sample], setting: Setting) -> list[Answer]:
         requests = []
         for sample in samples:
@@ -167,12 +194,7 @@ class EngineAsker:
         ]
 
     def _after_dictation(self, output: dict[str, Any], request: Request) -> str:
-        assert request.dictate
-        count = len(request.dictate["tokens"])
-        ids = output["output_ids"]
-        if ids[:count] != request.dictate["tokens"]:
-            raise RuntimeError("the engine did not follow the dictation")
-        ids = ids[count:]
+        ids = output["output_ids"][_check_dictation(output, request) :]
         if (end := self.tokenizer.eos_token_id) in ids:
             ids = ids[: ids.index(end)]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -208,9 +230,7 @@ class EngineAsker:
             outputs = self._send(requests, setting)
             answers = []
             for output, request in zip(outputs, requests, strict=True):
-                assert request.dictate
-                if list(output["output_ids"]) != request.dictate["tokens"]:
-                    raise RuntimeError("the engine did not follow the dictation")
+                _check_dictation(output, request)
                 thoughts = forced.read(request.dictate)
                 answers.append(replace(_answer(output, "", request), thoughts=thoughts))
         return answers
@@ -255,6 +275,15 @@ class EngineAsker:
         return params
 
 
+def _check_dictation(output: dict[str, Any], request: Request) -> int:
+    """Tokens that were dictated; raises if others came."""
+    assert request.dictate
+    wanted = request.dictate["tokens"]
+    if list(output["output_ids"][: len(wanted)]) != wanted:
+        raise RuntimeError("the engine did not follow the dictation")
+    return len(wanted)
+
+
 def with_full_text(sample: Sample, text: str, tokenizer: Any) -> Sample:
     """The sample with the full cache's answer filled in."""
     # A model that says nothing is asked how likely its silence still is.
@@ -276,4 +305,5 @@ def _answer(output: dict[str, Any], text: str, request: Request) -> Answer:
         len(output["output_ids"]),
         info.get("resident_tokens"),
         info.get("mean_resident_tokens"),
+        resumed=info.get("resumed_tokens"),
     )

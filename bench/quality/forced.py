@@ -65,12 +65,15 @@ class Dictator:
 
     def __call__(self, logits: Any, params: Sequence[Mapping[str, Any]]) -> Any:
         """Lift the tokens that are dictated; other rows stay as they are."""
+        # In the scheduler's process; nobody else needs SGLang for a dictation.
+        from sglang_kvc.upstream.generation import UPSTREAM
+
         rows, jobs, places = [], [], []
         for row, param in enumerate(params):
             job, req = param[KEY], param["__req__"]
             # Counts in launch order, so neither overlap, nor retraction, nor the
             # samples of a prompt's middle chunks put it out of step.
-            at = req.kv_committed_len - len(req.origin_input_ids)
+            at = UPSTREAM.committed_len(req) - len(req.origin_input_ids)
             if 0 <= at < len(job["tokens"]):
                 rows.append(row)
                 jobs.append(job)

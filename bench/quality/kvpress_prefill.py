@@ -4,6 +4,7 @@ A method of kvpress compresses a layer's cache after that layer's attention over
 the prompt, and nothing that is computed later in the prefill reads that cache. So a
 prefill is the same whatever is kept of it, and one prefill serves all methods and
 ratios: here the model's own cache stays whole, and what each keeps is set aside.
+Methods that want to see the prompt repeated get a second reading, behind the first.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Kept:
 
     def __init__(self, press: Any) -> None:
         self.press = press
+        # Whether it chooses when the prompt is read once more.
+        self.again = bool(getattr(press, "reads_again", False))
         self.keys: list[Any] = []
         self.values: list[Any] = []
         self.masked: list[Any] = []
@@ -91,6 +94,7 @@ def prefill(
     ids = torch.tensor(contexts, device=model.device)
     cache = DynamicCache()
     kept = {label: Kept(press) for label, press in presses.items()}
+    reading = {label: one for label, one in kept.items() if not one.again}
     random = _generator(model.device)
 
     def compress(
@@ -98,7 +102,7 @@ def prefill(
     ) -> None:
         del args
         layer = cache.layers[module.layer_idx]
-        for label, one in kept.items():
+        for label, one in reading.items():
             # Every press draws the numbers that it would draw alone.
             random.set_state(states[label])
             one.compress(module, kwargs, layer.keys, layer.values, output[1])
@@ -120,6 +124,8 @@ def prefill(
             logits = model(
                 input_ids=ids, past_key_values=cache, logits_to_keep=1
             ).logits
+            if reading := {label: one for label, one in kept.items() if one.again}:
+                model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bench.quality.kvpress_repeat import Repetition
+
 
 def presses() -> dict[str, Callable[[float], Any]]:
     """Methods by name; each is made with the fraction of KVs to discard.
 
-    All compress in ``compress`` alone, as `kvpress_prefill.Kept` wants it.
+    All compress in ``compress`` alone, as `kvpress_prefill.Kept` wants it. Repetition
+    is none of kvpress; KVzip's own hooks do more than that.
     """
     import kvpress as kp  # type: ignore[import-not-found]
 
@@ -29,6 +32,7 @@ def presses() -> dict[str, Callable[[float], Any]]:
         "pyramidkv": lambda r: kp.PyramidKVPress(compression_ratio=r),
         "streaming": lambda r: kp.StreamingLLMPress(compression_ratio=r, n_sink=4),
         "random": lambda r: kp.RandomPress(compression_ratio=r),
+        "repetition": Repetition,
     }
 
 

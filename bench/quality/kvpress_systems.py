@@ -23,6 +23,7 @@ import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from bench.quality import forced, rkv
@@ -33,12 +34,14 @@ from bench.quality.kvpress_presses import presses
 from bench.quality.systems import FULL_PRESS, Setting, System
 from bench.quality.tasks.sample import (
     ASK,
+    CONVERSATION,
     DICTATED,
     TURNS,
     Sample,
     SampleKey,
     encode,
     encode_parts,
+    encode_said,
     encode_turns,
 )
 
@@ -179,6 +182,10 @@ class PressAsker:
         """Tokens to compress, and tokens to feed after that."""
         if sample.mode == DICTATED:
             return encode_parts(self.tokenizer, sample)
+        if sample.mode == CONVERSATION:
+            # The history is compressed once, before the last question is known.
+            *history, question = encode_said(self.tokenizer, sample)
+            return list(chain(*history)), question
         if sample.mode == TURNS:
             # Both turns are known before the second request is compressed.
             return encode_turns(self.tokenizer, sample, TURN_REPLY)[1], []

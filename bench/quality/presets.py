@@ -58,7 +58,7 @@ TABLE = (
     "replay",
     "reasoning",
 )
-"""All tasks but those of long answers, most important first."""
+"""All tasks but long answers and conversations, most important first."""
 LONG_METHODS = ("full", "rkv", "tova", "keydiff", "adakv", "expected")
 KVPRESS_METHODS = (
     "full",
@@ -73,6 +73,16 @@ KVPRESS_METHODS = (
     "streaming",
     "random",
 )
+
+SESSIONS = (
+    f"{OURS}:sessions=true",
+    OURS,
+    f"{OURS}:metric=key_similarity,sessions=true",
+)
+"""What a turn leaves; every turn computed again; KeyDiff's score in the first's place.
+
+The whole history is the first one's rate 1.
+"""
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,13 @@ def _presets() -> dict[str, Preset]:
         systems = variants(option, values)
         everything += systems
         found[f"{TUNE}-{name}"] = _tuning(systems)
+    found["sessions"] = Preset(
+        SESSIONS, ("sessions",), ("1", "4", "8", "2"), 50, REPORTED_SEED
+    )
+    found["sessions-kvpress"] = Preset(
+        tuple(f"kvpress:{name}" for name in ("full", "keydiff", "repetition")),
+        *(("sessions",), ("1", "4", "8", "2"), 50, REPORTED_SEED),
+    )
     return found | {TUNE: _tuning(everything)} | _long_presets()
 
 

@@ -24,6 +24,8 @@ def result(sample: Sample, answer: Answer) -> dict[str, Any]:
         "resident": answer.resident,
         "mean_resident": answer.mean_resident,
     }
+    if answer.resumed is not None:
+        record["resumed"] = answer.resumed
     if sample.scorer == metrics.LIKELIHOOD:
         return record | _likelihood(answer.thoughts)
     gold = answer.gold or sample.answers

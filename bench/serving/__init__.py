@@ -1,8 +1,9 @@
 """Loads served by stock SGLang and with --kv-compress, in one table.
 
 ``python -m bench.serving``; ``python -m bench.serving.plot`` draws what it recorded,
-``python -m bench.serving.passkey`` asks which rates still find a key, and
-``python -m bench.serving.watch`` draws what ``/metrics`` shows beside a load.
+``python -m bench.serving.passkey`` asks which rates still find a key,
+``python -m bench.serving.watch`` draws what ``/metrics`` shows beside a load, and
+``python -m bench.serving.conversations`` serves sessions of several turns over HTTP.
 
 * `loads`: what is served, and what is aimed at
 * `args`, `plan`: which engines serve which loads, before which deadline
@@ -13,4 +14,5 @@
 * `plot`, `plot_data`: figures against the rate
 * `passkey`, `passkey_prompts`: a key hidden in a long prompt
 * `watch`: figures of a running server, over time
+* `conversations`: a room of its own
 """

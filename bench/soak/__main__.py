@@ -30,13 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common.record import environment, write_record
-from bench.soak.args import parse_arguments, set_device_defaults
-from bench.soak.itl import format_phases, measure
-from bench.soak.job import Limits
-from bench.soak.load import Load
-from bench.soak.report import format_soak
-from bench.soak.run import Soak
-from bench.soak.server import (
+from bench.common.server import (
     Server,
     ServerError,
     count_log,
@@ -44,6 +38,12 @@ from bench.soak.server import (
     say,
     server_command,
 )
+from bench.soak.args import parse_arguments, set_device_defaults
+from bench.soak.itl import format_phases, measure
+from bench.soak.limits import Limits, limits_of
+from bench.soak.load import Load
+from bench.soak.report import format_soak
+from bench.soak.run import Soak
 from bench.soak.shape import Shape
 from sglang_kvc.tools import serve
 from sglang_kvc.tools.fetch_model import DEFAULT_MODEL, fetch
@@ -110,7 +110,7 @@ def main() -> int:
     with ExitStack() as stack:
         try:
             server = open_server(args, stack, gpu)
-            limits = server.limits(args.structured)
+            limits = limits_of(server, args.structured)
         except (OSError, ServerError) as error:
             say(f"error: {error}")
             return 1

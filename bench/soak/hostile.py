@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bench.soak.job import Limits
+    from bench.soak.limits import Limits
 
 MEGABYTE = 1 << 20
 

@@ -24,17 +24,18 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.soak.client import Client, Outcome
+from bench.common.client import Client, Outcome
+from bench.common.job import Job
+from bench.common.percentiles import percentile
+from bench.common.server import Server, ServerError, say
 from bench.soak.hostile import OPTIONS
-from bench.soak.job import Job, Limits
+from bench.soak.limits import Limits
 from bench.soak.report import (
     SHOWN_FAILURES,
     Tally,
     format_failures,
     grid,
-    percentile,
 )
-from bench.soak.server import Server, ServerError, say
 
 ALONE, AGAIN = "alone", "alone again"
 HOSTILE, REFUSED, POLITE = "hostile", "refused only", "polite"

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.common.job import EITHER, OK, REFUSED, REGEX, Job
 from bench.soak.hostile import HOSTILE, Hostile
-from bench.soak.job import EITHER, OK, REFUSED, REGEX, Job, Limits, surely_fits
+from bench.soak.limits import Limits, surely_fits
 from bench.soak.shape import (
     BEYOND_SHARE,
     BUDGETS,

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.soak.client import LEFT, Outcome
+from bench.common.client import LEFT, Outcome
+from bench.common.percentiles import percentile
 
 MAX_FAILURES = 200
 SHOWN_FAILURES = 20
@@ -18,24 +19,6 @@ SINGLE = (
     "tracebacks_in_log pool used_when_idle used_after_flush flushed alive"
 )
 """Figures of a soak that have a line each."""
-
-
-def percentile(values: Iterable[float], share: float) -> float | None:
-    """The value that `share` of them do not exceed, interpolated; None without any.
-
-    Parameters
-    ----------
-    values : iterable of float
-    share : float
-        From 0 to 1.
-    """
-    ordered = sorted(values)
-    if not ordered:
-        return None
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def growth_per_thousand(

@@ -6,12 +6,12 @@ import asyncio
 import time
 from typing import Any
 
+from bench.common.client import STALLED, Client, Outcome
 from bench.common.gpu_memory import GpuMemory
-from bench.soak.client import STALLED, Client, Outcome
-from bench.soak.job import Job
+from bench.common.job import Job
+from bench.common.server import Server, ServerError, say
 from bench.soak.load import Load
 from bench.soak.report import SHOWN_FAILURES, Tally, growth_per_thousand, settled_after
-from bench.soak.server import Server, ServerError, say
 
 MAX_STALLED = 5
 """So many requests without a token, and the server is taken for stuck."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -291,11 +292,13 @@ def serve(
         if pauses is not None:
             pauses(now)
         audit.check(now)
+        counts["borrowed"] += any(it.borrowers for it in tree.sessions or ())
 
-    server.on_poll = on_poll
+    tree = server.sch.tree_cache
     counts = dict.fromkeys((*COUNTED, "requests", "tokens", "aborted", "refused"), 0)
     counts |= {"interrupted": 0, "retractions": 0, "resumed": 0, "evicted": 0}
-    tree = server.sch.tree_cache
+    counts |= {"borrowed": 0, "shared": -audit.shared.taken}
+    server.on_poll = on_poll
     outputs: dict[str, Output] = {}
     for turn in range(1 + setting.sessions):
         if turn:
@@ -316,6 +319,7 @@ def serve(
     server.flush()
     assert server.allocator.available_size() == POOL
     assert not tree.sessions
+    counts["shared"] += audit.shared.taken
     return counts
 
 
@@ -392,23 +396,25 @@ def main() -> None:
             )
         )
         audit = PageAudit(server)
-        for name in args.settings:
-            total = report[name] = dict.fromkeys(("loads", "audits"), 0)
-            for seed in range(*args.seeds):
-                begin = time.monotonic()
-                try:
-                    about = (SETTINGS[name], name, seed, args.requests)
-                    counts = serve(server, audit, *about)
-                except BaseException:
-                    report["failed"] = [name, seed, traceback.format_exc()]
-                    args.out.write_text(json.dumps(report))
-                    raise
-                total["loads"] += 1
-                total["audits"], audit.audits = total["audits"] + audit.audits, 0
-                for key, value in counts.items():
-                    total[key] = total.get(key, 0) + value
-                line = f"{name} {seed}: {time.monotonic() - begin:.1f} s {counts}"
-                print(line, file=sys.stderr, flush=True)
+        audit.shared.fill = True
+        none = ("loads", "audits")
+        report |= {name: dict.fromkeys(none, 0) for name in args.settings}
+        # Seed by seed: what is cut short has still been through every setting.
+        for seed, name in itertools.product(range(*args.seeds), args.settings):
+            begin, total = time.monotonic(), report[name]
+            try:
+                about = (SETTINGS[name], name, seed, args.requests)
+                counts = serve(server, audit, *about)
+            except BaseException:
+                report["failed"] = [name, seed, traceback.format_exc()]
+                args.out.write_text(json.dumps(report))
+                raise
+            total["loads"] += 1
+            total["audits"], audit.audits = total["audits"] + audit.audits, 0
+            for key, value in counts.items():
+                total[key] = total.get(key, 0) + value
+            line = f"{name} {seed}: {time.monotonic() - begin:.1f} s {counts}"
+            print(line, file=sys.stderr, flush=True)
             args.out.write_text(json.dumps(report))
 
 

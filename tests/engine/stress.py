@@ -24,6 +24,7 @@ from sglang_kvc.scheduling import passes as scheduling
 from sglang_kvc.scheduling import settling
 from sglang_kvc.upstream.generation import UPSTREAM
 from tests.engine.inprocess import InProcessScheduler, Request, make_server_args
+from tests.engine.shared_pages import SharedPages
 from tests.engine.slot_reuse import run_slot_reuse
 from tests.engine.tiny_model import FEW_LAYERS, VOCAB, write_tiny_model
 
@@ -108,8 +109,7 @@ def mixed_requests(
 class PageAudit:
     """Poison freed pages and check that every page has one owner.
 
-    Pages of the prefix tree, those of snapshots included, belong to many: nobody may
-    write them.
+    Those of the prefix tree belong to many, and nobody may write them: `shared`.
     """
 
     def __init__(self, scheduler: InProcessScheduler) -> None:
@@ -117,10 +117,6 @@ class PageAudit:
         self.allocator = scheduler.allocator
         self.pool = self.allocator.get_kvcache()
         self.audits = 0
-        # What the tree held at the last audit, and what has been freed since.
-        self._shared = torch.zeros(0, dtype=torch.int64)
-        self._content = [part.clone() for part in self.pool.arena.cells]
-        self._freed: set[int] = set()
         release = self.allocator._release_page_ids
 
         def poison(*page_ids: torch.Tensor) -> None:
@@ -128,18 +124,12 @@ class PageAudit:
                 self.pool.arena.k[ids.long()] = float("nan")
                 self.pool.arena.v[ids.long()] = float("nan")
                 self.pool.arena.score[ids.long()] = float("nan")
-                self._freed |= set(ids.tolist())
             release(*page_ids)
 
         self.allocator._release_page_ids = poison
-        clear = self.allocator.clear
-
-        def cleared() -> None:
-            # A flush frees everything at once.
-            self._shared = self._shared[:0]
-            clear()
-
-        self.allocator.clear = cleared
+        # Behind the poison: what is freed is looked at before.
+        tree = scheduler.sch.tree_cache
+        self.shared = SharedPages(tree, self.allocator, self.pool.arena)
 
     def live_requests(self) -> list[Any]:
         """Requests that own memory now."""
@@ -153,11 +143,8 @@ class PageAudit:
 
     def owners(self) -> list[torch.Tensor]:
         """Page ids by owner; together they must be every page once."""
-        tree = self.scheduler.sch.tree_cache
         table = self.scheduler.sch.req_to_token_pool.req_to_token
-        lists = [self.allocator.free_pages]
-        if not tree.disable and tree.evictable_size() + tree.protected_size():
-            lists.append(tree.all_values_flatten()[::PAGE] // PAGE)
+        lists = [self.allocator.free_pages, self.shared.pages()]
         for req in self.live_requests():
             state = scheduling.state_of(req)
             low = UPSTREAM.protected_len(req)
@@ -184,22 +171,8 @@ class PageAudit:
                 f"owned twice {(counts > 1).nonzero().flatten().tolist()[:8]}"
             )
         self._check_rows()
-        self._check_shared()
+        self.shared.check()
         self.audits += 1
-
-    def _check_shared(self) -> None:
-        """What the tree has held since the last audit is what it was."""
-        tree = self.scheduler.sch.tree_cache
-        held = not tree.disable and tree.evictable_size() + tree.protected_size()
-        now = tree.all_values_flatten()[::PAGE] // PAGE if held else self._shared[:0]
-        kept = set(self._shared.tolist()) & set(now.tolist()) - self._freed
-        pages = torch.tensor(sorted(kept), dtype=torch.int64)
-        for part, before in zip(self.pool.arena.cells, self._content, strict=True):
-            same = (part[pages] == before[pages]).flatten(1).all(1)
-            assert same.all(), f"shared pages written: {pages[~same].tolist()[:8]}"
-            before[now] = part[now]
-        self._shared = now
-        self._freed.clear()
 
     def _check_rows(self) -> None:
         """On the CPU the device is where the last launched step has brought it."""

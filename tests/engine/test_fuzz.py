@@ -60,5 +60,8 @@ def test_the_loads_did_what_they_are_for(report: dict[str, Any]) -> None:
     for name in ("retract", "pause", "all at once"):
         assert report[name]["retractions"] > 0
     assert total["resumed"] > 10
+    # Polls at which somebody ran on a snapshot, and pages that the tree has taken.
+    assert total["borrowed"] > 5
+    assert total["shared"] > 500
     for name, counts in report.items():
         assert name in SESSIONS or counts["resumed"] == 0, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,11 @@ import openai
 import pytest
 import requests
 
+from bench.common import server as driven
+from bench.serving.conversations.drive import Drive
+from bench.serving.conversations.figures import counters, summarize, wrong_side
+from bench.serving.conversations.load import Load, Shape
+from bench.serving.conversations.vocabulary import vocabulary_size
 from sglang_kvc.config import series
 from tests.engine.server import ANSWER_S, Server, running
 from tests.engine.texts import corpus, prompt
@@ -113,3 +119,25 @@ def test_a_fork_of_several_answers_starts_from_one_snapshot(keeper: Server) -> N
     told = [it["meta_info"]["kv_compress"] for it in answers.json()]
     assert len(told) == 4
     assert all(it["resumed_tokens"] > 300 for it in told)
+
+
+def test_a_load_of_conversations_is_served(keeper: Server) -> None:
+    """What `bench.serving.conversations` drives and counts, also of a fork."""
+    # Answers of more than a page: what a turn leaves reaches further than its prompt.
+    shape = Shape(
+        sessions=2, turns=2, first=200, user=40, answer=24, think=0.1, forks=0.5
+    )
+    load = Load(shape, vocabulary_size(Path(keeper.model)))
+    drive = Drive(driven.Server(keeper.url), load, seconds=ANSWER_S, stall=ANSWER_S)
+    assert asyncio.run(drive.run()), drive.turns
+    values = summarize(drive.turns, shape.all_turns, drive.begin)
+    assert wrong_side(values, stock=False) == ""
+    assert values["turn_1"]["cached_tokens"] == 0
+    # Both ways of the fork start from what their common turn has left.
+    assert values["resumed_turns"] == values["later"]["turns"] == 3
+    assert values["later"]["cached_tokens"] == values["resumed_tokens"]
+    # All but what is new and less than a page each.
+    assert values["later"]["computed_tokens"] <= 3 * (40 + 16)
+    assert values["last_turn_hits"] == 1
+    found = counters(requests.get(f"{keeper.url}/metrics", timeout=ANSWER_S).text)
+    assert found["snapshots"] >= 3

@@ -33,6 +33,7 @@ from sglang_kvc.scheduling.passes import PassScheduler
 from sglang_kvc.scheduling.request_state import RequestState
 from sglang_kvc.scheduling.rings import Ring, Rings
 from sglang_kvc.scheduling.turns import Turns
+from sglang_kvc.sessions.snapshot import Hit
 from sglang_kvc.upstream.generation import UPSTREAM, Generation22
 from tests.doubles import adder_class, tree_of
 
@@ -157,8 +158,13 @@ class Server:
         return AddReqResult.CONTINUE if req in adder.can_run_list else result
 
 
-def walk(case: Case, req: Any) -> int:
+def walk(case: Case, req: Any, hit: Hit | None = None) -> int:
     """Serve an admitted request to its end on an empty pool, counting pages.
+
+    Parameters
+    ----------
+    case, req : the server, and the request.
+    hit : the snapshot that it starts from; its pages count as the request's.
 
     Returns
     -------
@@ -175,6 +181,8 @@ def walk(case: Case, req: Any) -> int:
     state = RequestState(policy=policy, kv=None, slot=1, chunk=chunk, wants_ring=wants)
     if wants:
         state.ring = Ring(range(case.ring), Rings(case.ring))
+    if hit is not None:
+        state.resume(hit)
     length, peak = UPSTREAM.prefix_len(req), 0
     end = len(req.full_untruncated_fill_ids)
     step = chunk or (case.chunk if case.chunk > 0 else MAX_PREFILL * 64)

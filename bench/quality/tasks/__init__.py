@@ -14,6 +14,7 @@ from bench.quality.tasks import (
     qa,
     reasoning,
     reports,
+    sessions,
     tracking,
 )
 from bench.quality.tasks.corpus import Corpus
@@ -99,6 +100,11 @@ _ALL = (
     Task("later_qa", "reuse", Reuse(qa.paragraphs, DICTATED)),
     Task("turn_needle", "reuse", Reuse(_SINGLE, TURNS)),
     Task("turn_qa", "reuse", Reuse(qa.paragraphs, TURNS)),
+    Task("session_needle", "sessions", sessions.Document()),
+    Task("session_several", "sessions", sessions.Document(asked=4)),
+    Task("session_qa", "sessions", sessions.paragraph),
+    Task("session_facts", "sessions", sessions.facts),
+    Task("session_instruction", "sessions", sessions.instruction),
 )
 TASKS = {task.name: task for task in _ALL}
 GROUPS = tuple(dict.fromkeys(task.group for task in _ALL))

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from bench.quality.tasks.fit import largest_fitting
-from bench.quality.tasks.sample import Draw, Sample
+from bench.quality.tasks.sample import Draw, Sample, encode
 
 NOISE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. "
@@ -33,8 +33,7 @@ def fitted(draw: Draw, make: Make, limit: int, margin: int = 0) -> Sample:
     """
 
     def size(units: int) -> int:
-        sample = make(units)
-        return draw.size(sample.prompt, sample.prefix) + margin
+        return len(encode(draw.tokenizer, make(units))) + margin
 
     return make(largest_fitting(size, draw.length, limit))
 

@@ -9,7 +9,7 @@ from bench.quality.tasks.sample import Draw, Sample
 ANSWER_TOKENS = 32
 
 
-def _chosen(draw: Draw) -> tuple[Article, int, str, tuple[str, ...]]:
+def chosen(draw: Draw) -> tuple[Article, int, str, tuple[str, ...]]:
     """Article, number of its paragraph, question and answers of this sample."""
     items = [
         (article, place, question, answers)
@@ -26,10 +26,10 @@ def _chosen(draw: Draw) -> tuple[Article, int, str, tuple[str, ...]]:
 
 def paragraphs(draw: Draw) -> Sample:
     """Numbered paragraphs, one of which has the answer (RULER's qa)."""
-    article, place, question, answers = _chosen(draw)
+    article, place, question, answers = chosen(draw)
     gold = article.paragraphs[place]
     others = [p for a in draw.corpus.articles for p in a.paragraphs if p is not gold]
-    others = [p for p in others if not _answers(p, answers)]
+    others = [p for p in others if not mentions(p, answers)]
     draw.rng("others").shuffle(others)
     depth = draw.rng("depth").random()
     ask = f"Answer with a few words from the documents. Question: {question}"
@@ -45,7 +45,7 @@ def paragraphs(draw: Draw) -> Sample:
 
 def documents(draw: Draw) -> Sample:
     """A long document whose titled sections are whole articles."""
-    article, _, question, answers = _chosen(draw)
+    article, _, question, answers = chosen(draw)
     others = [a for a in draw.corpus.articles if a is not article]
     draw.rng("others").shuffle(others)
     depth = draw.rng("depth").random()
@@ -75,7 +75,8 @@ def documents(draw: Draw) -> Sample:
     return fitted(draw, make, len(pieces))
 
 
-def _answers(paragraph: Paragraph, answers: tuple[str, ...]) -> bool:
+def mentions(paragraph: Paragraph, answers: tuple[str, ...]) -> bool:
+    """Whether a paragraph has one of the answers, too."""
     return any(answer in paragraph.text for answer in answers if len(answer) > 3)
 
 

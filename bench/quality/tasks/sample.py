@@ -17,7 +17,9 @@ DICTATED = "dictated"
 """One request: the context is the prompt, the question is decoded token by token."""
 LIKELIHOOD = "likelihood"
 """One request that decodes a given text: log-probabilities instead of an answer."""
-MODES = (ASK, TURNS, DICTATED, LIKELIHOOD)
+CONVERSATION = "conversation"
+"""A request a turn; replies of earlier turns are dictated."""
+MODES = (ASK, TURNS, DICTATED, LIKELIHOOD, CONVERSATION)
 
 
 class SampleKey(NamedTuple):
@@ -59,6 +61,8 @@ class Sample:
         A prompt given as tokens and the text to be decoded (mode `LIKELIHOOD`).
     from_full : bool
         The full cache's answer is the text to be decoded, or the reference answer.
+    said : tuple of (str, str)
+        What user and model have said in the turns before `prompt` (`CONVERSATION`).
     """
 
     task: str
@@ -77,6 +81,7 @@ class Sample:
     tokens: tuple[int, ...] = ()
     targets: tuple[int, ...] = ()
     from_full: bool = False
+    said: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -110,10 +115,6 @@ class Draw:
         """Make a sample of what is drawn here; its task knows the group."""
         return Sample(self.task, "", self.index, self.length, self.seed, **rest)
 
-    def size(self, prompt: str, prefix: str = "") -> int:
-        """Tokens of the prompt as it is sent."""
-        return len(chat_ids(self.tokenizer, prompt, prefix))
-
 
 Build = Callable[[Draw], Sample]
 
@@ -143,6 +144,8 @@ def encode(tokenizer: Any, sample: Sample) -> list[int]:
     """Tokens of the whole prompt, the question included."""
     if sample.tokens:
         return list(sample.tokens)
+    if sample.said:
+        return [token for piece in encode_said(tokenizer, sample) for token in piece]
     return chat_ids(tokenizer, sample.prompt, sample.prefix)
 
 
@@ -183,3 +186,34 @@ def encode_turns(
         messages, add_generation_prompt=True, tokenize=False
     )
     return chat_ids(tokenizer, context), text_ids(tokenizer, text + sample.prefix)
+
+
+def encode_said(tokenizer: Any, sample: Sample) -> list[list[int]]:
+    """Tokens of a conversation: what is read, what is replied, and so on.
+
+    The last piece is read, up to where the model goes on. Pieces are tokenized apart,
+    so a turn's prompt is exactly what was read and replied before, and more.
+
+    Raises
+    ------
+    ValueError
+        If the chat template changes what was said before.
+    """
+    messages: list[dict[str, str]] = []
+    pieces: list[list[int]] = []
+    before = ""
+    for user, reply in (*sample.said, (sample.prompt, None)):
+        messages.append({"role": "user", "content": user})
+        text: str = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        if not text.startswith(before):
+            raise ValueError("the chat template changes what was said before")
+        read = text[len(before) :]
+        if reply is None:
+            pieces.append(text_ids(tokenizer, read + sample.prefix))
+            break
+        pieces += [text_ids(tokenizer, read), text_ids(tokenizer, reply)]
+        messages.append({"role": "assistant", "content": reply})
+        before = text + reply
+    return pieces

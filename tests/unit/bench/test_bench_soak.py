@@ -9,20 +9,21 @@ from typing import Any
 
 import pytest
 
+from bench.common.client import Answer, Client, Outcome, judge
+from bench.common.job import EITHER, OK, REFUSED, Job
+from bench.common.percentiles import percentile
+from bench.common.server import count_log, has_tokenizer, server_command
 from bench.soak.args import parse_arguments, set_device_defaults
-from bench.soak.client import Answer, Client, Outcome, judge
 from bench.soak.hostile import HOSTILE
 from bench.soak.itl import Other, Phase, format_phases, other_bodies, summarize
-from bench.soak.job import EITHER, OK, REFUSED, Job, Limits, surely_fits
+from bench.soak.limits import Limits, surely_fits
 from bench.soak.load import Load
 from bench.soak.report import (
     Tally,
     format_soak,
     growth_per_thousand,
-    percentile,
     settled_after,
 )
-from bench.soak.server import count_log, has_tokenizer, server_command
 from bench.soak.shape import Shape
 
 LIMITS = Limits(

@@ -17,12 +17,14 @@ from bench.quality.engines import engine_keywords
 from bench.quality.scoring import result
 from bench.quality.systems import FULL, Setting, parse_system
 from bench.quality.tasks.sample import (
+    CONVERSATION,
     DICTATED,
     LIKELIHOOD,
     TURNS,
     Sample,
     encode,
     encode_parts,
+    encode_said,
 )
 from tests.unit.bench.quality_fixtures import WordTokenizer
 
@@ -66,7 +68,10 @@ class FakeEngine:
         out = self.tokenizer(text)["input_ids"]
         meta: dict[str, Any] = {"finish_reason": {"type": "stop"}}
         if "kv_compress" in custom:
-            meta["kv_compress"] = {"resident_tokens": len(ids) // 2}
+            meta["kv_compress"] = {
+                "resident_tokens": len(ids) // 2,
+                "resumed_tokens": 3,
+            }
         if job := custom.get(forced.KEY):
             out = ([*job["tokens"], *out, 0, 5])[: params["max_new_tokens"]]
             if "out" in job:
@@ -98,6 +103,30 @@ def asker(
     tokenizer = WordTokenizer()
     engine = FakeEngine(tokenizer, say)
     return EngineAsker(parse_system(system), "model", tokenizer, engine)
+
+
+def test_a_conversation_is_a_request_a_turn() -> None:
+    """Replies are dictated; each prompt is the one before, its reply and more."""
+    ask = asker(system="ours:sessions=true")
+    talks = [
+        sample(i, mode=CONVERSATION, said=(("Read this.", "I have."),) * (1 + i))
+        for i in range(2)
+    ]
+    answers = ask.answer(talks, Setting(rate=4))
+    assert [answer.text for answer in answers] == ["the gold one"] * 2
+    assert answers[0].resumed == 3
+    assert result(talks[0], answers[0])["resumed"] == 3
+    first, second, last = ask.engine.calls
+    assert [len(call["input_ids"]) for call in (first, second, last)] == [2, 1, 2]
+    one, two = (encode_said(ask.tokenizer, talk) for talk in talks)
+    assert first["input_ids"] == [one[0], two[0]]
+    assert second["input_ids"] == [two[0] + two[1] + two[2]]
+    assert last["input_ids"] == [sum(one, []), sum(two, [])]
+    for params, piece in zip(first["sampling_params"], (one, two), strict=True):
+        assert params["custom_params"][forced.KEY]["tokens"] == piece[1]
+        assert params["max_new_tokens"] == len(piece[1])
+        assert params["custom_params"]["kv_compress"] == {"rate": 4}
+    assert all(forced.KEY not in p["custom_params"] for p in last["sampling_params"])
 
 
 def test_one_call_answers_all_samples() -> None:

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from bench.quality import forced
+from tests.doubles import request_fields
 
 VOCAB = 50
 TOKENS = [7, 8, 9]
 
 
 def param(job: dict[str, Any], at: int, prompt: int = 100) -> dict[str, Any]:
-    request = SimpleNamespace(
-        origin_input_ids=[0] * prompt, kv_committed_len=prompt + at
-    )
+    # As the installed release has it: the field has moved once.
+    fields = request_fields(committed=prompt + at)
+    request = SimpleNamespace(origin_input_ids=[0] * prompt, **fields)
     return {forced.KEY: job, "__req__": request}
 
 

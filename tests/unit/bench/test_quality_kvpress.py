@@ -20,12 +20,14 @@ from bench.quality.kvpress_systems import Memory, PressAsker
 from bench.quality.scoring import result
 from bench.quality.systems import FULL, Setting, parse_system
 from bench.quality.tasks.sample import (
+    CONVERSATION,
     DICTATED,
     LIKELIHOOD,
     TURNS,
     Sample,
     encode,
     encode_parts,
+    encode_said,
 )
 from tests.unit.bench.quality_fixtures import WordTokenizer
 from tests.unit.bench.test_quality_kvpress_decoding import (
@@ -140,6 +142,28 @@ def test_answers_are_the_models_own(asker: PressAsker) -> None:
     assert len({len(question) for _, question in parts}) == 2
     (turn,) = asker.answer([sample(0, mode=TURNS)], FULL)
     assert turn.prompt_tokens > answers[0].prompt_tokens
+
+
+def test_a_conversation_is_compressed_before_its_last_question(
+    asker: PressAsker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole cache's answer is the model's own to the whole conversation."""
+    read = []
+    prefill = kvpress_answers.prefill
+
+    def note(model: Any, contexts: Any, presses: Any) -> Any:
+        read.extend(contexts)
+        return prefill(model, contexts, presses)
+
+    monkeypatch.setattr(kvpress_answers, "prefill", note)
+    said = (("Read this .", "I have ."), ("What is it ?", "It is that ."))
+    talk = sample(0, mode=CONVERSATION, said=said)
+    (answer,) = asker.answer([talk], FULL)
+    pieces = encode_said(asker.tokenizer, talk)
+    ids = [token for piece in pieces for token in piece]
+    assert read == [ids[: -len(pieces[-1])]]
+    assert answer.text == asker.tokenizer.decode(greedy(asker, ids))
+    assert answer.prompt_tokens == len(ids)
 
 
 def test_likelihood_is_teacher_forcing(asker: PressAsker) -> None:

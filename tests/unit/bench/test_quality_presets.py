@@ -51,13 +51,16 @@ def test_tuning_changes_one_option_at_a_time() -> None:
 
 
 def test_tables_have_all_tasks() -> None:
-    longer = {
+    """Long answers and conversations have tables of their own."""
+    others = {
         task
-        for name in ("long", "long-replay", "chain")
+        for name in ("long", "long-replay", "chain", "sessions")
         for task in resolve(RUNS[name].tasks)
     }
     for name in ("table", "table-kvpress"):
-        assert set(resolve(RUNS[name].tasks)) | longer == set(resolve(["all"]))
+        assert set(resolve(RUNS[name].tasks)) | others == set(resolve(["all"]))
+    for name in ("sessions", "sessions-kvpress"):
+        assert RUNS[name].tasks == ("sessions",)
 
 
 def test_shares_of_an_answer_have_settings_without_them_around() -> None:

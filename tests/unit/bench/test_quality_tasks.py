@@ -13,12 +13,14 @@ from bench.quality.tasks import GROUPS, OWN_LENGTH, RULER, TASKS, make_sample, r
 from bench.quality.tasks.corpus import Corpus, detokenize, half
 from bench.quality.tasks.fit import largest_fitting
 from bench.quality.tasks.sample import (
+    CONVERSATION,
     DICTATED,
     LIKELIHOOD,
     TURNS,
     Sample,
     encode,
     encode_parts,
+    encode_said,
     encode_turns,
 )
 from tests.unit.bench.quality_fixtures import WordTokenizer, make_data
@@ -52,7 +54,7 @@ def test_the_registry_has_what_ruler_has() -> None:
     ]
     assert len(resolve([RULER])) == 13
     assert len(resolve(["all"])) == len(TASKS) >= 25
-    assert len(GROUPS) == 15
+    assert len(GROUPS) == 16
     with pytest.raises(ValueError, match="unknown task 'nonsense'"):
         resolve(["nonsense"])
 
@@ -184,6 +186,68 @@ def test_turns_repeat_the_context(corpus: Corpus) -> None:
     shared = text.removesuffix("[assistant]")
     assert tokenizer.decode(second).startswith(f"{shared}[assistant]Yes.<end>[user]")
     assert sample.question not in text
+
+
+SESSIONS = [name for name, task in TASKS.items() if task.group == "sessions"]
+
+
+@pytest.mark.parametrize("name", SESSIONS)
+def test_a_conversation_grows_by_turns(corpus: Corpus, name: str) -> None:
+    """Each prompt is what was read and replied before, and a question."""
+    tokenizer, lengths = WordTokenizer(), set()
+    for index in range(5):
+        sample = build(corpus, name, index=index)
+        assert sample.mode == CONVERSATION
+        pieces = encode_said(tokenizer, sample)
+        assert len(pieces) == 2 * len(sample.said) + 1
+        text = "".join(map(tokenizer.decode, pieces))
+        assert encode(tokenizer, sample) == [i for piece in pieces for i in piece]
+        assert text.endswith(sample.prompt + "<end>[assistant]" + sample.prefix)
+        for (user, reply), read, said in zip(
+            sample.said, pieces[::2], pieces[1::2], strict=False
+        ):
+            assert tokenizer.decode(said) == reply
+            assert user in tokenizer.decode(read)
+            # What a turn leaves reaches further than its prompt.
+            assert len(said) > 32
+        lengths.add(len(sample.said))
+    asked_last = name in ("session_facts", "session_instruction")
+    assert lengths == ({5} if asked_last else {1, 2, 3, 4, 5})
+
+
+def test_what_a_conversation_is_asked_was_told_in_the_right_turns(
+    corpus: Corpus,
+) -> None:
+    """In the document of turn 1 alone, or a fact in every turn; never in a reply."""
+    for name in SESSIONS:
+        sample = build(corpus, name, index=4)
+        users, replies = zip(*sample.said, strict=True)
+        for number, answer in enumerate(sample.answers):
+            told = [answer in user for user in users]
+            place = number if name == "session_facts" else 0
+            assert told.index(True) == place
+            assert sum(told) == 1
+            assert name == "session_qa" or not any(answer in it for it in replies)
+    several = build(corpus, "session_several", index=4)
+    assert len(several.answers) == 4
+    assert len(build(corpus, "session_facts").answers) == 5
+
+
+def test_a_rule_is_used_in_the_last_turn_only(corpus: Corpus) -> None:
+    sample = build(corpus, "session_instruction")
+    trigger = sample.prompt.removeprefix("I say ").rstrip(".")
+    assert trigger in sample.said[0][0]
+    assert not any(trigger in user for user, _ in sample.said[1:])
+
+
+def test_a_template_that_changes_the_history_is_refused(corpus: Corpus) -> None:
+    class Forgetful(WordTokenizer):
+        def apply_chat_template(self, messages: Any, **_: Any) -> str:
+            return super().apply_chat_template(messages[-1:])
+
+    sample = build(corpus, "session_needle", index=1)
+    with pytest.raises(ValueError, match="changes what was said"):
+        encode_said(Forgetful(), sample)
 
 
 def test_samples_are_checked(corpus: Corpus) -> None:

@@ -1,4 +1,4 @@
-"""The server under soak: start and stop it, ask it, read its memory and its log."""
+"""A server under load: start and stop it, ask it, read its memory and its log."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from bench.common.ports import free_ports
-from bench.soak.job import Limits
 from sglang_kvc.tools import serve
 
 RETRACTED = re.compile(r"[Rr]etract.*#retracted_reqs: (\d+)")
@@ -41,6 +40,7 @@ def server_command(
     *,
     pool: int = 0,
     load_format: str = "auto",
+    tokenizer: str = "",
     priority: bool = False,
     stock: bool = False,
     extra: Sequence[str] = (),
@@ -56,6 +56,8 @@ def server_command(
     pool : int
         Tokens; 0 leaves it to SGLang (on the CPU to `sglang_kvc.tools.serve`).
     load_format : str
+    tokenizer : str
+        Folder of one; empty: the model's, or none if it has none.
     priority : bool
         Schedule by priority.
     stock : bool
@@ -66,7 +68,9 @@ def server_command(
     flags = ["--load-format", load_format]
     if pool:
         flags += ["--max-total-tokens", str(pool)]
-    if not has_tokenizer(Path(model)):
+    if tokenizer:
+        flags += ["--tokenizer-path", tokenizer]
+    elif not has_tokenizer(Path(model)):
         flags += ["--skip-tokenizer-init"]
     if priority:
         flags += ["--enable-priority-scheduling", "--default-priority-value", "0"]
@@ -109,9 +113,16 @@ class Server:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     @classmethod
-    def start(cls, command: list[str], log: Path, gpu: bool, limit: float) -> Server:
-        """Start a server and wait until it is ready."""
-        environ = dict(os.environ)
+    def start(
+        cls,
+        command: list[str],
+        log: Path,
+        gpu: bool,
+        limit: float,
+        more: Mapping[str, str] | None = None,
+    ) -> Server:
+        """Start a server and wait until it is ready; `more` is its environment's."""
+        environ = {**os.environ, **(more or {})}
         serve.set_defaults(environ, gpu, local_model=True)
         port = command[command.index("--port") + 1]
         with log.open("wb") as out:
@@ -168,28 +179,6 @@ class Server:
             return json.loads(text)
         except ValueError:
             return text
-
-    def limits(self, structured: bool | None) -> Limits:
-        """What the load has to know; `structured` None: on with a tokenizer."""
-        info = self.get("/server_info")
-        model = Path(info["model_path"])
-        text = not info["skip_tokenizer_init"]
-        config: dict[str, Any] = {}
-        if (model / "config.json").exists():
-            config = json.loads((model / "config.json").read_text())
-        command = self.process.args if self.process else []
-        words = [str(word) for word in command] if isinstance(command, list) else []
-        never = "never" in words or "--kv-compress-chunks=never" in words
-        return Limits(
-            pool=info["max_total_num_tokens"],
-            chunk=info["chunked_prefill_size"] or 0,
-            context=info["max_req_input_len"],
-            vocab=config.get("vocab_size", 1000),
-            text=text,
-            structured=text and structured is not False,
-            folds=not never,
-            priority=info["enable_priority_scheduling"],
-        )
 
     def load(self) -> dict[str, Any]:
         """Requests and tokens of now, by the scheduler."""

@@ -1,4 +1,4 @@
-"""The soak's HTTP client: send a request, watch the answer, say what became of it."""
+"""A client under load: send a request, watch the answer, say what became of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from bench.soak.job import EITHER, REFUSED, REGEX, Job
+from bench.common.job import EITHER, REFUSED, REGEX, Job
 
 SERVED, TURNED_DOWN, ABORTED, LEFT = "ok", "refused", "aborted", "left"
 LATE, STALLED, UNEXPECTED = "too late to cut", "stalled", "unexpected"
@@ -33,8 +33,10 @@ class Answer:
     ----------
     status : int
         Of HTTP, or the code of an error event, or of an aborted request.
-    finishes, infos, texts : dict
+    finishes, infos, texts, ids : dict
         By the number of the choice.
+    usage, metadata : dict
+        Of an OpenAI answer.
     times : list of float
         When events with tokens came, by `time.perf_counter`.
     """
@@ -49,7 +51,9 @@ class Answer:
     finishes: dict[int, str] = field(default_factory=dict)
     infos: dict[int, dict[str, Any]] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
+    ids: dict[int, list[int]] = field(default_factory=dict)
     usage: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
 
     def absorb(self, event: Any) -> None:
@@ -72,6 +76,7 @@ class Answer:
                 self.status = code if isinstance(code, int) else 400
             return
         self.usage = event.get("usage") or self.usage
+        self.metadata = event.get("metadata") or self.metadata
         for choice in event.get("choices") or ():
             self._absorb_choice(choice)
         if "meta_info" in event:
@@ -87,6 +92,8 @@ class Answer:
         part = choice.get("delta") or choice.get("message") or choice
         text = part.get("content") or part.get("text") or ""
         self.texts[index] = self.texts.get(index, "") + text
+        if choice.get("token_ids"):
+            self.ids.setdefault(index, []).extend(choice["token_ids"])
         if choice.get("meta_info"):
             self.infos[index] = choice["meta_info"]
         if choice.get("finish_reason"):

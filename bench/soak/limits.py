@@ -1,19 +1,18 @@
-"""One request of the soak, and what it may expect of a server."""
+"""What a load has to know of its server, and what surely fits into it."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-OK, REFUSED, EITHER = "ok", "refused", "either"
-"""What a request is expected to end as; `EITHER` where only the server can tell."""
+from bench.common.server import Server
+
 MIN_BUDGET = 512
 """Charged for requests with a rate, whatever the server's minimum is below it."""
 MARGIN = 512
-REGEX = "[0-9]{4}-[0-9]{2}"
-"""What answers of requests with the pattern "regex" have to match."""
 
 
 @dataclass(frozen=True)
@@ -48,57 +47,27 @@ class Limits:
     priority: bool
 
 
-@dataclass(frozen=True)
-class Job:
-    """One request.
-
-    Parameters
-    ----------
-    index : int
-        Its place in the load.
-    kind : str
-        Its name in the tables.
-    path : str
-        Where it is sent.
-    body : dict or bytes
-        JSON.
-    expect : {"ok", "refused", "either"}
-    stream : bool
-    output : int
-        Tokens asked for, of each of `n` answers.
-    exact : bool
-        Whether exactly `output` tokens must come.
-    act : {"", "abort", "leave"}
-        Abort by id, or close the connection.
-    after_events, after_seconds : optional
-        When to act.
-    short : bool
-        Whether a refusal must not repeat what was sent.
-    pattern : {"", "json", "regex"}
-        What the text must be.
-    """
-
-    index: int
-    kind: str
-    path: str
-    body: dict[str, Any] | bytes
-    expect: str = OK
-    stream: bool = False
-    output: int = 0
-    n: int = 1
-    exact: bool = False
-    act: str = ""
-    after_events: int | None = None
-    after_seconds: float | None = None
-    short: bool = False
-    pattern: str = ""
-    rid: str = ""
-
-    def encoded(self) -> bytes:
-        """The body as it is sent."""
-        if isinstance(self.body, bytes):
-            return self.body
-        return json.dumps(self.body, separators=(",", ":")).encode()
+def limits_of(server: Server, structured: bool | None) -> Limits:
+    """What the load has to know; `structured` None: on with a tokenizer."""
+    info = server.get("/server_info")
+    model = Path(info["model_path"])
+    text = not info["skip_tokenizer_init"]
+    config: dict[str, Any] = {}
+    if (model / "config.json").exists():
+        config = json.loads((model / "config.json").read_text())
+    command = server.process.args if server.process else []
+    words = [str(word) for word in command] if isinstance(command, list) else []
+    never = "never" in words or "--kv-compress-chunks=never" in words
+    return Limits(
+        pool=info["max_total_num_tokens"],
+        chunk=info["chunked_prefill_size"] or 0,
+        context=info["max_req_input_len"],
+        vocab=config.get("vocab_size", 1000),
+        text=text,
+        structured=text and structured is not False,
+        folds=not never,
+        priority=info["enable_priority_scheduling"],
+    )
 
 
 def surely_fits(

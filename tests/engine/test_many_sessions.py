@@ -1,0 +1,42 @@
+"""A slice of `many_sessions`, whose 200 sessions are served by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine import warm
+
+SESSIONS = 30
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Report of `tests.engine.many_sessions`, run in a process of its own."""
+    target: Path = tmp_path_factory.mktemp("sessions") / "report.json"
+    log = warm.run(
+        "tests.engine.many_sessions",
+        target,
+        "--sessions",
+        str(SESSIONS),
+        log=target.with_suffix(".log"),
+    )
+    assert target.exists(), log
+    result: dict[str, Any] = json.loads(target.read_text())
+    return result
+
+
+def test_every_turn_is_answered_and_no_page_is_lost(report: dict[str, Any]) -> None:
+    """Strict checks and audits were on, and what they are for did happen."""
+    assert "traceback" not in report, report["traceback"]
+    assert report["requests"] == 4 * SESSIONS
+    assert report["retractions"] > 10
+    assert report["turns_resumed"] > SESSIONS / 2
+    assert report["hits"] >= report["turns_resumed"]
+    assert report["evicted"] > 0
+    assert report["held"] > 5
+    assert report["borrowed"] > 20
+    assert report["audits"] > 100
