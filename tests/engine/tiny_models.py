@@ -65,7 +65,9 @@ class TinyModel:
             # Looked up, not summed; a small one would leave the last token no say.
             model.get_input_embeddings().weight.normal_()
             if config.tie_word_embeddings:
-                # With signs of its own, or every token would be followed by itself.
+                # Gemma multiplies them by sqrt(hidden_size). And with signs of its own,
+                # or every token would be followed by itself.
+                model.get_input_embeddings().weight.mul_(config.hidden_size**-0.5)
                 model.model.norm.weight.normal_(std=3)
         model.save_pretrained(folder)
         return str(folder)
