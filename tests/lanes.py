@@ -1,8 +1,8 @@
 """Run the tests in two lanes, which is what `make test` does.
 
-``python -m tests.lanes [PATH ...]``: without a path everything, with the kernels; else
-those files. Most tests keep one core busy for minutes, so on two cores two lanes take
-little more than half the time:
+``python -m tests.lanes [PATH ...]``: without a path everything but the newcomer's path,
+with the kernels; else those files. Most tests keep one core busy for minutes, so on two
+cores two lanes take little more than half the time:
 
 * all that does not need Triton's interpreter, servers last;
 * kernels, in a process of their own, because the interpreter must be chosen before
@@ -27,6 +27,8 @@ from tests.claims import BACKWARDS, CLAIMS
 NO_TESTS = 5
 """Exit code of pytest that has found none."""
 KERNELS = "tests/kernels"
+NEWCOMER = "tests/newcomer"
+"""Minutes of one server and one model; CI runs it by itself."""
 LOOK_S = 0.5
 
 
@@ -59,7 +61,7 @@ def run(
 
 def main(paths: list[str]) -> int:
     """Run both lanes; 0 if all tests passed and there was one."""
-    chosen = paths or [f"--ignore={KERNELS}"]
+    chosen = paths or [f"--ignore={KERNELS}", f"--ignore={NEWCOMER}"]
     codes: list[int] = []
     with (
         tempfile.TemporaryDirectory() as claims,

@@ -45,8 +45,10 @@ MAX_SPILL_PREFILL = {
 # compiles what is written for the newest one. All of the matrix takes half an hour.
 NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 COMPILED = tuple(MAX_SHARED) if NEWEST else (90,)
-ALL = os.environ.get("KVC_TEST_COMPILE_ALL") == "1"
-EXTENT = ["all"] if ALL else [] if NEWEST else ["usual"]
+WANTED = os.environ.get("KVC_TEST_COMPILE", "short")
+"""``short``, in ``make test``; ``matrix``, in CI; ``all``: see `compile_gpus.build`."""
+ALL = WANTED == "all"
+EXTENT = [] if WANTED == "matrix" else [WANTED] if NEWEST or ALL else ["usual"]
 
 Kernel = dict[str, Any]
 
