@@ -32,7 +32,7 @@ from tests.engine.tiny_model import ONE_LAYER, VOCAB, write_tiny_model
 POOL = 4096
 TURNS = 4
 AT_ONCE = 25
-"""Sessions whose turns come together; the others' snapshots lie in the pool."""
+"""Sessions whose turns come together, beside what others have left in the pool."""
 ABORTS = 0.01
 OPTIONS: tuple[dict[str, Any] | None, ...] = (
     *(None, None, {"rate": 8}, {"rate": 2}),
@@ -84,8 +84,9 @@ def serve_sessions(
         total["borrowed"] += any(it.borrowers for it in tree.sessions)
 
     server.on_poll = look
-    for turn in range(TURNS):
-        for at in range(0, count, AT_ONCE):
+    # Turn by turn over all of them, each would be evicted before it is asked again.
+    for at in range(0, count, AT_ONCE):
+        for turn in range(TURNS):
             requests = abort_some(rng, sessions[at : at + AT_ONCE])
             outputs = server.serve(requests)
             for place, request in enumerate(requests):
