@@ -1,4 +1,4 @@
-"""Decode before the next prefill, on SGLang 0.5.17."""
+"""Decode before the next prefill, on SGLang 0.5.17 and 0.5.22."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PATCH = Patch(
         "as it can makes everybody wait for their next token."
     ),
     upstream_link="managers/scheduler.py:3093",
-    remove_when="0.5.22, which has a method for it (scheduler__should_defer_prefill).",
+    remove_when="0.5.23, which has a method for it (scheduler__should_defer_prefill).",
     runtime_from=of_holder,
-    until="0.5.22",
+    until="0.5.23",
 )
 
 

@@ -1,4 +1,4 @@
-"""Decode before the next prefill, on SGLang 0.5.22 and later."""
+"""Decode before the next prefill, on SGLang 0.5.23 and later."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATCH = Patch(
     upstream_link="managers/scheduler.py:1400",
     remove_when="--prefill-decode-interval weighs who waits against who decodes.",
     runtime_from=of_holder,
-    since="0.5.22",
+    since="0.5.23",
 )
 
 

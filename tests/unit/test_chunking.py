@@ -174,6 +174,7 @@ def test_a_request_with_embeddings_is_never_compressed_between_chunks() -> None:
     for embeds, overrides in ((None, None), ([[0.0]], None), (None, object())):
         req = SimpleNamespace(
             sampling_params=SimpleNamespace(custom_params=None),
+            origin_input_ids=[1] * 15_000,
             input_embeds=embeds,
             positional_embed_overrides=overrides,
         )

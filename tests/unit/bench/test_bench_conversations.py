@@ -104,7 +104,9 @@ def test_arguments_size_the_pool_and_pass_on_the_rest() -> None:
 
 # A stub server ------------------------------------------------------------------------
 
-HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+# A client must not send its next request over a connection that is about to end.
+END = "Connection: close\r\n\r\n"
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n" + END.encode()
 
 
 class Stub:
@@ -152,7 +154,7 @@ class Stub:
         self.prompts.append(prompt)
         if self.refuse_after is not None and count >= self.refuse_after:
             text = json.dumps({"object": "error", "message": "no room", "code": 400})
-            head = f"HTTP/1.1 400 X\r\nContent-Length: {len(text)}\r\n\r\n"
+            head = f"HTTP/1.1 400 X\r\nContent-Length: {len(text)}\r\n{END}"
             writer.write((head + text).encode())
             return
         assert body["stream"]
