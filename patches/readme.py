@@ -34,8 +34,12 @@ _UPSTREAM = "https://github.com/sgl-project/sglang/blob"
 
 
 def linked_version(patch: Patch) -> str:
-    """SGLang release whose lines a patch's link names: the newest that needs it."""
-    return next(v for v in reversed(SUPPORTED_SGLANG) if patch.applies_to(v))
+    """SGLang release whose lines a patch's link names: the newest, or else the oldest.
+
+    They have an environment, in which a test follows the link.
+    """
+    newest_first = (SUPPORTED_SGLANG[-1], *SUPPORTED_SGLANG)
+    return next(version for version in newest_first if patch.applies_to(version))
 
 
 def render() -> str:
