@@ -212,11 +212,12 @@ def assert_arith(
 ) -> None:
     """At most twice the error of `working`, torch at the same dtype, plus rounding.
 
-    The rounding floor is one unit in the last place of the largest true value in
-    `working`'s dtype.
+    The rounding floor is two units in the last place of the largest true value in
+    `working`'s dtype: the largest of thousands of errors differs by as much from one
+    machine's matrix products to another's.
     """
     assert actual.isfinite().all()
     error = (actual.double() - truth).abs().max().item()
     torch_error = (working.double() - truth).abs().max().item()
-    floor = torch.finfo(working.dtype).eps * truth.abs().max().item()
+    floor = 2 * torch.finfo(working.dtype).eps * truth.abs().max().item()
     assert error <= 2 * torch_error + floor, (error, torch_error, floor)
