@@ -130,7 +130,8 @@ MODELS = {
             {
                 "num_local_experts": 8,
                 "num_experts_per_tok": 2,
-                "rotary_dim": 16,
+                # All of a head: not every transformers turns a part of it.
+                "rotary_dim": 32,
                 "use_qk_norm": False,
                 "use_routing_bias": True,
                 "scoring_func": "sigmoid",
