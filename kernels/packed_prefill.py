@@ -24,8 +24,7 @@ from sglang_kvc.kernels.dispatch import use_triton
 from sglang_kvc.kernels.kv_dtype import gather_rows, kernel_arena, kv_scales
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
 from sglang_kvc.kernels.packed_prefill_kernels import packed_prefill_kernel
-
-LOG2_E = 1.4426950408889634
+from sglang_kvc.kernels.query_lse import LOG2E
 
 
 class PrefillConfig(NamedTuple):
@@ -144,7 +143,7 @@ def packed_prefill_triton(
         layer,
         arena.num_layers,
         blocks.shape[-1],
-        sm_scale * LOG2_E,
+        sm_scale * LOG2E,
         H=heads,
         G=group,
         D=dim,

@@ -8,8 +8,8 @@ A way is a name and JSON keywords of ``sglang.Engine``; ``"stock": true`` leaves
 plugin out. ``"nnodes": 2`` starts as many engines here, one a node, each on GPUs of its
 own: the first node sees the first ``tp_size / nnodes`` of them. The first way is what
 the others are compared with. Prompts are passages of the text, one request each, all
-sent at once. Answers of two kernels may part at a near
-tie and then differ to the end, so the place of the first difference is shown, too.
+sent at once. Answers of two kernels may part at a near tie and then differ to the end,
+so the place of the first difference is shown, too.
 """
 
 from __future__ import annotations
@@ -73,23 +73,20 @@ def start(args: argparse.Namespace, way: dict[str, Any], log: Path) -> list[Chil
         "log_level": "info",
         "random_seed": 0,
         "max_total_tokens": args.pool,
-        "nccl_port": free_ports(1)[0],
         **json.loads(args.extra_args),
         **({} if stock else {"kv_compress": True}),
         **{name: value for name, value in way.items() if name != "stock"},
     }
-    if keywords.get("dp_size", 1) > 1:
-        # Replicas choose ports themselves: all would listen on this one.
-        del keywords["nccl_port"]
-    nodes = way.get("nnodes", 1)
+    nodes, port = way.get("nnodes", 1), free_ports(1)[0]
     if nodes == 1:
-        return [start_engine(keywords, log, stock=stock)]
+        return [start_engine(keywords, log, port=port, stock=stock)]
     keywords["dist_init_addr"] = f"127.0.0.1:{free_ports(1)[0]}"
     gpus = way.get("tp_size", nodes) // nodes
     return [
         start_engine(
             {**keywords, "node_rank": node},
             log.with_suffix(f".node{node}.log"),
+            port=port,
             stock=stock,
             gpus=range(node * gpus, (node + 1) * gpus),
         )

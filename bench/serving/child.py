@@ -22,12 +22,20 @@ class ChildError(RuntimeError):
 
 
 def start_engine(
-    keywords: dict[str, Any], log: Path, *, stock: bool, gpus: Iterable[int] = ()
+    keywords: dict[str, Any],
+    log: Path,
+    *,
+    port: int,
+    stock: bool,
+    gpus: Iterable[int] = (),
 ) -> Child:
     """An engine in a process of its own, with our plugin or, `stock`, without.
 
-    `gpus` are those that it sees; none: all.
+    `port` is for its ranks; `gpus` are those that it sees; none: all.
     """
+    # Replicas choose ports themselves: all would listen on this one.
+    if keywords.get("dp_size", 1) == 1:
+        keywords = {**keywords, "nccl_port": port}
     command = [sys.executable, "-m", "bench.serving.engine"]
     environ = {"SGLANG_PLUGINS": "none" if stock else "kvcompress"}
     if seen := ",".join(map(str, gpus)):

@@ -112,12 +112,9 @@ class Session:
         before = self.memory.now
         for spec, port in zip(specs, free_ports(len(specs)), strict=True):
             keywords = engine_arguments(self.args, spec)
-            # Replicas choose ports themselves: all would listen on this one.
-            if keywords.get("dp_size", 1) == 1:
-                keywords["nccl_port"] = port
             path = self.folder / f"{spec.name}.log"
             stock = spec.system == STOCK
-            self.children[spec] = start_engine(keywords, path, stock=stock)
+            self.children[spec] = start_engine(keywords, path, port=port, stock=stock)
         for spec in specs:
             try:
                 ready = self.children[spec].wait(START_LIMIT)

@@ -72,6 +72,11 @@ def page_table(req_to_token: torch.Tensor, batch: Any) -> torch.Tensor:
     return rows // PAGE_SIZE
 
 
+def new_before(batch: Any) -> torch.Tensor:
+    """New tokens before each request, int32 [bs + 1], on the device."""
+    return F.pad(batch.extend_seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
+
+
 @dataclass(frozen=True, eq=False)
 class FlashAttention3Plan:
     """Where the requests of a batch lie, on the device.
@@ -103,7 +108,7 @@ class FlashAttention3Prefill(PrefillKernel[FlashAttention3Plan]):
         return FlashAttention3Plan(
             pages=page_table(self.req_to_token, batch),
             seq_lens=batch.seq_lens.to(torch.int32),
-            cu_new=F.pad(batch.extend_seq_lens.cumsum(0, dtype=torch.int32), (1, 0)),
+            cu_new=new_before(batch),
             longest_new=max(batch.extend_seq_lens_cpu),
         )
 

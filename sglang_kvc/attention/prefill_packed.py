@@ -16,11 +16,37 @@ import torch
 import torch.nn.functional as F
 
 from sglang_kvc.attention.kv_scales import fa3_inputs
-from sglang_kvc.attention.prefill import Folds, PrefillKernel
+from sglang_kvc.attention.prefill import Folds, PlanT, PrefillKernel, new_before
 from sglang_kvc.kernels.head_tables import head_tables
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables
 from sglang_kvc.kernels.packed_prefill import packed_prefill
 from sglang_kvc.memory.kv_pool import ArenaKVPool
+
+
+class OverPageLists(PrefillKernel[PlanT]):
+    """Prefill that reads a page list a (request, KV head).
+
+    Parameters
+    ----------
+    pool : the KV pool.
+    tables : request table and block tables.
+    """
+
+    def __init__(self, pool: ArenaKVPool, tables: BlockTables) -> None:
+        self.pool = pool
+        self.tables = tables
+
+    def page_lists(self, batch: Any, folds: Folds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page lists and lengths of a ForwardBatch, see `PerHeadPlan`."""
+        arena = self.pool.arena
+        lengths = batch.seq_lens_cpu.tolist()
+        return head_tables(
+            self.tables,
+            batch.req_pool_indices,
+            batch.seq_lens,
+            num_kv_heads=arena.num_kv_heads,
+            width=table_width(lengths, folds, arena.heads_per_page),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,22 +70,12 @@ class PerHeadPlan:
     longest_new: int
 
 
-class FlashAttention3PackedPrefill(PrefillKernel[PerHeadPlan]):
-    """FlashAttention-3 with (request, KV head) as the batch.
-
-    Parameters
-    ----------
-    pool : the KV pool.
-    tables : request table and block tables.
-    """
-
-    def __init__(self, pool: ArenaKVPool, tables: BlockTables) -> None:
-        self.pool = pool
-        self.tables = tables
+class FlashAttention3PackedPrefill(OverPageLists[PerHeadPlan]):
+    """FlashAttention-3 with (request, KV head) as the batch."""
 
     def plan(self, batch: Any, folds: Folds) -> PerHeadPlan:
         """Page lists of all heads and layers, and the order of the queries."""
-        blocks, lens = batch_head_tables(self.pool, self.tables, batch, folds)
+        blocks, lens = self.page_lists(batch, folds)
         source, cu_new = per_head_queries(
             batch.extend_seq_lens.long(),
             sum(batch.extend_seq_lens_cpu),
@@ -122,26 +138,16 @@ class PageListPlan:
     longest_new: int
 
 
-class TritonPackedPrefill(PrefillKernel[PageListPlan]):
-    """`kernels/packed_prefill`, for NVIDIA GPUs before and after Hopper.
-
-    Parameters
-    ----------
-    pool : the KV pool.
-    tables : request table and block tables.
-    """
-
-    def __init__(self, pool: ArenaKVPool, tables: BlockTables) -> None:
-        self.pool = pool
-        self.tables = tables
+class TritonPackedPrefill(OverPageLists[PageListPlan]):
+    """`kernels/packed_prefill`, for NVIDIA GPUs before and after Hopper."""
 
     def plan(self, batch: Any, folds: Folds) -> PageListPlan:
         """Page lists of all heads and layers."""
-        blocks, lens = batch_head_tables(self.pool, self.tables, batch, folds)
+        blocks, lens = self.page_lists(batch, folds)
         return PageListPlan(
             blocks=blocks,
             lens=lens,
-            cu_new=F.pad(batch.extend_seq_lens.cumsum(0, dtype=torch.int32), (1, 0)),
+            cu_new=new_before(batch),
             longest_new=max(batch.extend_seq_lens_cpu),
         )
 
@@ -158,21 +164,6 @@ class TritonPackedPrefill(PrefillKernel[PageListPlan]):
             sm_scale=layer.scaling,
             longest_new=plan.longest_new,
         )
-
-
-def batch_head_tables(
-    pool: ArenaKVPool, tables: BlockTables, batch: Any, folds: Folds
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Page lists and lengths of a ForwardBatch, see `PerHeadPlan`."""
-    arena = pool.arena
-    lengths = batch.seq_lens_cpu.tolist()
-    return head_tables(
-        tables,
-        batch.req_pool_indices,
-        batch.seq_lens,
-        num_kv_heads=arena.num_kv_heads,
-        width=table_width(lengths, folds, arena.heads_per_page),
-    )
 
 
 def per_head_queries(

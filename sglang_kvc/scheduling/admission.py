@@ -144,10 +144,9 @@ def _add_one(
     with _as_if_eos_counted(req.sampling_params):
         if not way.chunk:
             call = _in_turn(adder, server, req, call)
-        if way.way in (Way.KEEP, Way.LATER):
-            with headroom.charged_also(need.ring), _clip_of(need.clip):
-                return call()
-        if not way.chunk:
+            if way.way in (Way.KEEP, Way.LATER):
+                with headroom.charged_also(need.ring), _clip_of(need.clip):
+                    return call()
             return _admit(headroom, server, need, call)
         if adder.rem_chunk_tokens < min(way.chunk, need.missing):
             # What is left of this step is no chunk worth a pass; wait for the next.

@@ -93,34 +93,27 @@ def gsm8k_four(draw: Draw) -> Sample:
 
 def math_long(draw: Draw) -> Sample:
     """A competition problem with room for 2,000 tokens, and a request to use it."""
-    own = half(draw.corpus.math, draw.seed)
-    problem = own[draw.index % len(own)]
-    question = (
-        f"{problem['problem']}\n\nThink step by step. Explain every step, then solve "
-        "the problem once more in another way to check the result. At the end put the "
-        "final answer in \\boxed{}."
+    how = (
+        "Think step by step. Explain every step, then solve the problem once more in "
+        "another way to check the result. At the end put the final answer in \\boxed{}."
     )
-    return draw.sample(
-        prompt=question,
-        answers=(problem["answer"],),
-        max_new_tokens=LONG_TOKENS,
-        scorer="math",
-        question=question,
-    )
+    return _competition(draw, how, LONG_TOKENS, "math")
 
 
 def math500(draw: Draw) -> Sample:
     """A competition problem; the answer stands in a box."""
+    how = "Think step by step and put the final answer in \\boxed{}."
+    return _competition(draw, how, PROOF_TOKENS, "boxed")
+
+
+def _competition(draw: Draw, how: str, tokens: int, scorer: str) -> Sample:
     own = half(draw.corpus.math, draw.seed)
     problem = own[draw.index % len(own)]
-    question = (
-        f"{problem['problem']}\n\nThink step by step and put the final answer in "
-        "\\boxed{}."
-    )
+    question = f"{problem['problem']}\n\n{how}"
     return draw.sample(
         prompt=question,
         answers=(problem["answer"],),
-        max_new_tokens=PROOF_TOKENS,
-        scorer="boxed",
+        max_new_tokens=tokens,
+        scorer=scorer,
         question=question,
     )

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.serving import agreement
+from bench.serving import agreement, child
 
 
 def started(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Keywords, log and GPUs of the engines of a way."""
     calls: list[Any] = []
 
-    def start_engine(
-        keywords: Any, log: Path, *, stock: bool, gpus: Any = ()
-    ) -> object:
-        calls.append((keywords, log.name, list(gpus)))
+    def made(command: list[str], log: Path, environ: dict[str, str]) -> object:
+        keywords = json.loads(command[command.index("--engine") + 1])
+        gpus = environ.get("CUDA_VISIBLE_DEVICES", "")
+        calls.append((keywords, log.name, [int(gpu) for gpu in gpus.split(",") if gpu]))
         return object()
 
-    monkeypatch.setattr(agreement, "start_engine", start_engine)
+    monkeypatch.setattr(child, "Child", made)
     args = argparse.Namespace(model="m", load_format="auto", pool=4096, extra_args="{}")
     assert len(agreement.start(args, way, Path("1.log"))) == len(calls)
     return calls
