@@ -32,7 +32,11 @@ def make_inputs(case: Case, tokens: int, fused: bool, padding: int) -> Inputs:
     cells = torch.randperm((arena.k.shape[0] - 1) * 16, device=device)[:tokens] + 16
     rows = torch.full((tokens,), -1, device=device)
     recorded = min(tokens, slots * window)
-    rows[:recorded] = torch.randperm(slots * window, device=device)[:recorded]
+    order = torch.randperm(slots * window, device=device)
+    # The padding's slot has no ring: the first token must not be one of its.
+    has_ring = case.query_ring.pages[order // window, 0] > 0
+    order = order.roll(-int(has_ring.nonzero()[0]))
+    rows[:recorded] = order[:recorded]
     rows[1::3] = -1
     if padding:
         cells[-padding:], rows[-padding:] = 0, -1
