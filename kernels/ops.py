@@ -215,22 +215,35 @@ def _commit(case: Case) -> Iterator[Call]:
 
 
 def _follow(case: Case) -> Iterator[Call]:
-    heads, tables = case.arena.heads_per_page, case.tables
+    tables, device = case.tables, case.arena.k.device
     for (_, plan, selected, _), _ in _pack(case):
+        requests = []
         ends = [*(it.keep_base for it in plan.requests()), plan.num_kept][1:]
-        for request, end in zip(plan.requests(), ends, strict=True):
-            blocks = int(tables.block_offsets[request.slot, -1])
-            packed = tables.packed_pages[request.slot, : blocks // heads]
-            folded = slice(request.fold_old, request.fold_new, PAGE_SIZE)
-            tail = tables.req_to_token[request.slot, folded] // PAGE_SIZE
-            pages = torch.cat([packed, tail]).long()
-            known = torch.arange(blocks * PAGE_SIZE, device=pages.device) % 50
-            rows = selected.source_rows[request.keep_base : end]
-            ordinals = held.page_ordinals(pages, len(case.arena.k))
-            how = {"fold_old": request.fold_old, "fold_new": request.fold_new}
-            for tokens in (40, request.seq_len):
-                sizes = {"tokens": tokens, "heads_per_page": heads}
-                yield Call((rows, ordinals, known.int()), {**how, **sizes})
+        for it, packed, end in zip(
+            plan.requests(), case.packed_pages, ends, strict=True
+        ):
+            before = None
+            if packed:
+                own = tables.packed_pages[it.slot, :packed].long()
+                size = packed * PAGE_SIZE * tables.heads_per_page
+                known = torch.arange(size, dtype=torch.int32, device=device) % 50
+                before = held.KeptPositions(own, known)
+            folds, kept = (it.fold_old, it.fold_new), (it.keep_base, end - it.keep_base)
+            for tokens in (40, it.seq_len):
+                request = held.FollowedRequest(it.slot, *folds, tokens, *kept, before)
+                requests.append(request)
+        sizes = {"num_pages": len(case.arena.k)}
+        # A table of its own for each, and one for all.
+        for some in (requests[:1], requests):
+            yield Call((tables, selected.source_rows, tuple(some)), sizes)
+
+
+def _thousandths(case: Case) -> Iterator[Call]:
+    device, heads = case.arena.k.device, case.arena.heads_per_page
+    for ranks in (1, 3):
+        size = (sum(case.seq_lens), ranks)
+        by_rank = torch.randint(heads + 1, size, dtype=torch.int32, device=device)
+        yield Call((by_rank,), {"heads": heads * ranks})
 
 
 OPS = (
@@ -303,4 +316,5 @@ OPS = (
         held.follow_positions_ref,
         _follow,
     ),
+    Op(held.thousandths, held.thousandths_triton, held.thousandths_ref, _thousandths),
 )

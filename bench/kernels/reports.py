@@ -21,8 +21,8 @@ from bench.kernels.pass_cases import PassCase, pass_batch
 from bench.kernels.pass_stages import Stages
 from bench.kernels.timing import Clock, Report, require_equal
 from sglang_kvc.eviction import reports
-from sglang_kvc.eviction.reports import KeptPositions
 from sglang_kvc.kernels.dispatch import FORCE_REFERENCE
+from sglang_kvc.kernels.held import KeptPositions
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena
 from sglang_kvc.kernels.testing import random_ring
 
@@ -56,14 +56,10 @@ class Asking:
         )
         self.known: list[KeptPositions | None] = []
         self.group: list[Any] = []
-        cells = torch.arange(PAGE_SIZE, device=device)
-        first, heads = 0, run.arena.heads_per_page
+        heads = run.arena.heads_per_page
         for it, packed in zip(run.requests, batch.packed_pages, strict=True):
             kept = (it.packed_pages - it.evict_pages) * PAGE_SIZE + it.fold_new
             kept -= it.fold_old
-            pages = run.pages[first : first + kept // PAGE_SIZE]
-            first += len(pages)
-            ids = pages[:, None].long() * PAGE_SIZE + cells
             before = None
             if packed:
                 own = run.tables.packed_pages[it.slot, :packed].long()
@@ -71,7 +67,7 @@ class Asking:
                 where = torch.randint(it.fold_old, size, device=device)
                 before = KeptPositions(own, where.int())
             self.known.append(before)
-            self.group.append(_launched(it, kept, ids.flatten()))
+            self.group.append(_launched(it, kept))
 
     def ask(self, tokens: bool) -> None:
         """Whether the requests want `report_tokens`."""
@@ -86,7 +82,7 @@ class Asking:
 
     def report(self) -> None:
         """What the runner does behind a pass."""
-        reports.report(self.state, self.group, self.selected)
+        reports.report(self.state, self.group, self.selected, self.run.pages)
 
     def told(self) -> torch.Tensor:
         """Shares of all requests, once they have arrived."""
@@ -97,7 +93,7 @@ class Asking:
         return torch.stack([launched.token_shares for launched in self.group])
 
 
-def _launched(it: Any, kept: int, dest_tokens: torch.Tensor) -> Any:
+def _launched(it: Any, kept: int) -> Any:
     asked = SimpleNamespace(report_heads=False, report_tokens=True)
     return SimpleNamespace(
         decision=SimpleNamespace(
@@ -105,7 +101,6 @@ def _launched(it: Any, kept: int, dest_tokens: torch.Tensor) -> Any:
         ),
         state=SimpleNamespace(positions=None, policy=SimpleNamespace(request=asked)),
         req=SimpleNamespace(origin_input_ids=range(it.fold_old or it.fold_new)),
-        dest_tokens=dest_tokens,
         token_shares=None,
     )
 

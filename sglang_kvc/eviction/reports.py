@@ -6,70 +6,65 @@ Runs behind a pass, on its stream, for the requests that ask; nothing waits. For
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_kvc.kernels.held import follow_positions, page_ordinals
+from sglang_kvc.kernels.held import (
+    FollowedRequest,
+    KeptPositions,
+    follow_positions,
+    thousandths,
+)
 from sglang_kvc.kernels.layout import PAGE_SIZE
 from sglang_kvc.upstream.ranks import gather_heads
 
 if TYPE_CHECKING:
-    from sglang_kvc.kernels.layout import Arena
     from sglang_kvc.kernels.select import SelectedEntries
     from sglang_kvc.memory.device_state import DeviceState
     from sglang_kvc.scheduling.request_state import PassInFlight
 
 
-@dataclass(frozen=True)
-class KeptPositions:
-    """Where the packed KVs of a request stand in its text, on the device.
-
-    Attributes
-    ----------
-    pages : [P] int64, the pages that hold them.
-    positions : [P * 16 * L * H] int32, in packed order.
-    """
-
-    pages: torch.Tensor
-    positions: torch.Tensor
-
-
 def report(
-    state: DeviceState, group: list[PassInFlight], selected: SelectedEntries
+    state: DeviceState,
+    group: list[PassInFlight],
+    selected: SelectedEntries,
+    dest_pages: torch.Tensor,
 ) -> None:
     """Fill ``head_blocks`` and ``token_shares`` of the passes of a launch, if asked.
 
-    All ranks come here for the same passes in the same order.
+    All ranks come here for the same launches in the same order.
 
     Parameters
     ----------
     state : of this rank.
     group : passes of one launch, in the order of its plan.
     selected : their survivors, on the device.
+    dest_pages : [pages kept] int64, where they went, in the same order.
     """
-    heads, first = state.arena.heads_per_page, 0
-    for launched, offsets in zip(group, selected.block_offsets, strict=True):
+    asking: list[tuple[PassInFlight, int]] = []
+    first_page = 0
+    for row, launched in enumerate(group):
         asked = launched.state.policy.request
-        last = first + launched.decision.packed_new * heads
         if asked.report_heads:
-            blocks = offsets.diff().view(state.shape.num_layers, -1)
+            counts = selected.block_offsets[row].diff()
+            blocks = counts.view(state.shape.num_layers, -1)
             launched.head_blocks = _to_host(state, gather_heads(blocks))
         if asked.report_tokens:
-            rows = selected.source_rows[first:last]
-            launched.token_shares = _to_host(
-                state, _token_shares(state, launched, rows)
-            )
-        first = last
+            asking.append((launched, first_page))
+        first_page += launched.decision.packed_new // PAGE_SIZE
+    if asking:
+        _report_tokens(state, asking, selected, dest_pages)
 
 
-def warm_up_positions(rows: torch.Tensor, arena: Arena) -> None:
+def warm_up_positions(state: DeviceState, rows: torch.Tensor) -> None:
     """Compile what follows positions; `rows` are survivors of the padding page."""
-    ordinals = page_ordinals(torch.zeros_like(rows[:1]).long(), arena.k.shape[0])
-    folds = {"fold_old": 0, "fold_new": PAGE_SIZE, "tokens": 1}
-    heads = arena.heads_per_page
-    follow_positions(rows, ordinals, rows[:0], **folds, heads_per_page=heads)
+    padding = FollowedRequest(
+        slot=0, fold_old=0, fold_new=PAGE_SIZE, tokens=1, keep_base=0, kept=len(rows)
+    )
+    num_pages = len(state.arena.k)
+    held = follow_positions(state.tables, rows, [padding], num_pages=num_pages)
+    thousandths(held.holders[:, None], heads=state.arena.heads_per_page)
 
 
 def _to_host(state: DeviceState, values: torch.Tensor) -> torch.Tensor:
@@ -81,32 +76,45 @@ def _to_host(state: DeviceState, values: torch.Tensor) -> torch.Tensor:
     return host.copy_(values, non_blocking=True)
 
 
-def _token_shares(
-    state: DeviceState, launched: PassInFlight, rows: torch.Tensor
-) -> torch.Tensor:
-    """[prompt] int16: of each token the heads that hold it, in thousandths of all.
+def _report_tokens(
+    state: DeviceState,
+    asking: list[tuple[PassInFlight, int]],
+    selected: SelectedEntries,
+    dest_pages: torch.Tensor,
+) -> None:
+    """Fill ``token_shares`` of passes, and move their requests' positions past them.
 
-    `rows` are the survivors' arena rows. The request's positions move past the pass.
+    Each of `asking` comes with the first of its `dest_pages`. What is launched costs
+    the host more than the device, so all of them share it.
     """
-    decision, request, arena = launched.decision, launched.state, state.arena
-    # A pass does not change this row: what was the tail before it can still be read.
-    tokens = state.tables.req_to_token[decision.slot]
-    tail = tokens[decision.fold_old : decision.fold_new : PAGE_SIZE]
-    pages, known = tail.long() // PAGE_SIZE, rows[:0]
-    before: KeptPositions | None = request.positions
-    if before is not None:
-        pages, known = torch.cat([before.pages, pages]), before.positions
+    arena = state.arena
+    page_entries = PAGE_SIZE * arena.heads_per_page
+    requests = [
+        FollowedRequest(
+            slot=launched.decision.slot,
+            # A pass does not change the slot's row: what was its tail still stands.
+            fold_old=launched.decision.fold_old,
+            fold_new=launched.decision.fold_new,
+            tokens=len(launched.req.origin_input_ids),
+            keep_base=first_page * page_entries,
+            kept=launched.decision.packed_new * arena.heads_per_page,
+            before=launched.state.positions,
+        )
+        for launched, first_page in asking
+    ]
     held = follow_positions(
-        rows,
-        page_ordinals(pages, arena.k.shape[0]),
-        known,
-        fold_old=decision.fold_old,
-        fold_new=decision.fold_new,
-        tokens=len(launched.req.origin_input_ids),
-        heads_per_page=arena.heads_per_page,
+        state.tables, selected.source_rows, requests, num_pages=len(arena.k)
     )
-    dest_pages = launched.dest_tokens[::PAGE_SIZE] // PAGE_SIZE
-    request.positions = KeptPositions(dest_pages, held.positions)
     by_rank = gather_heads(held.holders[:, None])
     heads = by_rank.shape[1] * arena.heads_per_page
-    return ((by_rank.sum(1) * 1000 + heads // 2) // heads).to(torch.int16)
+    told = _to_host(state, thousandths(by_rank, heads=heads))
+    # Views: the host's memory of a launch is held until the last of its requests has
+    # passed again or has ended, 2 bytes a token, and so are 8 bytes a page of the
+    # device. Positions are far more, so each request has a tensor of its own.
+    shares = told.split([request.tokens for request in requests])
+    for (launched, first), positions, own in zip(
+        asking, held.positions, shares, strict=True
+    ):
+        pages = dest_pages[first : first + launched.decision.packed_new // PAGE_SIZE]
+        launched.state.positions = KeptPositions(pages, positions)
+        launched.token_shares = own

@@ -266,7 +266,7 @@ class PassRunner:
             kept = self._launch(
                 [request], pages, replace(rule, sinks=0, floor_blocks=0)
             )
-            warm_up_positions(kept.source_rows, self.state.arena)
+            warm_up_positions(self.state, kept.source_rows)
             # The pass has packed the padding slot: it must be empty again, also for
             # the next round, whose workspace is sized for an unpacked request.
             self.state.reset_slots([0])
@@ -278,7 +278,7 @@ class PassRunner:
         selected = self._launch(requests, pages, rule, ages=ages)
         if self.state.options.sessions:
             self._note_tables(group, selected)
-        report(self.state, group, selected)
+        report(self.state, group, selected, pages)
 
     def _note_tables(
         self, group: list[PassInFlight], selected: SelectedEntries
