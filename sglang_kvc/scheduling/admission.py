@@ -16,8 +16,9 @@ from sglang_kvc.scheduling.attached import hit_of, policy_of, state_of
 from sglang_kvc.scheduling.course import Course, Way
 from sglang_kvc.scheduling.headroom import Headroom
 from sglang_kvc.scheduling.lengths import UNLIMITED, tokens_left
+from sglang_kvc.scheduling.lookup import find_hit
 from sglang_kvc.scheduling.policy import RequestPolicy
-from sglang_kvc.scheduling.resuming import find_hit, starting_from
+from sglang_kvc.scheduling.resuming import starting_from
 from sglang_kvc.scheduling.server import Server
 from sglang_kvc.sessions.snapshot import Hit
 from sglang_kvc.upstream.generation import UPSTREAM
@@ -92,26 +93,46 @@ def add_one(
 ) -> Any:
     """Run ``PrefillAdder.add_one_req`` with the charge and the chunk that fit `req`.
 
-    A snapshot is given up like any other prefix if the request does not fit beside it
-    although nothing else runs: what has a course is admitted.
+    If the request does not fit although nothing else runs, snapshots that others wait
+    for are given up, and its own like any other prefix: what has a course is admitted.
     """
     headroom = Headroom.of(adder)
     if policy_of(req) is None or course_of(req) is None:
-        return call()
+        return _beside_loans(adder, headroom, req, call)
     hit = find_hit(adder.tree_cache, req)
-    result = _add_from(hit, adder, server, req, call)
-    refused = result is schedule_policy.AddReqResult.NO_TOKEN
-    alone = not adder.can_run_list and not headroom.running
-    if refused and alone and hit is not None:
+    from_hit = partial(_add_from, hit, adder, server, req, call)
+    result = _beside_loans(adder, headroom, req, from_hit)
+    if hit is not None and _is_refused_alone(adder, headroom, result):
+        adder.tree_cache.awaiting.end(req)
         result = _add_from(None, adder, server, req, call)
-        refused = result is schedule_policy.AddReqResult.NO_TOKEN
     pool_tokens = adder.token_to_kv_pool_allocator.size
-    if refused and alone and headroom.free == pool_tokens:
+    alone = _is_refused_alone(adder, headroom, result)
+    if alone and headroom.free == pool_tokens:
         # An empty pool has no room. It must not happen, see `course`; if it does, this
         # request ends, and the others do not wait for it. (One that has ended stays in
         # the running batch for a step, without memory, and is still charged.)
         server.pass_scheduler.stuck = req
     return result
+
+
+def _beside_loans(
+    adder: PrefillAdder, headroom: Headroom, req: Req, call: Callable[[], Any]
+) -> Any:
+    """Run `call`; if nothing runs and it finds no room, without loans to others."""
+    result = call()
+    awaiting = getattr(adder.tree_cache, "awaiting", None)
+    while (
+        awaiting is not None
+        and _is_refused_alone(adder, headroom, result)
+        and awaiting.spare_one(req)
+    ):
+        result = call()
+    return result
+
+
+def _is_refused_alone(adder: PrefillAdder, headroom: Headroom, result: Any) -> bool:
+    refused = result is schedule_policy.AddReqResult.NO_TOKEN
+    return refused and not adder.can_run_list and not headroom.running
 
 
 def _add_from(
@@ -161,6 +182,10 @@ def preempt(
 ) -> bool:
     """Run ``PrefillAdder.preempt_to_schedule`` with the charge of an urgent `req`."""
     headroom = Headroom.of(adder)
+    awaiting = getattr(adder.tree_cache, "awaiting", None)
+    while awaiting is not None and awaiting.spare_one(req):
+        # Nobody is preempted for the sake of who only waits.
+        pass
     if course_of(req) is None:
         return headroom.preempt(call)
     # SGLang matches the prefix only afterwards; until then the prompt has no length.

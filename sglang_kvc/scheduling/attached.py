@@ -113,6 +113,16 @@ def attach_hit(req: Req, hit: Hit | None) -> None:
     _set(req, "hit", hit)
 
 
+def may_await(req: Req) -> bool:
+    """Whether a waiting request may have a snapshot kept for it."""
+    return getattr(req, "kv_compress_await", True)
+
+
+def attach_await(req: Req, may: bool) -> None:
+    """Hang it on a request, on its way into the queue or when nothing is kept."""
+    _set(req, "await", may)
+
+
 def attach_plan(batch: Any, plan: StepPlan) -> None:
     """Hang a plan on a batch, for the step that it is about to run."""
     _set(batch, "plan", plan)

@@ -8,8 +8,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_kvc.config.pages import floor_tokens
 from sglang_kvc.scheduling.attached import policy_of, text_of, told_by_ids
+from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.request_state import RequestState
-from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import Req
 
 if TYPE_CHECKING:
@@ -61,7 +61,6 @@ def keep_snapshot(
         offsets=state.settled_offsets,
         unit=state.settled_unit,
         passes=state.generations + state.settled_passes,
-        whole=UPSTREAM.radix_key(ids[:fold], req),
     )
     tree.add_branch(snapshot, state.settled_packed)
     if end > fold:
@@ -72,12 +71,17 @@ def keep_snapshot(
         old.superseded = True
 
 
-def _leaves_snapshot(req: Req, state: RequestState) -> bool:
-    reason = req.finished_reason
-    if reason is None or isinstance(reason, FINISH_ABORT):
-        return False
+def may_leave_snapshot(req: Req, policy: RequestPolicy) -> bool:
+    """Whether a request that ends well leaves a snapshot if it has been compressed."""
     # SGLang's own sessions look after what they have computed.
     if not told_by_ids(req) or req.session is not None:
         return False
     skipped = getattr(req, "skip_radix_cache_insert", False)
-    return state.policy.leaves == "compressed" and not skipped
+    return policy.leaves == "compressed" and not skipped
+
+
+def _leaves_snapshot(req: Req, state: RequestState) -> bool:
+    reason = req.finished_reason
+    if reason is None or isinstance(reason, FINISH_ABORT):
+        return False
+    return may_leave_snapshot(req, state.policy)

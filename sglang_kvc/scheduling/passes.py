@@ -261,7 +261,7 @@ class PassScheduler:
         allocator, tree = batch.token_to_kv_pool_allocator, batch.tree_cache
         need = tokens + len(batch.reqs) * PAGE_SIZE + self.pending_prompt_tokens
         # The cache of others is not emptied for a pass that fails all the same.
-        if allocator.available_size() + tree.evictable_size() < need:
+        if allocator.available_size() + tree.reclaimable < need:
             return None
         evict_from_tree_cache(tree, need)
         if allocator.available_size() < need:

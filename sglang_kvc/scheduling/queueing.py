@@ -60,6 +60,14 @@ def end(scheduler: Scheduler, server: Server, req: Req, refusal: Refusal) -> Non
     )
 
 
+def before_admission(scheduler: Scheduler) -> None:
+    """Begin a round of admission: keep snapshots for those whose turn comes next."""
+    tree = scheduler.tree_cache
+    if getattr(tree, "sessions", None) is not None:
+        pool_tokens = scheduler.token_to_kv_pool_allocator.size
+        tree.awaiting.update(scheduler.waiting_queue, pool_tokens)
+
+
 def after_admission(scheduler: Scheduler, server: Server) -> None:
     """Finish a round of admission: nobody is lost, nobody waits for ever.
 

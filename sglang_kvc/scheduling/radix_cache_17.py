@@ -104,6 +104,15 @@ class RadixCache17(SessionTree, RadixCache):
         """Free tokens for SGLang."""
         return self.evict_behind_spares(params, super().evict)
 
+    def hold(self, node: Any) -> Any:
+        """See `SessionTree`."""
+        self.inc_lock_ref(node)
+        return node
+
+    def let_go(self, lock: Any) -> None:
+        """See `SessionTree`."""
+        self.dec_lock_ref(lock)
+
     def _drop_leaves(self, key: Any) -> int:
         """See `SessionTree`."""
         node = self.match_prefix(MatchPrefixParams(key=key)).last_device_node

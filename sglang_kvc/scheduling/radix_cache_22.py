@@ -120,6 +120,14 @@ class RadixCache22(SessionTree, UnifiedRadixCache):
         call = partial(super().evict_for_alloc, **how)
         return self.evict_behind_spares(params, call)
 
+    def hold(self, node: Any) -> Any:
+        """See `SessionTree`."""
+        return self.lock(node)
+
+    def let_go(self, lock: Any) -> None:
+        """See `SessionTree`."""
+        self.unlock(lock)
+
     def _drop_leaves(self, key: Any) -> int:
         """See `SessionTree`. The tree must be asked to evict nothing but leaves."""
         last = self.match_prefix(MatchPrefixParams(key=key)).last_device_node

@@ -5,77 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sglang.srt.managers import schedule_policy
-
-from sglang_kvc.config.pages import floor_tokens
 from sglang_kvc.scheduling.attached import (
+    attach_await,
     attach_hit,
     attach_policy,
     hit_of,
     policy_of,
-    prefix_cap_of,
-    text_of,
-    told_by_ids,
 )
-from sglang_kvc.scheduling.course import course, reach
-from sglang_kvc.scheduling.lengths import tokens_left
-from sglang_kvc.scheduling.policy import RequestPolicy
+from sglang_kvc.scheduling.lookup import keeping
 from sglang_kvc.scheduling.request_state import RequestState
 from sglang_kvc.scheduling.session_tree import row_of
 from sglang_kvc.scheduling.step_plan import Resumed
 from sglang_kvc.sessions.snapshot import Hit
 from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import PrefillAdder, Req
-
-if TYPE_CHECKING:
-    from sglang_kvc.scheduling.session_tree import SessionTree
-
-
-def find_hit(tree: SessionTree, req: Req) -> Hit | None:
-    """Find the snapshot that a waiting request should start from.
-
-    SGLang has matched its whole prefix just before. That is lossless and wins if it
-    reaches as far, or as far as any may. The snapshot counts as used afterwards either
-    way, so of a text that is held both ways the whole copy is evicted first.
-
-    Returns
-    -------
-    Hit or None
-        None if nothing is held of the text, or nothing that is rich enough for it.
-    """
-    policy, store = policy_of(req), getattr(tree, "sessions", None)
-    if not store or tree.disable or policy is None:
-        return None
-    if not policy.resumes or not told_by_ids(req) or req.session is not None:
-        return None
-    ids = req.full_untruncated_fill_ids
-    cap = floor_tokens(prefix_cap_of(req))
-    for snapshot in store.along(text_of(req), ids, cap):
-        if snapshot.packed < policy.budget(snapshot.fold):
-            continue
-        hit = tree.find_branch(snapshot, ids[snapshot.fold : cap])
-        if hit is None:
-            continue
-        most = floor_tokens(len(ids) - policy.options.window)
-        whole_wins = UPSTREAM.prefix_len(req) >= min(hit.tokens, most)
-        return hit if not whole_wins and _is_served_from(hit, policy, req) else None
-    return None
-
-
-def _is_served_from(hit: Hit, policy: RequestPolicy, req: Req) -> bool:
-    """Whether an empty pool serves the request to its end from there."""
-    kept, length = _keeping(policy, hit), len(req.full_untruncated_fill_ids)
-    left = tokens_left(req)
-    way = course(kept, length, left, schedule_policy.CLIP_MAX_NEW_TOKENS)
-    if way is None or hit.held > way.max_hit:
-        return False
-    return length + left <= reach(kept, length)
-
-
-def _keeping(policy: RequestPolicy, hit: Hit) -> RequestPolicy:
-    return replace(policy, least_budget=hit.snapshot.packed)
 
 
 @contextmanager
@@ -91,7 +36,7 @@ def starting_from(hit: Hit | None, adder: PrefillAdder, req: Req) -> Iterator[No
     policy = policy_of(req)
     assert policy is not None
     before = UPSTREAM.prefix(req)
-    attach_policy(req, _keeping(policy, hit))
+    attach_policy(req, keeping(policy, hit))
     UPSTREAM.set_prefix(req, UPSTREAM.prefix_at(row_of(hit), hit.node))
     attach_hit(req, hit)
     try:
@@ -125,3 +70,4 @@ def forget_hit(req: Req) -> None:
     policy = policy_of(req)
     if policy is not None and policy.least_budget:
         attach_policy(req, replace(policy, least_budget=0))
+    attach_await(req, True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from sglang_kvc.scheduling.awaiting import Awaiting
 from sglang_kvc.sessions.snapshot import Hit, Snapshot
 from sglang_kvc.sessions.store import SessionStore
 
@@ -39,9 +41,15 @@ class SessionTree(_Tree):
 
     sessions: SessionStore | None = None
 
+    @cached_property
+    def awaiting(self) -> Awaiting:
+        """What is kept for requests that wait."""
+        return Awaiting(self)
+
     def reset(self) -> None:
         """Forget everything, at the start and when the cache is flushed."""
         if self.sessions is not None:
+            self.awaiting.forget()
             self.sessions.clear()
         super().reset()
 
@@ -101,7 +109,8 @@ class SessionTree(_Tree):
     def drop_spares(self, tokens: int) -> int:
         """Evict what is held better elsewhere, before anything else goes.
 
-        First whole copies of what is packed, then snapshots that later turns replace.
+        First whole copies of what is packed, in a snapshot or by a request that will
+        leave one; then snapshots that later turns replace.
 
         Parameters
         ----------
@@ -115,11 +124,11 @@ class SessionTree(_Tree):
         freed = 0
         if self.sessions is None:
             return freed
-        for snapshot in self.sessions.covering():
-            if freed >= tokens:
-                return freed
-            freed += self._drop_leaves(snapshot.whole)
-            snapshot.whole = None
+        if tokens > 0:
+            for whole in self.sessions.take_whole():
+                freed += self._drop_leaves(whole)
+                if freed >= tokens:
+                    return freed
         for snapshot in self.sessions.superseded():
             if freed >= tokens:
                 return freed
@@ -131,9 +140,12 @@ class SessionTree(_Tree):
     ) -> EvictResult:
         """Let SGLang evict, by `call`, what spares do not free."""
         freed = self.drop_spares(params.num_tokens)
-        if freed >= params.num_tokens:
+        left = params.num_tokens - freed
+        if left <= 0:
             return EvictResult(num_tokens_evicted=freed)
-        result = call(replace(params, num_tokens=params.num_tokens - freed))
+        if self.sessions is not None:
+            self.awaiting.spare(left - self.evictable_size())
+        result = call(replace(params, num_tokens=left))
         result.num_tokens_evicted += freed
         return result
 
@@ -141,6 +153,20 @@ class SessionTree(_Tree):
         """Look whether a snapshot's packed pages are evicted with a node."""
         if self.sessions is not None:
             self.sessions.forget(self._node_id(node), evicted=True)
+
+    @property
+    def reclaimable(self) -> int:
+        """Tokens that eviction can free, those kept for waiting requests included."""
+        kept = self.awaiting.tokens if self.sessions is not None else 0
+        return int(self.evictable_size()) + kept
+
+    @abstractmethod
+    def hold(self, node: Any) -> Any:
+        """Lock a node and all before it; returns what `let_go` takes."""
+
+    @abstractmethod
+    def let_go(self, lock: Any) -> None:
+        """Undo `hold`."""
 
     @abstractmethod
     def _drop_leaves(self, key: RadixKey) -> int:

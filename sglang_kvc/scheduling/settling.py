@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 
+from sglang_kvc.scheduling.attached import text_of
+from sglang_kvc.scheduling.keeping import may_leave_snapshot
 from sglang_kvc.upstream.generation import UPSTREAM
 
 if TYPE_CHECKING:
@@ -48,6 +50,11 @@ def _settle_first(
             priority=getattr(req, "priority", 0) or 0,
         )
         tree_cache.hand_over(req, prompt, start)
+        packed = may_leave_snapshot(req, launched.state.policy)
+        if tree_cache.sessions is not None and packed:
+            # It goes before any snapshot does: the request holds the text, too.
+            digest = text_of(req).prefix(token_ids, end)
+            tree_cache.sessions.note_whole(digest, prompt.key)
     elif end > start:
         allocator = tree_cache.token_to_kv_pool_allocator
         allocator.free_segment(pages[start:], start_pos=start)
@@ -66,7 +73,12 @@ def _settle_periodic(
         allocator.free_segment(state.settled_packed, start_pos=0)
     else:
         UPSTREAM.release_prefix(tree_cache, launched.req)
+        replaced = state.borrowed
         state.give_back()
+        # The request holds a copy of its own, which it will leave in this one's place.
+        leaves = may_leave_snapshot(launched.req, state.policy)
+        if replaced.is_private and leaves:
+            replaced.superseded = True
     folded = row[state.own_from : launched.decision.fold_new].long()
     if len(folded):
         allocator.free_segment(folded, start_pos=0)

@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+SHARED = 2
+"""So many requests that have started from a snapshot show that it is no one's own."""
+
 
 @dataclass(eq=False)
 class Snapshot:
@@ -35,11 +38,9 @@ class Snapshot:
     passes : how many have made it.
     node : SGLang's handle of the node with the packed pages.
     tail : the text behind the fold that the longest continuation has pages of.
-    whole : SGLang's key of the text that is folded, while the prefix cache may still
-        have a whole copy of it; else None.
     superseded : a later turn has left another one, so this goes before others.
     branches : whether continuations with another text may have been added.
-    borrowers : requests that run on it.
+    borrowers : requests that run on it, or wait for their turn to.
     resumed : requests that have started from it.
     """
 
@@ -52,11 +53,19 @@ class Snapshot:
     passes: int
     node: Any = None
     tail: array[int] = field(default_factory=lambda: array("q"))
-    whole: Any = None
     superseded: bool = False
     branches: bool = False
     borrowers: int = 0
     resumed: int = 0
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it goes on in one way only, and nobody is to start from it.
+
+        One that several requests have started from is where conversations part.
+        """
+        shared = self.branches or self.resumed >= SHARED
+        return not self.borrowers and not shared
 
     @property
     def branch(self) -> str:

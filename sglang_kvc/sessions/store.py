@@ -13,9 +13,6 @@ from sglang_kvc.config.pages import PAGE_SIZE
 from sglang_kvc.sessions.snapshot import Snapshot
 from sglang_kvc.sessions.text import TextChain
 
-SHARED = 2
-"""So many requests that have started from a snapshot show that it is no one's own."""
-
 
 class SessionStore:
     """Snapshots by the digest of what they have folded, and by their node in the tree.
@@ -31,6 +28,7 @@ class SessionStore:
         self.tokens = self.taken = self.hits = self.evicted = 0
         self._by_digest: dict[bytes, list[Snapshot]] = {}
         self._by_node: dict[Any, Snapshot] = {}
+        self._whole: dict[bytes, Any] = {}
 
     def __len__(self) -> int:
         """Snapshots held."""
@@ -67,11 +65,23 @@ class SessionStore:
         """Forget all: the tree was emptied."""
         self._by_digest.clear()
         self._by_node.clear()
+        self._whole.clear()
         self.tokens = 0
 
-    def covering(self) -> Iterator[Snapshot]:
-        """Those of texts that may be held whole as well, the oldest first."""
-        return iter([it for it in self if it.whole is not None])
+    def note_whole(self, digest: bytes, key: Any) -> None:
+        """Note that the tree has a whole copy of what a request holds packed.
+
+        Parameters
+        ----------
+        digest, key : of the text; the key is SGLang's.
+        """
+        self._whole.pop(digest, None)
+        self._whole[digest] = key
+
+    def take_whole(self) -> Iterator[Any]:
+        """Keys of the whole copies that were noted, the oldest first; each once."""
+        while self._whole:
+            yield self._whole.pop(next(iter(self._whole)))
 
     def superseded(self) -> Iterator[Snapshot]:
         """Those that later turns have replaced and nobody runs on, the oldest first."""
@@ -99,13 +109,7 @@ class SessionStore:
     ) -> list[Snapshot]:
         """Snapshots that another one of this text makes superfluous.
 
-        Those of prefixes of it on which nothing runs. One that several requests have
-        started from is where conversations part: it is left to the order of eviction.
+        Those of prefixes of it that are private; others are left to the order of
+        eviction.
         """
-        return [
-            snapshot
-            for snapshot in self.along(text, ids, fold)
-            if not snapshot.borrowers
-            and not snapshot.branches
-            and snapshot.resumed < SHARED
-        ]
+        return [it for it in self.along(text, ids, fold) if it.is_private]

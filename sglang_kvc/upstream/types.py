@@ -110,6 +110,10 @@ class TreeCache(Protocol):
     def sessions(self) -> Any:
         """Ours: the snapshots that the tree holds; None if it is to hold none."""
 
+    @property
+    def reclaimable(self) -> int:
+        """Ours: tokens that eviction can free, loans to waiting requests included."""
+
 
 class ScheduleBatch(Protocol):
     """A batch on the scheduler's side."""

@@ -4,7 +4,8 @@
 turns each in a pool that holds some of them. One request in a hundred is aborted, and
 SGLang retracts at every seventh decode step. Every page is audited after every poll,
 pages of the tree are filled with patterns, strict idle and busy checks are on. Requests
-that nobody aborts are answered whole.
+that nobody aborts are answered whole. Then ``--crowd`` sessions are served at once,
+see `crowd`: without loans to waiting requests hardly one would find what it has left.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from tests.engine.crowd import Crowd
 from tests.engine.fuzz import Setting, apply, check_store
 from tests.engine.inprocess import (
     InProcessScheduler,
@@ -105,6 +107,23 @@ def serve_sessions(
     return {**total, "audits": audit.audits, "shared": audit.shared.taken}
 
 
+def serve_crowd(server: InProcessScheduler, count: int, seed: int) -> dict[str, int]:
+    """Serve so many sessions at once in a pool that holds half of them."""
+    apply(server, Setting(sessions=TURNS - 1))
+    tree = server.sch.tree_cache
+    crowd = Crowd(server, count, seed=seed)
+    crowd.serve()
+    assert not tree.awaiting and not tree.awaiting.tokens
+    assert tree.protected_size() == 0
+    assert server.allocator.available_size() + tree.evictable_size() == POOL
+    assert not any(it.borrowers for it in tree.sessions)
+    check_store(tree.sessions)
+    counts = {**crowd.counts, "evicted": tree.sessions.evicted}
+    server.flush()
+    assert server.allocator.available_size() == POOL
+    return counts
+
+
 def judge(request: Request, out: Output, total: dict[str, int]) -> None:
     """Nobody but who was aborted gets less than all tokens."""
     total["requests"] += 1
@@ -126,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.engine.many_sessions")
     parser.add_argument("out", type=Path)
     parser.add_argument("--sessions", type=int, default=200)
+    parser.add_argument("--crowd", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     report: dict[str, Any] = {}
@@ -146,6 +166,7 @@ def main() -> None:
         audit.shared.fill = True
         try:
             report = dict(serve_sessions(server, audit, args.sessions, args.seed))
+            report["crowd"] = serve_crowd(server, args.crowd, args.seed)
         except BaseException:
             report["traceback"] = traceback.format_exc()
     args.out.write_text(json.dumps(report))

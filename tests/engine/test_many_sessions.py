@@ -29,6 +29,18 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result
 
 
+def test_who_waits_in_a_crowd_finds_what_it_has_left(report: dict[str, Any]) -> None:
+    """The pool does not hold them all; without loans 8 of 171 turns found theirs."""
+    assert "traceback" not in report, report["traceback"]
+    crowd = report["crowd"]
+    assert crowd["later"] > 150
+    assert crowd["resumed"] > crowd["later"] / 3
+    assert crowd["computed"] < 3 * crowd["new"]
+    assert crowd["evicted"] > 0
+    assert crowd["lent"] > 100
+    assert crowd["aborted"] > 0
+
+
 def test_every_turn_is_answered_and_no_page_is_lost(report: dict[str, Any]) -> None:
     """Strict checks and audits were on, and what they are for did happen."""
     assert "traceback" not in report, report["traceback"]

@@ -119,15 +119,18 @@ class Server:
         )
         self.tree = tree_of(params)
 
-    def request(self) -> Any:
-        """The request as it enters, with SGLang's limits and ours."""
+    def request(self, first: int = 2) -> Any:
+        """The request as it enters, with SGLang's limits and ours.
+
+        Its prompt is made of token ids from `first` on.
+        """
         case = self.case
         params = SamplingParams(
             max_new_tokens=case.asked,
             ignore_eos=case.ignore_eos,
             custom_params={"kv_compress": case.kv} if case.kv else None,
         )
-        ids = array("q", range(2, case.prompt + 2))
+        ids = array("q", range(first, first + case.prompt))
         req = Req("r", None, ids, params, vocab_size=1 << 20)
         max_req_len = case.context - 1
         # SGLang's own limits, `Scheduler.init_req_max_new_tokens`.

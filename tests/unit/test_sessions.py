@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sglang_kvc.sessions.snapshot import Snapshot
-from sglang_kvc.sessions.store import SHARED, SessionStore
+from sglang_kvc.sessions.snapshot import SHARED, Snapshot
+from sglang_kvc.sessions.store import SessionStore
 from sglang_kvc.sessions.text import TextChain
 
 TEXT = list(range(1000, 1160))
