@@ -133,14 +133,14 @@ def with_answer(case: Case, answer: int) -> Case:
     return dataclasses.replace(case, kv=kv, ring=0)
 
 
-@drawn
+@settings(drawn, max_examples=CASES // 4)
 @given(cases(), ANSWERS)
 @example(Case(1280, 8192, 512, "auto", True, True, 32, 64, 64, 4, 1000, 600, 0), 512)
 def test_what_keeps_its_answer_whole_runs_alone(case: Case, answer: int) -> None:
     serve_alone(with_answer(case, answer))
 
 
-@drawn
+@settings(drawn, max_examples=CASES // 4)
 @given(cases(), st.floats(0, 1), ANSWERS)
 def test_a_retracted_answer_comes_back_whole(
     case: Case, part: float, answer: int
