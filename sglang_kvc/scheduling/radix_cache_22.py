@@ -7,6 +7,7 @@ chunks, so nothing has to be kept for it here.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -134,12 +135,22 @@ class RadixCache22(SessionTree, UnifiedRadixCache):
         (path,) = self.tree_core.collect_path_info([last])
         freed, below = dict.fromkeys(self.tree_components, 0), 0
         for node in reversed(path):
-            if node.num_children > below or self._is_locked(node.node_id):
+            if self._num_children(node) > below or self._is_locked(node.node_id):
                 break
             self._evict_device_leaf(node.node_id, freed)
             below = 1
         tokens: int = freed[ComponentType.FULL]
         return tokens
+
+    def _num_children(self, node: Any) -> float:
+        """Nodes behind one of a path, which SGLang 0.5.22 does not say."""
+        if hasattr(node, "num_children"):
+            return int(node.num_children)
+        try:
+            return len(self.tree_core.node_by_id(node.node_id).children)
+        except NotImplementedError:
+            # Its core in Rust. What is not dropped goes in the order of use.
+            return math.inf
 
     def _is_locked(self, node_id: Any) -> bool:
         """Whether anybody has locked a node: then a lock of ours changes no sum."""

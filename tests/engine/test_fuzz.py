@@ -10,7 +10,7 @@ import pytest
 from tests.engine import warm
 from tests.engine.fuzz import SESSIONS, SETTINGS
 
-REQUESTS = 20
+REQUESTS = 15
 
 
 @pytest.fixture(scope="module")

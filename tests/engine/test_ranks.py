@@ -23,7 +23,7 @@ LENGTHS = (
     *(20, 31, 47, 63, 64, 65, 100, 127, 150, 200, 255, 256),
     *(257, 300, 333, 400, 420, 511, 513, 520, 600, 769, 1100, 1500),
 )
-MIXED = 40
+MIXED = 28
 CONVERSATIONS = 8
 
 
@@ -87,7 +87,7 @@ def results(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
             ],
         ),
         "stock": Job(stock, [Load(without_options(same_prompts()))], compress=False),
-        "four": Job({**two, "tp_size": 4, **nodes}, [traced(*CASES[0]), mixed(2)]),
+        "four": Job({**two, "tp_size": 4, **nodes}, [traced(*CASES[0]), mixed(8)]),
         # Between chunks, so that the prefix cache has little of the prompts.
         "sessions": Job(
             {**two, "kv_compress_sessions": True, "kv_compress_chunks": "always"},

@@ -1,6 +1,6 @@
 """Compile every kernel for one kind of GPU, without a GPU.
 
-``python -m tests.kernels.compile_gpus 90 [all | usual | short]``, or 80 (A100), 86
+``python -m tests.kernels.compile_gpus 90 [all | usual]``, or 80 (A100), 86
 (A10), 89 (L4, L40S), 90 (H100, H200), 100 (B200). `build` says what of the matrix of
 shapes and dtypes is compiled; ``all`` is all of it, in minutes a GPU.
 
@@ -210,12 +210,10 @@ def build(capability: int, extent: str) -> Built:
         bf16, fp16 and e4m3. Empty: sm90 has every shape in bf16, and the usual one in
         the other dtypes; other GPUs the usual shape in all three, and the shapes that
         take most shared memory of what it has. sm86 runs sm80's code with less of it,
-        so it gets only kernels that hold tiles. ``short``: without fp16, and on other
-        GPUs than sm90 without those shapes but decode's.
+        so it gets only kernels that hold tiles.
     """
     everything = extent == "all"
-    short = extent == "short"
-    shapes = everything or (capability == 90 and extent in ("", "short"))
+    shapes = everything or (capability == 90 and not extent)
     few = capability == 86 and not everything
     launch_ops(USUAL, TILE_OPS if few else OPS)
     launch_step(EIGHT)
@@ -231,12 +229,12 @@ def build(capability: int, extent: str) -> Built:
             # Decode as servers do it: the next line.
             launch_ops(shape, PASS_OPS)
         launch_step(shape)
-    if capability in SMALL and not shapes and not short:
+    if capability in SMALL and not shapes:
         launch_ops(TIGHT, TILE_OPS)
     if not shapes and not extent:
         launch_ops(LARGEST[-1], SIZED_OPS)
     wide = set(compiled)
-    for dtype in (E4M3,) if short else DTYPES[1:]:
+    for dtype in DTYPES[1:]:
         launch_ops(USUAL, TILE_OPS if few or dtype != E4M3 else KV_OPS, dtype)
         launch_step(EIGHT, dtype)
     if shapes:
