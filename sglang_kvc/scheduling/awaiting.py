@@ -15,15 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_kvc.scheduling.attached import attach_await, may_await
 from sglang_kvc.scheduling.lookup import find_for_queued
+from sglang_kvc.sessions.snapshot import Snapshot
+from sglang_kvc.sessions.tree import SnapshotTree
 from sglang_kvc.upstream.types import Req
-
-if TYPE_CHECKING:
-    from sglang_kvc.scheduling.session_tree import SessionTree
-    from sglang_kvc.sessions.snapshot import Snapshot
 
 SHARE = 0.75
 """Of the pool that may be lent, so that enough requests can run."""
@@ -53,7 +51,7 @@ class Awaiting:
     tokens : of the pool, that all loans keep from being evicted.
     """
 
-    def __init__(self, tree: SessionTree) -> None:
+    def __init__(self, tree: SnapshotTree) -> None:
         self.tokens = 0
         self._tree = tree
         self._loans: dict[int, _Loan] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang.srt.managers import schedule_policy
 
@@ -18,14 +18,12 @@ from sglang_kvc.scheduling.course import course, reach
 from sglang_kvc.scheduling.lengths import tokens_left
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.sessions.snapshot import Hit
+from sglang_kvc.sessions.tree import SnapshotTree
 from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import Req
 
-if TYPE_CHECKING:
-    from sglang_kvc.scheduling.session_tree import SessionTree
 
-
-def find_hit(tree: SessionTree, req: Req) -> Hit | None:
+def find_hit(tree: SnapshotTree, req: Req) -> Hit | None:
     """Find the snapshot that a waiting request should start from.
 
     SGLang has matched its whole prefix just before. That is lossless and wins if it
@@ -49,7 +47,7 @@ def find_hit(tree: SessionTree, req: Req) -> Hit | None:
     return hit if not whole_wins and _is_served_from(hit, policy, req) else None
 
 
-def find_for_queued(tree: SessionTree, req: Req) -> Hit | None:
+def find_for_queued(tree: SnapshotTree, req: Req) -> Hit | None:
     """Find the snapshot that a request will start from which SGLang has not looked at.
 
     This counts as a use of it, too.
@@ -61,7 +59,7 @@ def find_for_queued(tree: SessionTree, req: Req) -> Hit | None:
     return _longest(tree, req, policy, ids, floor_tokens(len(ids) - 1))
 
 
-def _resuming(tree: SessionTree, req: Req) -> RequestPolicy | None:
+def _resuming(tree: SnapshotTree, req: Req) -> RequestPolicy | None:
     """Policy of a request that may start from a snapshot; else None."""
     policy, store = policy_of(req), getattr(tree, "sessions", None)
     if not store or tree.disable or policy is None:
@@ -72,7 +70,7 @@ def _resuming(tree: SessionTree, req: Req) -> RequestPolicy | None:
 
 
 def _longest(
-    tree: SessionTree, req: Req, policy: RequestPolicy, ids: Any, cap: int
+    tree: SnapshotTree, req: Req, policy: RequestPolicy, ids: Any, cap: int
 ) -> Hit | None:
     """What is held of the longest prefix of `ids` and is rich enough for a request."""
     assert tree.sessions is not None

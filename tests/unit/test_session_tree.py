@@ -69,6 +69,11 @@ class Held:
         self.tree.extend_branch(snapshot, self.req, tail, row, own_from)
         return row
 
+    def note(self, ids: Any) -> None:
+        """Say that a text is held packed, so that its whole copy goes first."""
+        digest = TextChain((None,)).prefix(ids, len(ids))
+        self.store.note_whole(digest, RadixKey(ids, None))
+
     def whole(self, ids: Any) -> RadixKey:
         """Leave a whole copy of a text."""
         key = RadixKey(ids, None)
@@ -195,7 +200,8 @@ def test_eviction_is_by_one_order_with_prompts(held: Held) -> None:
 
 def test_whole_copies_of_what_is_packed_go_first(held: Held) -> None:
     """Though they were used last; not what others run on, or share."""
-    snapshot = held.snapshot(fold=160, packed=48, whole=RadixKey(TEXT[:160], None))
+    held.snapshot(fold=160, packed=48)
+    held.note(TEXT[:160])
     other = held.whole(array("q", [9] * 96))
     copy = held.whole(TEXT[:160])
     shared = held.whole(TEXT[:64] + array("q", [8] * 32))
@@ -205,7 +211,7 @@ def test_whole_copies_of_what_is_packed_go_first(held: Held) -> None:
     assert held.length(other) == 96
     assert held.length(shared) == 96
     # Once: what is left of it goes in its turn.
-    assert snapshot.whole is None
+    assert list(held.store.take_whole()) == []
     held.tree.evict(EvictParams(num_tokens=16))
     assert len(held.store) == 0
     assert held.length(other) == 96
@@ -214,7 +220,8 @@ def test_whole_copies_of_what_is_packed_go_first(held: Held) -> None:
 def test_replaced_snapshots_go_next(held: Held) -> None:
     """Behind whole copies, before what was used longer ago; they are not counted."""
     other = held.whole(array("q", [9] * 96))
-    old = held.snapshot(whole=RadixKey(TEXT[:64], None))
+    old = held.snapshot()
+    held.note(TEXT[:64])
     copy = held.whole(TEXT[:64])
     held.extend(old, TEXT[64:96])
     held.tree.find_branch(old, TEXT[64:80])
@@ -234,7 +241,8 @@ def test_replaced_snapshots_go_next(held: Held) -> None:
 
 
 def test_a_locked_whole_copy_stays(held: Held) -> None:
-    held.snapshot(fold=160, packed=48, whole=RadixKey(TEXT[:160], None))
+    held.snapshot(fold=160, packed=48)
+    held.note(TEXT[:160])
     copy = held.whole(TEXT[:160])
     found = held.tree.match_prefix(MatchPrefixParams(key=copy))
     ends = borrow(held, found.last_device_node)
@@ -246,7 +254,8 @@ def test_a_locked_whole_copy_stays(held: Held) -> None:
 
 def test_what_is_too_small_is_evicted_further(held: Held) -> None:
     """Whole copies free a part of what is asked for, the order of use the rest."""
-    held.snapshot(fold=32, packed=16, whole=RadixKey(TEXT[:32], None))
+    held.snapshot(fold=32, packed=16)
+    held.note(TEXT[:32])
     held.whole(TEXT[:32])
     other = held.whole(array("q", [9] * 96))
     freed = held.tree.evict(EvictParams(num_tokens=64)).num_tokens_evicted
