@@ -26,7 +26,7 @@ from sglang_kvc.requests.request_options import RequestOptions
 from sglang_kvc.scheduling import attached
 from sglang_kvc.scheduling.attached import policy_of, state_of
 from sglang_kvc.scheduling.chunking import probe_tokens
-from sglang_kvc.scheduling.lengths import NEVER_DUE
+from sglang_kvc.scheduling.lengths import NEVER_DUE, UNLIMITED
 from sglang_kvc.scheduling.pass_decision import PassDecision, Probe
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.reporting import Report
@@ -147,7 +147,9 @@ class PassScheduler:
         plan = StepPlan()
         lens = batch.seq_lens_cpu.numpy()
         due_lens = self.due_lens[batch.req_pool_indices_cpu.numpy()]
-        for row in self._affordable(batch.reqs, lens, np.flatnonzero(lens >= due_lens)):
+        rows = np.flatnonzero(lens >= due_lens)
+        room = batch.tree_cache.room_beside_snapshots - len(lens) * PAGE_SIZE
+        for row in self._affordable(batch.reqs, lens, rows, room):
             req, length = batch.reqs[row], int(lens[row])
             decision = _started(req).propose_while_decoding(length)
             self._plan_request(batch, req, length, plan, decision)
@@ -158,12 +160,15 @@ class PassScheduler:
             self.meter.planned(plan.passes)
         attached.attach_plan(batch, plan)
 
-    def _affordable(self, reqs: Any, lens: Any, rows: Any) -> list[int]:
+    def _affordable(
+        self, reqs: Any, lens: Any, rows: Any, room: float = UNLIMITED
+    ) -> list[int]:
         """Rows that get their pass in this step; the others are due again in the next.
 
         Requests that started together are due together; one step with all their passes
         would stall every stream. What waits too long goes at once: it may hold two
-        pages more than its budget and interval.
+        pages more than its budget and interval. But copies, which are needed for a
+        step, push out no snapshots: `room` is what they find, and one always goes.
         """
         states = [_started(reqs[row]) for row in rows]
         costs = [
@@ -175,7 +180,8 @@ class PassScheduler:
         spent = 0
         for row, state, cost in zip(rows.tolist(), states, costs, strict=True):
             late = lens[row] - self.due_lens[state.slot]
-            if not chosen or spent + cost <= quota or late >= MAX_DELAY_STEPS:
+            in_time = spent + cost <= quota or late >= MAX_DELAY_STEPS
+            if not chosen or (in_time and spent + cost <= room):
                 chosen.append(row)
                 spent += cost
         return chosen

@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_kvc.scheduling.awaiting import Awaiting
+from sglang_kvc.scheduling.lengths import UNLIMITED
 from sglang_kvc.sessions.snapshot import Hit, Snapshot
 from sglang_kvc.sessions.store import SessionStore
 
@@ -159,6 +160,14 @@ class SessionTree(_Tree):
         """Tokens that eviction can free, those kept for waiting requests included."""
         kept = self.awaiting.tokens if self.sessions is not None else 0
         return int(self.evictable_size()) + kept
+
+    @property
+    def room_beside_snapshots(self) -> float:
+        """Tokens that can be taken without evicting a snapshot."""
+        if not self.sessions:
+            return UNLIMITED
+        free = self.token_to_kv_pool_allocator.available_size()
+        return float(free + self.evictable_size() - self.sessions.tokens)
 
     @abstractmethod
     def hold(self, node: Any) -> Any:

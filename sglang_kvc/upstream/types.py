@@ -111,6 +111,10 @@ class TreeCache(Protocol):
         """Ours: the snapshots that the tree holds; None if it is to hold none."""
 
     @property
+    def room_beside_snapshots(self) -> float:
+        """Ours: tokens that can be taken without evicting a snapshot."""
+
+    @property
     def reclaimable(self) -> int:
         """Ours: tokens that eviction can free, loans to waiting requests included."""
 

@@ -163,6 +163,17 @@ def test_a_large_request_goes_alone_and_a_late_one_at_once() -> None:
     assert scheduler._affordable(reqs, late, rows) == [0, 1, 2]
 
 
+def test_copies_of_a_step_push_out_no_snapshots() -> None:
+    """However late they are; but one request always gets its pass."""
+    scheduler = PassScheduler(OPTIONS, 9)
+    reqs, rows = running(8, 960, scheduler), np.arange(8)
+    late = np.full(8, 1_064 + MAX_DELAY_STEPS)
+    each = 960 + 64 + MAX_DELAY_STEPS
+    assert len(scheduler._affordable(reqs, late, rows)) == 8
+    for room, count in ((8 * each, 8), (3 * each + 50, 3), (each, 1), (-each, 1)):
+        assert len(scheduler._affordable(reqs, late, rows, room)) == count
+
+
 def test_a_request_with_embeddings_is_never_compressed_between_chunks() -> None:
     """The end of its prompt would score the chunks by placeholder ids."""
     runtime = SimpleNamespace(
