@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,16 +12,21 @@ from sglang.srt.managers import schedule_policy
 from sglang_kvc.config.pages import PAGE_SIZE, floor_tokens, pages_of
 from sglang_kvc.scheduling.acceptance import course_of
 from sglang_kvc.scheduling.attached import hit_of, policy_of, state_of
+from sglang_kvc.scheduling.charges import (
+    all_tokens_asked,
+    as_if_eos_counted,
+    clip_of,
+)
 from sglang_kvc.scheduling.course import Course, Way
 from sglang_kvc.scheduling.headroom import Headroom
-from sglang_kvc.scheduling.lengths import UNLIMITED, tokens_left
+from sglang_kvc.scheduling.lengths import tokens_left
 from sglang_kvc.scheduling.lookup import find_hit
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.resuming import starting_from
 from sglang_kvc.scheduling.server import Server
 from sglang_kvc.sessions.snapshot import Hit
 from sglang_kvc.upstream.generation import UPSTREAM
-from sglang_kvc.upstream.types import PrefillAdder, Req, SamplingParams
+from sglang_kvc.upstream.types import PrefillAdder, Req
 
 
 @dataclass(frozen=True)
@@ -162,11 +166,11 @@ def _add_one(
     if not _has_lists_for_one_more(adder, server, req):
         return schedule_policy.AddReqResult.OTHER
     way = need.way
-    with _as_if_eos_counted(req.sampling_params):
+    with as_if_eos_counted(req.sampling_params):
         if not way.chunk:
             call = _in_turn(adder, server, req, call)
             if way.way in (Way.KEEP, Way.LATER):
-                with headroom.charged_also(need.ring), _clip_of(need.clip):
+                with headroom.charged_also(need.ring), clip_of(need.clip):
                     return call()
             return _admit(headroom, server, need, call)
         if adder.rem_chunk_tokens < min(way.chunk, need.missing):
@@ -196,8 +200,8 @@ def preempt(
     before = len(adder.preempt_list)
     # SGLang takes the clip or max_new_tokens, but the copy is needed either way.
     with (
-        _all_tokens_asked(req.sampling_params),
-        _clip_of(need.way.step + need.ring - need.length + PAGE_SIZE + 1),
+        all_tokens_asked(req.sampling_params),
+        clip_of(need.way.step + need.ring - need.length + PAGE_SIZE + 1),
     ):
         try:
             return headroom.preempt(call)
@@ -224,7 +228,7 @@ def _admit(
         return schedule_policy.AddReqResult.NO_TOKEN
     # SGLang takes the clip or what is left, but the copy is needed either way.
     more = max(clip - need.left, 0) + ring
-    with headroom.charged_now(way.later + ring, more), _clip_of(clip):
+    with headroom.charged_now(way.later + ring, more), clip_of(clip):
         return call()
 
 
@@ -241,7 +245,7 @@ def add_chunked(
         return call()
     way = need.way
     if not way.chunk:
-        with _clip_of(max(way.step - need.length, way.later)):
+        with clip_of(max(way.step - need.length, way.later)):
             return _in_turn(adder, server, req, call)()
     budget = need.policy.budget(need.length)
     room = int(headroom.free - headroom.now) - budget - 2 * PAGE_SIZE
@@ -254,7 +258,7 @@ def add_chunked(
         # No room, also for others: only one prompt can be unfinished.
         adder.rem_chunk_tokens = 0
         return req
-    with headroom.charged_now(way.later, 0), _clip_of(need.clip):
+    with headroom.charged_now(way.later, 0), clip_of(need.clip):
         return _in_chunk(adder, req, chunk, call)
 
 
@@ -306,41 +310,3 @@ def _in_chunk(
         if result is schedule_policy.AddReqResult.OTHER:
             return adder.budget_state()
     return result
-
-
-@contextmanager
-def _as_if_eos_counted(params: SamplingParams) -> Iterator[None]:
-    """Let SGLang charge a request that ignores EOS as any other.
-
-    Without a prefix cache it simulates such requests to their end, as if they kept
-    every token.
-    """
-    ignore_eos, params.ignore_eos = params.ignore_eos, False
-    try:
-        yield
-    finally:
-        params.ignore_eos = ignore_eos
-
-
-@contextmanager
-def _all_tokens_asked(params: SamplingParams) -> Iterator[None]:
-    """Make the clip alone decide what SGLang charges for new tokens."""
-    asked, params.max_new_tokens = params.max_new_tokens, UNLIMITED
-    try:
-        yield
-    finally:
-        params.max_new_tokens = asked
-
-
-@contextmanager
-def _clip_of(tokens: int) -> Iterator[None]:
-    """Give SGLang another clip of new tokens.
-
-    It reads the module constant CLIP_MAX_NEW_TOKENS; the scheduler is one thread.
-    """
-    stock = schedule_policy.CLIP_MAX_NEW_TOKENS
-    schedule_policy.CLIP_MAX_NEW_TOKENS = tokens
-    try:
-        yield
-    finally:
-        schedule_policy.CLIP_MAX_NEW_TOKENS = stock
