@@ -87,7 +87,8 @@ def limit_request(
         policy = dataclasses.replace(policy, prompt_len=len(req.origin_input_ids))
         attached.attach_policy(req, policy)
     length = len(req.origin_input_ids)
-    most = min(max_req_len - length - 1, reach(policy, length) - length)
+    horizon = schedule_policy.CLIP_MAX_NEW_TOKENS
+    most = min(max_req_len - length - 1, reach(policy, length, horizon) - length)
     if asked is not None:
         most = min(most, asked)
     params = req.sampling_params
@@ -113,7 +114,8 @@ def readmit(req: Req) -> Refusal | None:
     if found is None or found.way is Way.KEEP:
         room = policy.whole_pool - length - PAGE_SIZE - 1
     else:
-        room = reach(policy, length) - length
+        horizon = schedule_policy.CLIP_MAX_NEW_TOKENS
+        room = reach(policy, length, horizon) - length
     params = req.sampling_params
     if room > 0:
         params.max_new_tokens = min(params.max_new_tokens, len(req.output_ids) + room)

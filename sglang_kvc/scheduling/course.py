@@ -123,12 +123,16 @@ def course(
     return next(fitting, None)
 
 
-def reach(policy: RequestPolicy, length: int) -> int:
+def reach(policy: RequestPolicy, length: int, horizon: int) -> int:
     """Tokens, prompt and output, that a request can reach at most, alone.
 
     At least what SGLang allows without compression, but for the ring. With a budget
     there is no end. With a rate the budget grows until no pass finds room for a second
     copy beside it; from then on the request keeps everything.
+
+    Parameters
+    ----------
+    policy, length, horizon : see `course`.
     """
     part = PAGE_SIZE + 1 + (ceil_tokens(length) - length)
     if not policy.enabled:
@@ -136,11 +140,18 @@ def reach(policy: RequestPolicy, length: int) -> int:
     way = course(policy, length, 0, 0)
     if way is None or way.way is Way.KEEP:
         return policy.whole_pool - part
-    pool = policy.pool_tokens
-    whole = pool - part
-    start = policy.first_due(length) if way.way is Way.LATER else floor_tokens(length)
     if not policy.passes_end:
         return UNLIMITED
+    pool, later = policy.pool_tokens, way.way is Way.LATER
+    whole, unobserved = pool - part, policy.whole_pool - part
+    start = policy.first_due(length) if later else floor_tokens(length)
+    # A request that grows so long may not be compressed at all, and takes no ring; nor
+    # does one that ends before its first pass.
+    grown = course(policy, length, unobserved - length, horizon)
+    if grown is not None and not grown.ring:
+        whole = unobserved
+    elif later:
+        whole = max(whole, min(unobserved, start - 1))
     packed, fold = _last_fold(policy, start)
     return max(whole, pool - PAGE_SIZE - 1 - packed + fold)
 

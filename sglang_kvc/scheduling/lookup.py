@@ -87,10 +87,11 @@ def _is_served_from(hit: Hit, policy: RequestPolicy, req: Req) -> bool:
     """Whether an empty pool serves the request to its end from there."""
     kept, length = keeping(policy, hit), len(req.full_untruncated_fill_ids)
     left = tokens_left(req)
-    way = course(kept, length, left, schedule_policy.CLIP_MAX_NEW_TOKENS)
+    horizon = schedule_policy.CLIP_MAX_NEW_TOKENS
+    way = course(kept, length, left, horizon)
     if way is None or hit.held > way.max_hit:
         return False
-    return length + left <= reach(kept, length)
+    return length + left <= reach(kept, length, horizon)
 
 
 def keeping(policy: RequestPolicy, hit: Hit) -> RequestPolicy:

@@ -113,10 +113,10 @@ def test_output_may_grow_until_two_copies_fill_the_pool() -> None:
     assert 2 * policy.budget(last) + policy.growth(policy.budget(last)) + 64 < POOL
     after = policy.budget(last + 1)
     assert 2 * after + policy.growth(after) + 64 >= POOL
-    assert last < reach(policy, 6_000) <= last + POOL
+    assert last < reach(policy, 6_000, 4096) <= last + POOL
     # A budget has no end; one that no copy fits beside is SGLang's own limit.
-    assert reach(make_policy(budget=1_024), 6_000) > 1 << 60
-    assert reach(make_policy(budget=POOL), 6_000) == 6_000 + POOL - 6_000 - 17
+    assert reach(make_policy(budget=1_024), 6_000, 4096) > 1 << 60
+    assert reach(make_policy(budget=POOL), 6_000, 4096) == 6_000 + POOL - 6_000 - 17
 
 
 def test_a_prompt_that_fits_only_without_a_copy_is_kept_whole() -> None:

@@ -15,7 +15,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult
 
 from sglang_kvc.scheduling import acceptance
 from sglang_kvc.scheduling.attached import refusal_of
-from sglang_kvc.scheduling.course import Way
+from sglang_kvc.scheduling.course import Way, course
 from tests.unit.lonely_request import (
     PAGE,
     Case,
@@ -99,9 +99,13 @@ def serve_alone(case: Case) -> None:
     server.cache(case.cached)
     assert server.admit(req) is AddReqResult.CONTINUE, way
     assert walk(case, req) <= case.pool
-    # At least what SGLang gives without compression in the pool beside the ring.
-    paged, pool = -(-length // PAGE) * PAGE, case.pool - way.ring
-    stock = min(case.asked, case.context - length - 2, pool - paged - PAGE - 1)
+    # At least what SGLang gives without compression, beside a ring if that takes one.
+    paged = -(-length // PAGE) * PAGE
+    stock = min(case.asked, case.context - length - 2)
+    whole = min(stock, case.pool - paged - PAGE - 1)
+    ring = course(req.kv_compress_policy, length, max(whole, 0), 1 << 30)
+    pool = case.pool - (ring.ring if ring is not None else way.ring)
+    stock = min(stock, pool - paged - PAGE - 1)
     assert req.sampling_params.max_new_tokens >= stock
 
 
@@ -115,6 +119,7 @@ def serve_alone(case: Case) -> None:
 @example(Case(1280, 8192, 64, "never", False, True, 32, 64, 48, 4, 1100, 32, 1100))
 @example(Case(20480, 131072, 8192, "auto", True, True, 32, 64, 512, 4, 38000, 500, 0))
 @example(Case(20480, 131072, 8192, "auto", True, True, 32, 64, 512, 4, 16000, 9, 10000))
+@example(Case(896, 896, -1, "auto", False, False, 1, 1, 48, 1.1, 258, 856, 0, ring=16))
 def test_what_is_accepted_runs_alone(case: Case) -> None:
     serve_alone(case)
 

@@ -118,7 +118,7 @@ def test_what_reaches_no_pass_has_none_and_the_whole_pool() -> None:
     off = make_policy(enabled=False)
     assert course(off, POOL - 17, 0, 0) == Course(Way.KEEP, POOL - 17)
     assert course(off, POOL - 16, 0, 0) is None
-    assert reach(off, 160) == POOL - 17
+    assert reach(off, 160, 4096) == POOL - 17
 
 
 @pytest.mark.parametrize("length", [800, 960])
