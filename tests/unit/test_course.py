@@ -11,6 +11,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from sglang_kvc.scheduling import acceptance
@@ -103,7 +104,8 @@ def serve_alone(case: Case) -> None:
     paged = -(-length // PAGE) * PAGE
     stock = min(case.asked, case.context - length - 2)
     whole = min(stock, case.pool - paged - PAGE - 1)
-    ring = course(req.kv_compress_policy, length, max(whole, 0), 1 << 30)
+    horizon = schedule_policy.CLIP_MAX_NEW_TOKENS
+    ring = course(req.kv_compress_policy, length, max(whole, 0), horizon)
     pool = case.pool - (ring.ring if ring is not None else way.ring)
     stock = min(stock, pool - paged - PAGE - 1)
     assert req.sampling_params.max_new_tokens >= stock
