@@ -12,7 +12,8 @@ with the plugin not loaded, "absent" with the plugin and without its flag.
 
 Engines with a small pool start together, since a start takes most of a minute, as many
 as the GPU's memory holds (``--together``), and serve one load at a time; an idle engine
-uses no GPU time. Engines with all memory follow one by one. A run whose plugin was not
+uses no GPU time. Engines with all memory, and those of 70B models unless ``--together``
+is given, follow one by one. A run whose plugin was not
 in the expected state, and every run of an engine that failed its idle check, count as
 failed.
 """
@@ -56,7 +57,8 @@ def main() -> None:
             try:
                 ready = [load for load in map(supported, loads) if load]
                 together = args.together or engines_together(total_mib())
-                for batch in plan(ready, args.repeats, together):
+                asked = bool(args.together)
+                for batch in plan(ready, args.repeats, together, large=asked):
                     session.batch(batch)
             finally:
                 session.memory.stop()

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,6 +196,9 @@ def summarize(ids: list[list[int]], info: list[dict[str, Any]]) -> dict[str, Any
         "cached_tokens": sum(one.get("cached_tokens") or 0 for one in info),
         "compressed": len(ours),
     }
+    ranks = Counter(one["dp_rank"] for one in info if one.get("dp_rank") is not None)
+    if len(ranks) > 1:
+        result["replicas"] = [ranks[rank] for rank in sorted(ranks)]
     if aborted:
         result["failed"] = aborted[0][:1000]
     for key in ("logical_tokens", "resident_tokens", "peak_resident_tokens"):

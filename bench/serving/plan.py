@@ -11,7 +11,15 @@ import json
 import time
 from typing import Any
 
-from bench.serving.loads import ABSENT, BYTES_GROUP, OURS, SMALL_GROUP, STOCK, Load
+from bench.serving.loads import (
+    ABSENT,
+    BYTES_GROUP,
+    LARGE_GROUP,
+    OURS,
+    SMALL_GROUP,
+    STOCK,
+    Load,
+)
 
 END_SECONDS = 12.0
 """What checking and stopping the engines takes."""
@@ -95,10 +103,13 @@ def engines_together(total_mib: int | None) -> int:
     return 0 if total_mib is None else max(1, total_mib // ENGINE_MIB)
 
 
-def plan(loads: list[Load], repeats: int, together: int = 0) -> list[list[Run]]:
+def plan(
+    loads: list[Load], repeats: int, together: int = 0, large: bool = False
+) -> list[list[Run]]:
     """Batches of runs; the engines of a batch are alive at the same time.
 
-    At most `together` of them, unless that is 0. In a repeat every load runs first with
+    At most `together` of them, unless that is 0; those of a 70B model are alone unless
+    `large`. In a repeat every load runs first with
     each system and its most important rate, then with the other rates: a deadline cuts
     off what matters least.
     """
@@ -115,7 +126,7 @@ def plan(loads: list[Load], repeats: int, together: int = 0) -> list[list[Run]]:
                 if OURS in load.systems and level < len(load.rates):
                     rate = load.rates[level]
                     runs.append(Run(load, spec_of(load, OURS), rate, repeat))
-    pools = (SMALL_GROUP, BYTES_GROUP)
+    pools = (SMALL_GROUP, BYTES_GROUP, *([LARGE_GROUP] if large else ()))
     small = [run for run in runs if run.load.group in pools]
     alone = [run for run in runs if run.load.group not in pools]
     engines = list(dict.fromkeys(run.spec for run in small))

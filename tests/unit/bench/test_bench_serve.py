@@ -100,6 +100,12 @@ def test_no_more_engines_are_alive_than_the_gpu_holds() -> None:
     assert split[0] == first, "the order stays"
 
 
+def test_engines_of_large_models_are_alone_unless_a_number_is_given() -> None:
+    loads = choose("70b")
+    assert [len({run.spec for run in batch}) for batch in plan(loads, 1, 4)] == [1, 1]
+    assert [len({run.spec for run in b}) for b in plan(loads, 1, 4, large=True)] == [2]
+
+
 def test_cpu_compares_with_the_plugin_without_its_flag() -> None:
     load = without_stock(LOADS["6000x256@all"])
     assert load.systems == (ABSENT, OURS)
@@ -198,6 +204,9 @@ def test_summary_of_outputs() -> None:
     found = summarize([[1] * 95] * 2, info)
     assert (found["resident_tokens"], found["passes"]) == (30, 4)
     assert (found["input_tokens"], found["compressed"]) == (190, 2)
+    assert "replicas" not in found, "one rank only"
+    shared = [{"completion_tokens": 5, "dp_rank": rank} for rank in (1, 0, 1)]
+    assert summarize([[1]] * 3, shared)["replicas"] == [1, 2]
     aborted = {"type": "abort", "message": "too long"}
     found = summarize([[1]], [{"completion_tokens": 0, "finish_reason": aborted}])
     assert found["failed"] == "too long"
