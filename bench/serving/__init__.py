@@ -14,5 +14,6 @@
 * `plot`, `plot_data`: figures against the rate
 * `passkey`, `passkey_prompts`: a key hidden in a long prompt
 * `watch`: figures of a running server, over time
+* `rounded`, `rounded_formats`: a checkpoint in fp8, AWQ or GPTQ, made from one in bf16
 * `conversations`: a room of its own
 """
