@@ -12,12 +12,14 @@ from sglang.srt.managers import schedule_policy
 from sglang_kvc.config.pages import PAGE_SIZE, floor_tokens, pages_of
 from sglang_kvc.scheduling.acceptance import course_of
 from sglang_kvc.scheduling.attached import hit_of, policy_of, state_of
+from sglang_kvc.scheduling.awaiting import Awaiting
 from sglang_kvc.scheduling.charges import (
     all_tokens_asked,
     as_if_eos_counted,
     clip_of,
 )
 from sglang_kvc.scheduling.course import Course, Way
+from sglang_kvc.scheduling.cutting import in_chunk, in_turn
 from sglang_kvc.scheduling.headroom import Headroom
 from sglang_kvc.scheduling.lengths import tokens_left
 from sglang_kvc.scheduling.lookup import find_hit
@@ -123,8 +125,7 @@ def _beside_loans(
     adder: PrefillAdder, headroom: Headroom, req: Req, call: Callable[[], Any]
 ) -> Any:
     """Run `call`; if nothing runs and it finds no room, without loans to others."""
-    result = call()
-    awaiting = getattr(adder.tree_cache, "awaiting", None)
+    result, awaiting = call(), _loans(adder)
     while (
         awaiting is not None
         and _is_refused_alone(adder, headroom, result)
@@ -132,6 +133,11 @@ def _beside_loans(
     ):
         result = call()
     return result
+
+
+def _loans(adder: PrefillAdder) -> Awaiting | None:
+    """What waiting requests have been lent; SGLang's own trees lend nothing."""
+    return getattr(adder.tree_cache, "awaiting", None)
 
 
 def _is_refused_alone(adder: PrefillAdder, headroom: Headroom, result: Any) -> bool:
@@ -168,7 +174,7 @@ def _add_one(
     way = need.way
     with as_if_eos_counted(req.sampling_params):
         if not way.chunk:
-            call = _in_turn(adder, server, req, call)
+            call = in_turn(adder, server, req, call)
             if way.way in (Way.KEEP, Way.LATER):
                 with headroom.charged_also(need.ring), clip_of(need.clip):
                     return call()
@@ -177,7 +183,7 @@ def _add_one(
             # What is left of this step is no chunk worth a pass; wait for the next.
             return schedule_policy.AddReqResult.OTHER
         return _admit(
-            headroom, server, need, partial(_in_chunk, adder, req, way.chunk, call)
+            headroom, server, need, partial(in_chunk, adder, req, way.chunk, call)
         )
 
 
@@ -186,10 +192,9 @@ def preempt(
 ) -> bool:
     """Run ``PrefillAdder.preempt_to_schedule`` with the charge of an urgent `req`."""
     headroom = Headroom.of(adder)
-    awaiting = getattr(adder.tree_cache, "awaiting", None)
-    while awaiting is not None and awaiting.spare_one(req):
+    if awaiting := _loans(adder):
         # Nobody is preempted for the sake of who only waits.
-        pass
+        awaiting.spare_all(req)
     if course_of(req) is None:
         return headroom.preempt(call)
     # SGLang matches the prefix only afterwards; until then the prompt has no length.
@@ -246,7 +251,7 @@ def add_chunked(
     way = need.way
     if not way.chunk:
         with clip_of(max(way.step - need.length, way.later)):
-            return _in_turn(adder, server, req, call)()
+            return in_turn(adder, server, req, call)()
     budget = need.policy.budget(need.length)
     room = int(headroom.free - headroom.now) - budget - 2 * PAGE_SIZE
     chunk = min(way.chunk, floor_tokens(room))
@@ -259,7 +264,7 @@ def add_chunked(
         adder.rem_chunk_tokens = 0
         return req
     with headroom.charged_now(way.later, 0), clip_of(need.clip):
-        return _in_chunk(adder, req, chunk, call)
+        return in_chunk(adder, req, chunk, call)
 
 
 def _has_lists_for_one_more(adder: PrefillAdder, server: Server, req: Req) -> bool:
@@ -279,34 +284,3 @@ def _has_lists_for_one_more(adder: PrefillAdder, server: Server, req: Req) -> bo
     if not width or len(reqs) == 1:
         return True
     return len(reqs) * width <= server.page_list_width
-
-
-def _in_turn(
-    adder: PrefillAdder, server: Server, req: Req, call: Callable[[], Any]
-) -> Callable[[], Any]:
-    """`call` with a chunk that answers can wait for.
-
-    A prompt that is compressed between its chunks keeps their length: what survives
-    depends on it. Without chunked prefill no prompt can be cut.
-    """
-    chunk = adder.rem_chunk_tokens
-    if chunk is None or (longest := server.turns.longest(chunk)) == chunk:
-        return call
-    return partial(_in_chunk, adder, req, longest, call)
-
-
-def _in_chunk(
-    adder: PrefillAdder, req: Req, chunk: int, call: Callable[[], Any]
-) -> Any:
-    """Run `call` with at most `chunk` tokens left in the adder's chunk."""
-    before = adder.rem_chunk_tokens
-    capped = adder.rem_chunk_tokens = min(before, chunk)
-    result = call()
-    if req not in adder.can_run_list:
-        adder.rem_chunk_tokens = before
-        return result
-    if UPSTREAM.extend_end(req) == len(req.full_untruncated_fill_ids):
-        adder.rem_chunk_tokens = before - (capped - adder.rem_chunk_tokens)
-        if result is schedule_policy.AddReqResult.OTHER:
-            return adder.budget_state()
-    return result

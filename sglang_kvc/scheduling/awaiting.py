@@ -121,6 +121,11 @@ class Awaiting:
                 return True
         return False
 
+    def spare_all(self, but: Req) -> None:
+        """End all loans but that of `but`."""
+        while self.spare_one(but):
+            pass
+
     def end(self, req: Req) -> None:
         """End the loan of a request, if it has one."""
         if id(req) in self._loans:
