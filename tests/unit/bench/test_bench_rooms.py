@@ -9,7 +9,7 @@ import pytest
 
 BENCH = Path(__file__).parents[3] / "bench"
 COMMON = "common"
-ROOMS = {"serving", "kernels", "quality", "soak"}
+ROOMS = {"serving", "kernels", "quality", "soak", "features"}
 PROGRAMS = {"gpu_check"}
 """Beside the rooms: they start the rooms' commands and import `COMMON` only."""
 

@@ -1,0 +1,37 @@
+"""The command line of `bench.features`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.common.record import ROOT
+
+
+def parse_arguments(
+    about: str | None, words: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Arguments; what follows ``--`` goes to the server, as `extra`."""
+    parser = argparse.ArgumentParser(
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="What follows -- goes to sglang.launch_server.",
+    )
+    add = parser.add_argument
+    add("--model", type=Path, help="folder; default: SmolLM2-135M-Instruct")
+    add("--lora", action="store_true", help="serve two random adapters beside it")
+    add("--pool", type=int, default=6144, help="tokens")
+    add("--device", choices=("cpu", "gpu"), help="default: what there is")
+    add("--only", default="", help="checks whose names contain this, and the last ones")
+    add("--seed", type=int, default=0)
+    add("--wait", type=float, default=300, help="seconds that an answer may take")
+    add("--start-limit", type=float, default=400)
+    add("--log", type=Path, help="file that keeps the server's log")
+    add("--out", type=Path, default=ROOT / "bench/results/features.jsonl")
+    given = list(sys.argv[1:] if words is None else words)
+    cut = given.index("--") if "--" in given else len(given)
+    known = parser.parse_args(given[:cut])
+    known.extra = given[cut + 1 :]
+    return known
