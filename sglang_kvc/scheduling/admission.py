@@ -19,7 +19,7 @@ from sglang_kvc.scheduling.charges import (
     clip_of,
 )
 from sglang_kvc.scheduling.course import Course, Way
-from sglang_kvc.scheduling.cutting import in_chunk, in_turn
+from sglang_kvc.scheduling.cutting import in_chunk, in_turn, longest_chunk
 from sglang_kvc.scheduling.headroom import Headroom
 from sglang_kvc.scheduling.lengths import tokens_left
 from sglang_kvc.scheduling.lookup import find_hit
@@ -227,6 +227,9 @@ def _admit(
     if way.later + way.copy + ring >= headroom.free - headroom.steady:
         return schedule_policy.AddReqResult.NO_TOKEN
     needed = need.missing + clip + ring + PAGE_SIZE + 1
+    if not way.chunk and need.missing > longest_chunk(headroom.adder, server):
+        # Decode steps come between its chunks.
+        needed += len(headroom.running) * PAGE_SIZE
     missing = needed - (headroom.free - headroom.now)
     if missing > 0:
         headroom.squeeze(missing, server.pass_scheduler.due_lens)
@@ -242,29 +245,50 @@ def add_chunked(
 ) -> Any:
     """Run ``PrefillAdder.add_chunked_req``, or put the prompt off for want of memory.
 
-    SGLang goes on with a started prompt whatever the memory; one that is compressed
-    between chunks can wait instead, holding its budget, until others have finished.
+    SGLang goes on with a started prompt whatever the memory. Here running requests may
+    have grown since its last chunk, so it can wait until they give memory back.
     """
     headroom, need = Headroom.of(adder), PromptNeed.of(req)
     if need is None:
         return call()
+    if not headroom.running and (awaiting := _loans(adder)):
+        awaiting.spare_all(req)
     way = need.way
-    if not way.chunk:
-        with clip_of(max(way.step - need.length, way.later)):
-            return in_turn(adder, server, req, call)()
-    budget = need.policy.budget(need.length)
-    room = int(headroom.free - headroom.now) - budget - 2 * PAGE_SIZE
-    chunk = min(way.chunk, floor_tokens(room))
-    # Without others nothing more will come: then even a short chunk is progress.
-    least = need.policy.options.window if headroom.running else PAGE_SIZE
-    waits = chunk < min(least, need.missing)
+    chunk, least = _next_chunk(adder, server, headroom, need)
+    waits = chunk < least
     server.pass_scheduler.waiting_prompt = req if waits else None
     if waits:
+        headroom.squeeze(least - chunk, server.pass_scheduler.due_lens)
         # No room, also for others: only one prompt can be unfinished.
         adder.rem_chunk_tokens = 0
         return req
-    with headroom.charged_now(way.later, 0), clip_of(need.clip):
+    if way.way in (Way.KEEP, Way.LATER):
+        with clip_of(max(way.step - need.length, way.later)):
+            return in_chunk(adder, req, chunk, call)
+    clip = need.clip if way.chunk else max(way.step - need.length, way.later)
+    with headroom.charged_now(way.later, 0), clip_of(clip):
         return in_chunk(adder, req, chunk, call)
+
+
+def _next_chunk(
+    adder: PrefillAdder, server: Server, headroom: Headroom, need: PromptNeed
+) -> tuple[int, int]:
+    """Tokens of a started prompt that there is room for, and how many are worth a step.
+
+    Without others nothing more will come: then even a page is progress.
+    """
+    running, way = len(headroom.running), need.way
+    room = int(headroom.free - headroom.now) - PAGE_SIZE
+    if way.chunk:
+        room -= need.policy.budget(need.length) + PAGE_SIZE
+        chunk = min(way.chunk, floor_tokens(room))
+        least = need.policy.options.window if running else PAGE_SIZE
+        return chunk, min(least, need.missing)
+    # Whole: the next decode step, which may come before the next chunk, needs pages.
+    room -= running * PAGE_SIZE
+    whole = min(int(longest_chunk(adder, server)), need.missing)
+    chunk = whole if room >= whole else max(floor_tokens(room), 0)
+    return chunk, whole if running else min(PAGE_SIZE, need.missing)
 
 
 def _has_lists_for_one_more(adder: PrefillAdder, server: Server, req: Req) -> bool:

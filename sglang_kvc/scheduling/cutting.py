@@ -8,9 +8,16 @@ from typing import Any
 
 from sglang.srt.managers import schedule_policy
 
+from sglang_kvc.scheduling.lengths import UNLIMITED
 from sglang_kvc.scheduling.server import Server
 from sglang_kvc.upstream.generation import UPSTREAM
 from sglang_kvc.upstream.types import PrefillAdder, Req
+
+
+def longest_chunk(adder: PrefillAdder, server: Server) -> float:
+    """New tokens of a prompt that this step takes at most."""
+    chunk = adder.rem_chunk_tokens
+    return UNLIMITED if chunk is None else server.turns.longest(chunk)
 
 
 def in_turn(
@@ -21,10 +28,10 @@ def in_turn(
     A prompt that is compressed between its chunks keeps their length: what survives
     depends on it. Without chunked prefill no prompt can be cut.
     """
-    chunk = adder.rem_chunk_tokens
-    if chunk is None or (longest := server.turns.longest(chunk)) == chunk:
+    chunk, longest = adder.rem_chunk_tokens, longest_chunk(adder, server)
+    if chunk is None or longest == chunk:
         return call
-    return partial(in_chunk, adder, req, longest, call)
+    return partial(in_chunk, adder, req, int(longest), call)
 
 
 def in_chunk(adder: PrefillAdder, req: Req, chunk: int, call: Callable[[], Any]) -> Any:
