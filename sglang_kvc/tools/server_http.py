@@ -23,7 +23,16 @@ class ServerError(KVCError, RuntimeError):
 
 
 class RefusedError(ServerError):
-    """The server has answered with an error."""
+    """The server has answered with an error.
+
+    Attributes
+    ----------
+    status : of HTTP; None if the error is in what came with a good one.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Http:
             return self._opener().open(request, timeout=timeout)
         except urllib.error.HTTPError as error:
             said = reason_of(error.read())
-            raise RefusedError(f"HTTP {error.code}: {said}") from None
+            raise RefusedError(f"HTTP {error.code}: {said}", error.code) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise ServerError(

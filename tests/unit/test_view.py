@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sglang_kvc.tools.token_ids import TOKENIZE
 from sglang_kvc.tools.view.__main__ import main
 from sglang_kvc.tools.view.client import Answer
 from sglang_kvc.tools.view.drawings import LEVELS, chart, level, ticks
@@ -151,7 +152,7 @@ class Fake(BaseHTTPRequestHandler):
         length = int(self.headers["Content-Length"])
         body = json.loads(self.rfile.read(length))
         mode = self.server.mode  # type: ignore[attr-defined]
-        if self.path == "/tokenize":
+        if self.path == TOKENIZE:
             self._send(200, {"tokens": [2, 3]})
         elif self.path == "/detokenize":
             self._send(200, {"text": decode(body["tokens"])})

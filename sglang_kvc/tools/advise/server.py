@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang_kvc.tools.advise.prompts import Prompt
 from sglang_kvc.tools.server_http import ANSWER_S, Http, RefusedError, ServerError
+from sglang_kvc.tools.token_ids import token_ids
 
 __all__ = ["Server", "ServerError"]
 
@@ -19,13 +20,7 @@ class Server(Http):
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; a chat goes through the model's template."""
-        given = (
-            {"prompt": prompt.prompt}
-            if prompt.messages is None
-            else {"messages": prompt.messages}
-        )
-        tokens: list[int] = self.json("/v1/tokenize", given, ANSWER_S)["tokens"]
-        return tokens
+        return token_ids(self, prompt.prompt or prompt.messages or "")
 
     def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """Answer a request through ``/generate``.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_kvc.tools.server_http import Http, RefusedError, ServerError, reason_of
+from sglang_kvc.tools.token_ids import token_ids
 from sglang_kvc.tools.view.texts import spell
 
 SWITCH = "kv_compress"
@@ -62,9 +63,7 @@ class Client(Http):
 
     def tokens(self, prompt: str) -> tuple[list[int], list[str]]:
         """Ids of a prompt's tokens, and the text of each; together it is the prompt."""
-        ids = self.json("/tokenize", {"prompt": prompt}).get("tokens")
-        if not ids:
-            raise ServerError("the server made no tokens of the prompt")
+        ids = token_ids(self, prompt)
         return ids, spell(prompt, ids, self._decode)
 
     def answer(
