@@ -1,4 +1,4 @@
-"""Loads of prompts that are all alike and come at once, as benches send them.
+"""Loads of prompts that are as long and come at once, as benches send them.
 
 ``python -m tests.engine.alike OUT.json --seeds 0 1 2`` serves a load a seed on a tiny
 model whose last queries take two pages a request: many requests decode in step, while
@@ -25,17 +25,22 @@ TURN_TOKENS = 32
 GROUP = 8
 
 
+MIXED = 100
+"""Seeds from here on: every request has a rate of its own, some of them none."""
+
+
 def draw(seed: int) -> list[Request]:
     """One load."""
     rng = random.Random(seed)
-    count, rate = rng.randrange(18, 48), rng.choice([4, 8, 16])
+    rates = [4, 8, 16]
+    count, rate = rng.randrange(18, 48), rng.choice(rates)
     length, answer = rng.randrange(50, 450), rng.randrange(20, 300)
     return [
         Request(
             f"{seed}.{number}",
             rng.choices(range(2, VOCAB), k=length),
             max_new=answer,
-            kv={"rate": rate},
+            kv={"rate": rng.choice([1, 1.5, *rates]) if seed >= MIXED else rate},
         )
         for number in range(count)
     ]
