@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.engine import warm
 
 SEEDS = (5, 13, 43, 104)
-"""On either release, in two of them, decode steps between the parts took the pages of the last ones."""
+"""In two of them on either release, running requests took the last part's pages."""
 
 
 def test_running_requests_do_not_take_the_pages_of_a_started_prompt(
