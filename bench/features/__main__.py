@@ -2,13 +2,15 @@
 
     python -m bench.features --model FOLDER --lora          # a GPU
     python -m bench.features --pool 3072                    # SmolLM2, without one
+    python -m bench.features --model FOLDER --lora --stock  # our options left out
     python -m bench.features ... -- --kv-compress-sessions  # more flags of a server
 
 LoRA adapters, JSON schemas and regular expressions, tool calls and reasoning, each
 behind prompts that were compressed; at the end every page has to be free. Adapters need
-a GPU: SGLang pins memory for them. They and the prompts are random and made here. A
-check that fails does not keep the others from being made; the status is then 1. The
-verdicts go to ``--out``.
+a GPU: SGLang pins memory for them. They and the prompts are random and made here.
+``--stock`` asks the same of SGLang without our plugin, less what it cannot do; that
+needs a GPU, too. A check that fails does not keep the others from being made; the
+status is then 1. The verdicts go to ``--out``.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ from bench.features.verdicts import Check, Verdict, judge_all, summary
 from sglang_kvc.tools import serve
 from sglang_kvc.tools.fetch_model import DEFAULT_MODEL, fetch
 
-# A rate is to hold for prompts of a thousand tokens. Blanks without end would be JSON.
+# A rate is to hold for prompts of a thousand tokens.
+OURS = ("--kv-compress-min-budget", "128")
+# Blanks without end would be JSON.
 FLAGS = (
-    *("--kv-compress-min-budget", "128", "--constrained-json-disable-any-whitespace"),
+    "--constrained-json-disable-any-whitespace",
     *parser_checks.TOOL_FLAGS,
     *parser_checks.REASONING_FLAGS,
 )
@@ -44,28 +48,38 @@ def open_server(
 ) -> Server:
     """Write the adapters, and start a server that is stopped with `stack`."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    flags = list(FLAGS)
+    flags = [*FLAGS, *(() if args.stock else OURS)]
     if args.lora:
-        written = {n: write_adapter(folder, model, n) for n in lora_checks.NAMES}
+        written = {
+            name: write_adapter(folder, model, name, args.lora_strength)
+            for name in lora_checks.NAMES
+        }
         flags += lora_flags(written, gpu)
     command = server_command(
-        str(model), new_port(), gpu, pool=args.pool, extra=[*flags, *args.extra]
+        str(model),
+        new_port(),
+        gpu,
+        pool=args.pool,
+        stock=args.stock,
+        extra=[*flags, *args.extra],
     )
     say("starting " + " ".join(command[2:]))
     log = args.log or folder / "server.log"
-    server = Server.start(command, log, gpu, args.start_limit)
+    plugins = {"SGLANG_PLUGINS": "none"} if args.stock else {}
+    server = Server.start(command, log, gpu, args.start_limit, plugins)
     stack.callback(server.stop)
     return server
 
 
-def chosen(lora: bool, only: str) -> list[Check]:
+def chosen(lora: bool, only: str, stock: bool = False) -> list[Check]:
     """The checks to make; the last ones always."""
     first = [
         *(lora_checks.CHECKS if lora else ()),
         *structured_checks.CHECKS,
         *parser_checks.CHECKS,
     ]
-    return [*(check for check in first if only in check.name), *end_checks.CHECKS]
+    asked = [c for c in first if only in c.name and not (stock and c.ours)]
+    return [*asked, *end_checks.CHECKS]
 
 
 def record_of(
@@ -100,8 +114,8 @@ def main() -> int:
             return 1
         sizes = Sizes.of(info["max_total_num_tokens"], info["max_req_input_len"])
         say(f"ready: {sizes}")
-        asker = Asker(server, sizes, args.seed, args.wait)
-        verdicts = judge_all(chosen(args.lora, args.only), asker)
+        asker = Asker(server, sizes, args.seed, args.wait, stock=args.stock)
+        verdicts = judge_all(chosen(args.lora, args.only, args.stock), asker)
         if not all(verdict.passed for verdict in verdicts):
             say(server.log_tail())
     record = record_of(args, model, sizes, verdicts)

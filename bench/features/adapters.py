@@ -39,7 +39,9 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def tensors(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+def tensors(
+    config: dict[str, Any], seed: int, strength: float
+) -> dict[str, torch.Tensor]:
     """A and B of every layer, by the names that PEFT gives them."""
     draw = torch.Generator().manual_seed(seed)
     found = {}
@@ -49,11 +51,13 @@ def tensors(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
             a = torch.randn(RANK, inputs, generator=draw) / inputs**0.5
             b = torch.randn(outputs, RANK, generator=draw) / RANK**0.5
             found[f"{name}.lora_A.weight"] = a
-            found[f"{name}.lora_B.weight"] = b * (STRENGTH * RANK / ALPHA)
+            found[f"{name}.lora_B.weight"] = b * (strength * RANK / ALPHA)
     return found
 
 
-def write_adapter(folder: Path, model: Path, name: str) -> Path:
+def write_adapter(
+    folder: Path, model: Path, name: str, strength: float = STRENGTH
+) -> Path:
     """Write one adapter; its folder. Two names give two adapters.
 
     Parameters
@@ -63,6 +67,8 @@ def write_adapter(folder: Path, model: Path, name: str) -> Path:
     model : Path
         Folder of the model that it adapts.
     name : str
+    strength : float
+        See `STRENGTH`.
     """
     config = json.loads((model / "config.json").read_text())
     place = folder / name
@@ -81,7 +87,7 @@ def write_adapter(folder: Path, model: Path, name: str) -> Path:
     }
     (place / "adapter_config.json").write_text(json.dumps(about, indent=1))
     seed = zlib.crc32(name.encode())
-    save_file(tensors(config, seed), str(place / "adapter_model.safetensors"))
+    save_file(tensors(config, seed, strength), str(place / "adapter_model.safetensors"))
     return place
 
 

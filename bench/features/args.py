@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.common.record import ROOT
+from bench.features.adapters import STRENGTH
+
+OURS = "--kv-compress"
+"""How our flags begin; stock SGLang knows none of them."""
 
 
 def parse_arguments(
@@ -22,6 +26,8 @@ def parse_arguments(
     add = parser.add_argument
     add("--model", type=Path, help="folder; default: SmolLM2-135M-Instruct")
     add("--lora", action="store_true", help="serve two random adapters beside it")
+    add("--lora-strength", type=float, default=STRENGTH, help="of these adapters")
+    add("--stock", action="store_true", help="SGLang without this package beside it")
     add("--pool", type=int, default=6144, help="tokens")
     add("--device", choices=("cpu", "gpu"), help="default: what there is")
     add("--only", default="", help="checks whose names contain this, and the last ones")
@@ -34,4 +40,6 @@ def parse_arguments(
     cut = given.index("--") if "--" in given else len(given)
     known = parser.parse_args(given[:cut])
     known.extra = given[cut + 1 :]
+    if known.stock and any(word.startswith(OURS) for word in known.extra):
+        parser.error(f"--stock: no {OURS}... behind --")
     return known

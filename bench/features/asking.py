@@ -87,10 +87,20 @@ class Asker:
         Of the prompts; no two are the same.
     wait : float
         Seconds that an answer may take.
+    stock : bool
+        SGLang as it comes: whatever rate is named, nothing of ours is asked for.
     """
 
-    def __init__(self, server: Server, sizes: Sizes, seed: int, wait: float) -> None:
-        self.server, self.sizes, self.wait = server, sizes, wait
+    def __init__(
+        self,
+        server: Server,
+        sizes: Sizes,
+        seed: int,
+        wait: float,
+        *,
+        stock: bool = False,
+    ) -> None:
+        self.server, self.sizes, self.wait, self.stock = server, sizes, wait, stock
         self._draw = random.Random(seed)
 
     def text(self, tokens: int) -> str:
@@ -112,7 +122,7 @@ class Asker:
             "sampling_params": {
                 "temperature": 0,
                 "max_new_tokens": self.sizes.output,
-                "custom_params": custom(rate),
+                **self._custom(rate),
                 **params,
             },
         }
@@ -139,7 +149,7 @@ class Asker:
             "messages": [{"role": "user", "content": text}],
             "temperature": 0,
             "max_tokens": 8 * self.sizes.output,
-            "custom_params": custom(RATE),
+            **self._custom(RATE),
             "chat_template_kwargs": {"enable_thinking": False},
             **fields,
         }
@@ -147,6 +157,9 @@ class Asker:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         said = self._post("/v1/chat/completions", body)
         return read_stream(said) if stream else read_chat([said])
+
+    def _custom(self, rate: float | None) -> dict[str, Any]:
+        return {} if self.stock else {"custom_params": custom(rate)}
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         return self.server.get(path, self.wait, json.dumps(body).encode())

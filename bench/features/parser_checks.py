@@ -65,7 +65,7 @@ def tool_call(asker: Asker, choice: Any, stream: bool) -> str:
     right = bool(reply.tools) and is_call(reply.tools[0])
     expect(right, "a call of set_lamp with its arguments", reply)
     seen = f"{reply.tools[0]}, finish {reply.finish}, {_streamed(reply, stream)}"
-    return seen + expect_compressed(reply, RATE)
+    return seen + expect_compressed(asker, reply, RATE)
 
 
 def reasoning(asker: Asker, stream: bool) -> str:
@@ -84,7 +84,7 @@ def reasoning(asker: Asker, stream: bool) -> str:
     clean = "think>" not in thought + word
     expect(apart and clean, "a lower-case thought apart from an upper-case word", reply)
     seen = f"thought {thought!r}, content {word!r}, "
-    return f"{seen}{_streamed(reply, stream)}{expect_compressed(reply, RATE)}"
+    return f"{seen}{_streamed(reply, stream)}{expect_compressed(asker, reply, RATE)}"
 
 
 def _streamed(reply: Reply, stream: bool) -> str:

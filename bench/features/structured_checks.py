@@ -59,7 +59,7 @@ def json_schema(asker: Asker) -> str:
     except ValueError:
         right = False
     expect(right, "JSON of the schema", repr(reply.text))
-    kept = expect_compressed(reply, RATE)
+    kept = expect_compressed(asker, reply, RATE)
     return f"{reply.text!r} behind {reply.prompt} tokens, {kept}"
 
 
@@ -70,7 +70,7 @@ def regex(asker: Asker) -> str:
         regex=REGEX,
     )
     expect(bool(re.fullmatch(REGEX, reply.text)), f"a match of {REGEX}", repr(reply))
-    kept = expect_compressed(reply, RATE)
+    kept = expect_compressed(asker, reply, RATE)
     return f"{reply.text!r} behind {reply.prompt} tokens, {kept}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from bench.common.server import say
 from bench.features.asking import Asker
 
-LONGEST = 600
+LONGEST = 1200
 
 
 class MissedError(Exception):
@@ -27,10 +27,13 @@ class Check:
     look : callable
         Asks, and returns in words what came; raises `MissedError`, or whatever goes
         wrong.
+    ours : bool
+        Whether stock SGLang cannot do this.
     """
 
     name: str
     look: Callable[[Asker], str]
+    ours: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ plugin out. ``"nnodes": 2`` starts as many engines here, one a node, each on GPU
 own: the first node sees the first ``tp_size / nnodes`` of them. The first way is what
 the others are compared with. Prompts are passages of the text, one request each, all
 sent at once. Answers of two kernels may part at a near tie and then differ to the end,
-so the place of the first difference is shown, too.
+so the place of the first difference is shown, too. ``--logs`` keeps the engines' logs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -108,8 +110,8 @@ def agreement(first: list[list[int]], other: list[list[int]]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Ask every way, compare, record."""
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -127,33 +129,68 @@ def main() -> None:
         "--apart", action="store_true", help="one engine after the other"
     )
     parser.add_argument(
+        "--start-limit",
+        type=float,
+        default=START_LIMIT,
+        help="seconds; more for engines that compile kernels at start",
+    )
+    parser.add_argument("--logs", type=Path, help="folder that keeps SGLang's logs")
+    parser.add_argument(
         "--out", type=Path, default=ROOT / "bench/results/agreement.jsonl"
     )
-    args = parser.parse_args()
-    prompts = passages(args.model, args.text, tuple(args.lengths), args.prompts)
+    return parser.parse_args(words)
+
+
+def log_name(number: int, name: str) -> str:
+    """File of a way's log, whatever its name is."""
+    return f"{number}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.log"
+
+
+def answer_all(
+    args: argparse.Namespace, prompts: list[list[int]], logs: Path
+) -> dict[str, list[list[int]]]:
+    """Start the engines, tell when each is ready, and ask them; answers by way."""
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - began:6.1f} s] {text}", flush=True)
+
+    def begin(number: int) -> list[Child]:
+        name, way = args.way[number]
+        say(f"starting {name}")
+        return start(args, way, logs / log_name(number, name))
+
     answers: dict[str, list[list[int]]] = {}
+    children = [] if args.apart else [begin(n) for n in range(len(args.way))]
+    for number, (name, way) in enumerate(args.way):
+        engine = begin(number) if args.apart else children[number]
+        child = engine[0]
+        try:
+            ready = child.wait(args.start_limit)
+            say(f"{name} ready in {ready['ready_s']:.0f} s")
+            rate = None if way.get("stock") else args.rate
+            params = sampling_params({"output_len": args.output, "rate": rate})
+            command = {"op": "answers", "prompts": prompts, "params": params}
+            answers[name] = child.ask(command, ANSWER_LIMIT)["ids"]
+            say(f"{name} answered {len(prompts)} prompts")
+            # SGLang ends a server whose idle check finds a lost page.
+            time.sleep(IDLE_SECONDS)
+            child.ask({"op": "flush"}, ANSWER_LIMIT)
+            child.ask({"op": "alive"}, ANSWER_LIMIT)
+        finally:
+            for one in engine:
+                one.close(END_SECONDS)
+    return answers
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Ask every way, compare, record."""
+    args = parse_arguments(words)
+    prompts = passages(args.model, args.text, tuple(args.lengths), args.prompts)
     with tempfile.TemporaryDirectory() as folder:
-
-        def begin(number: int) -> list[Child]:
-            return start(args, args.way[number][1], Path(folder) / f"{number}.log")
-
-        children = [] if args.apart else [begin(n) for n in range(len(args.way))]
-        for number, (name, way) in enumerate(args.way):
-            engine = begin(number) if args.apart else children[number]
-            child = engine[0]
-            try:
-                child.wait(START_LIMIT)
-                rate = None if way.get("stock") else args.rate
-                params = sampling_params({"output_len": args.output, "rate": rate})
-                command = {"op": "answers", "prompts": prompts, "params": params}
-                answers[name] = child.ask(command, ANSWER_LIMIT)["ids"]
-                # SGLang ends a server whose idle check finds a lost page.
-                time.sleep(IDLE_SECONDS)
-                child.ask({"op": "flush"}, ANSWER_LIMIT)
-                child.ask({"op": "alive"}, ANSWER_LIMIT)
-            finally:
-                for one in engine:
-                    one.close(END_SECONDS)
+        logs = args.logs or Path(folder)
+        logs.mkdir(parents=True, exist_ok=True)
+        answers = answer_all(args, prompts, logs)
     (first, _), *others = args.way
     for name, way in others:
         result = agreement(answers[first], answers[name])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.serving import agreement, child
+from bench.serving import agreement, child, session
 
 
 def started(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -52,3 +52,67 @@ def test_replicas_choose_their_ports(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_two_ways_have_in_common() -> None:
     found = agreement.agreement([[1, 2, 3], [4, 5]], [[1, 2, 9], [4, 5]])
     assert found == {"equal": 1, "alike_tokens": [2, 2], "tokens": [3, 2]}
+
+
+# What a call does ---------------------------------------------------------------------
+
+
+class Played:
+    """An engine of a way that always gives the same tokens."""
+
+    def __init__(self) -> None:
+        self.limits: list[float] = []
+
+    def wait(self, timeout: float) -> dict[str, Any]:
+        self.limits.append(timeout)
+        return {"ready_s": 41.6}
+
+    def ask(self, command: dict[str, Any], timeout: float) -> dict[str, Any]:
+        return {"ids": [[1, 2, 3]]} if command["op"] == "answers" else {}
+
+    def close(self, timeout: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_logs_are_kept_and_engines_told_of_as_they_are_ready(
+    apart: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engines: list[Played] = []
+    logs: list[Path] = []
+
+    def made(args: Any, way: dict[str, Any], log: Path) -> list[Played]:
+        assert log.parent.is_dir()
+        logs.append(log)
+        engines.append(Played())
+        return [engines[-1]]
+
+    monkeypatch.setattr(agreement, "start", made)
+    monkeypatch.setattr(agreement, "passages", lambda *_: [[7, 8]])
+    monkeypatch.setattr(agreement, "IDLE_SECONDS", 0)
+    words = ["--model", "m", "--text", "t", "--start-limit", "900"]
+    words += ["--way", 'stock: {"stock": true}', "--way", "fp8 / new: {}"]
+    words += ["--logs", str(tmp_path / "a/b"), "--out", str(tmp_path / "out.jsonl")]
+    agreement.main([*words, *(["--apart"] if apart else [])])
+    names = [log.relative_to(tmp_path / "a/b").name for log in logs]
+    assert names == ["0-stock.log", "1-fp8-new.log"]
+    assert [engine.limits for engine in engines] == [[900], [900]]
+    said = capsys.readouterr().out
+    order = ["starting stock", "stock ready in 42 s", "stock answered 1 prompts"]
+    places = [said.index(text) for text in [*order, "fp8 / new ready in 42 s"]]
+    assert places == sorted(places)
+    second = said.index("starting fp8 / new")
+    assert (second > places[0]) and (second > places[2]) is apart
+    assert "1 of 1 answers equal" in said
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (record["equal"], record["other"]) == (1, {})
+
+
+def test_without_a_limit_an_engine_has_as_long_as_a_sessions() -> None:
+    args = agreement.parse_arguments(
+        ["--model", "m", "--text", "t", "--way", "ours: {}"]
+    )
+    assert (args.start_limit, args.logs) == (session.START_LIMIT, None)

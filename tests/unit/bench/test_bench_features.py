@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from bench.common.server import Server
 from bench.features import __main__ as command
 from bench.features import end_checks, lora_checks, parser_checks, structured_checks
-from bench.features.adapters import MODULES, RANK, lora_flags, write_adapter
+from bench.features.adapters import MODULES, RANK, STRENGTH, lora_flags, write_adapter
 from bench.features.args import parse_arguments
 from bench.features.asking import Asker, Reply, Sizes, custom, read_stream
 from bench.features.compressed import expect_compressed
 from bench.features.verdicts import (
+    LONGEST,
     Check,
     MissedError,
     Verdict,
@@ -32,6 +35,7 @@ CONFIG = {
     "head_dim": 8,
     "num_hidden_layers": 2,
 }
+OUTPUT = 32
 SIZES = Sizes(short=100, middle=200, beyond=600, output=4)
 KV = {"enabled": True, "passes": 1, "resident_tokens": 250.0, "logical_tokens": 1000}
 
@@ -72,6 +76,21 @@ def test_an_adapter_changes_something_and_two_are_not_alike(
         assert (weight != two[name]).any()
 
 
+def test_an_adapter_may_be_stronger(tmp_path: Path, model: Path) -> None:
+    weak, strong = (
+        load_file(
+            write_adapter(tmp_path / str(by), model, "one", by)
+            / "adapter_model.safetensors"
+        )
+        for by in (STRENGTH, 2 * STRENGTH)
+    )
+    for name, weight in weak.items():
+        times = 2 if "lora_B" in name else 1
+        assert torch.equal(strong[name], times * weight)
+    assert parse_arguments("", []).lora_strength == STRENGTH
+    assert parse_arguments("", ["--lora-strength", "4"]).lora_strength == 4
+
+
 def test_flags_name_every_adapter() -> None:
     flags = lora_flags({"one": Path("/a/one"), "two": Path("/a/two")}, gpu=True)
     assert flags[-3:] == ["--lora-paths", "one=/a/one", "two=/a/two"]
@@ -89,7 +108,7 @@ def test_lengths_follow_the_pool_and_the_context() -> None:
     assert Sizes.of(6144, 8000).beyond < 8000 - 2 * sizes.output
 
 
-def asker(said: Any) -> tuple[Asker, list[Any]]:
+def asker(said: Any, stock: bool = False) -> tuple[Asker, list[Any]]:
     """One whose server always says the same, and what it was asked."""
     asked: list[Any] = []
 
@@ -98,7 +117,8 @@ def asker(said: Any) -> tuple[Asker, list[Any]]:
             asked.append((path, json.loads(post or b"{}")))
             return said
 
-    return Asker(Played("http://nowhere"), SIZES, seed=0, wait=1), asked
+    played = Played("http://nowhere")
+    return Asker(played, SIZES, seed=0, wait=1, stock=stock), asked
 
 
 NATIVE = {
@@ -126,6 +146,22 @@ def test_a_native_question_says_its_rate_and_its_adapter() -> None:
     assert custom(None) == {"kv_compress": {"enabled": False}}
 
 
+def test_stock_sglang_is_asked_for_nothing_of_ours() -> None:
+    one, asked = asker(NATIVE, stock=True)
+    one.generate("hello", adapter="two")
+    one.generate("hello", rate=None)
+    with pytest.raises(MissedError, match="no summary"):
+        parser_checks.tool_call(
+            asker(stream_of(LAMP, finish="tool_calls"), stock=True)[0], "required", True
+        )
+    chat, asked_chat = asker({"choices": []}, stock=True)
+    chat.chat("hello")
+    for _, body in [*asked, *asked_chat]:
+        assert "kv_compress" not in json.dumps(body)
+        assert "custom_params" not in json.dumps(body)
+    assert asked[0][1]["lora_path"] == "two"
+
+
 def test_prompts_are_never_the_same() -> None:
     one, _ = asker(NATIVE)
     assert len({one.text(30) for _ in range(20)}) == 20
@@ -141,6 +177,9 @@ def stream_of(*deltas: dict[str, Any], finish: str) -> str:
 
 def call(**function: str) -> dict[str, Any]:
     return {"tool_calls": [{"index": 0, "function": function}]}
+
+
+LAMP = call(name="set_lamp", arguments='{"colour": "red", "bright": false}')
 
 
 def test_a_streamed_call_is_joined_and_judged() -> None:
@@ -177,16 +216,21 @@ def test_an_error_in_a_stream_is_told() -> None:
 )
 def test_what_counts_as_compressed(change: dict[str, Any], passes: bool) -> None:
     reply = Reply(kv={**KV, **change})
+    one, _ = asker(NATIVE)
     if passes:
-        assert "250 of 1000" in expect_compressed(reply, 4)
+        assert "250 of 1000" in expect_compressed(one, reply, 4)
         return
     with pytest.raises(MissedError, match="kept after a pass"):
-        expect_compressed(reply, 4)
+        expect_compressed(one, reply, 4)
 
 
 def test_an_answer_without_a_summary_is_not_compressed() -> None:
-    with pytest.raises(MissedError, match="summary"):
-        expect_compressed(Reply(), 4)
+    with pytest.raises(MissedError, match="a summary"):
+        expect_compressed(asker(NATIVE)[0], Reply(), 4)
+    stock, _ = asker(NATIVE, stock=True)
+    assert expect_compressed(stock, Reply(), 4) == "not compressed"
+    with pytest.raises(MissedError, match="no summary"):
+        expect_compressed(stock, Reply(kv=KV), 4)
 
 
 def test_what_obeys_the_schema() -> None:
@@ -231,6 +275,8 @@ class Works:
     swapped : whether two of a batch get each other's answer.
     """
 
+    stock = False
+
     def __init__(self, shared: bool = False, swapped: bool = False) -> None:
         self.sizes, self.shared, self.swapped = SIZES, shared, swapped
         self.seen: set[str | None] = set()
@@ -270,6 +316,31 @@ def test_a_batch_whose_answers_are_swapped_is_seen() -> None:
     assert "one [4, 4, 4, 4]" in lora_checks.mixed(Works())  # type: ignore[arg-type]
     with pytest.raises(MissedError, match="each its own answer"):
         lora_checks.mixed(Works(swapped=True))  # type: ignore[arg-type]
+
+
+OWN = "likely tokens shared: model: own 8/8, one 0/2, two 0/2; one: own 8/8, model 0/2"
+SWAPPED = "one: own 0/2 8/8 8/8 8/8, model 0/2 0/2 0/2 0/2, two 8/8 0/2 0/2 0/2"
+
+
+def test_verdicts_say_how_near_answers_came() -> None:
+    assert OWN in lora_checks.prefixes(Works(), None)  # type: ignore[arg-type]
+    passed = lora_checks.mixed(Works())  # type: ignore[arg-type]
+    assert "model: own 8/8 8/8 8/8 8/8, one 0/2" in passed
+    assert "alone 96 to 96 tokens cached" in passed
+    with pytest.raises(MissedError) as failed:
+        lora_checks.mixed(Works(swapped=True))  # type: ignore[arg-type]
+    assert SWAPPED in str(failed.value)
+    assert "one [0, 4, 4, 4]" in str(failed.value)
+
+
+def test_the_longest_verdict_is_not_cut() -> None:
+    """Four prompts to three works, 32 steps, and every answer strange."""
+    tops = [frozenset(range(lora_checks.TOPS))] * OUTPUT
+    answer = Reply(ids=[1] * OUTPUT, tops=tops, kv=KV)
+    alike: lora_checks.Answers = dict.fromkeys(lora_checks.WORKS, answer)
+    said = lora_checks.shared([alike] * 4, [alike] * 4)
+    assert said.count("640/640") == 36
+    assert len(said) < LONGEST - 600, "room for what was expected and what came"
 
 
 def test_whose_answer_it_is() -> None:
@@ -313,6 +384,42 @@ def test_the_record_is_json_and_the_servers_arguments_are_in_it() -> None:
     assert (read["bench"], read["model"], read["failed"]) == ("features", "m", [])
     assert read["settings"]["lora"] and read["settings"]["extra"] == ["--tp-size", "2"]
     assert read["verdicts"][0]["name"] == "a"
+
+
+def test_stock_makes_the_same_checks_less_what_it_cannot() -> None:
+    ours = [check.name for check in command.chosen(True, "")]
+    stock = [check.name for check in command.chosen(True, "", stock=True)]
+    left = [name for name in ours if name not in stock]
+    assert left == [f"adapter {n}, a prompt beyond the pool" for n in lora_checks.NAMES]
+    assert [name for name in ours if name in stock] == stock, "the same prompts"
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_stock_is_started_without_our_plugin_and_our_flags(
+    stock: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+
+    def start(words: list[str], log: Path, *rest: Any) -> Server:
+        started.extend((words, rest[-1]))
+        return Server("http://nowhere")
+
+    monkeypatch.setattr(Server, "start", start)
+    args = parse_arguments("", ["--lora", *(["--stock"] if stock else [])])
+    with ExitStack() as stack:
+        command.open_server(args, model, True, stack)
+    words, environ = started
+    assert any(word.startswith("--kv-compress") for word in words) is not stock
+    assert "--enable-lora" in words and "--tool-call-parser" in words
+    assert environ == ({"SGLANG_PLUGINS": "none"} if stock else {})
+
+
+def test_stock_takes_no_flag_of_ours() -> None:
+    flag = ["--", "--kv-compress-sessions"]
+    assert parse_arguments("", flag).extra == flag[1:]
+    with pytest.raises(SystemExit):
+        parse_arguments("", ["--stock", *flag])
+    assert parse_arguments("", ["--stock", "--", "--tp-size", "2"]).stock
 
 
 def test_names_differ_and_the_last_checks_are_always_made() -> None:
