@@ -4,6 +4,7 @@
 * `gpu_memory`: memory of the GPU, watched from outside
 * `ports`: ports for servers and engines
 * `server`, `job`, `client`: a server of HTTP, one request to it, and who sends it
+* `arguments`: command lines whose end is another program's
 * `percentiles`: of latencies
 * `plotting`: looks and captions of plots, and which records count
 """

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.common.arguments import parse_before_dashes
 from bench.common.record import ROOT
 from bench.features.adapters import STRENGTH
 
@@ -36,10 +36,7 @@ def parse_arguments(
     add("--start-limit", type=float, default=400)
     add("--log", type=Path, help="file that keeps the server's log")
     add("--out", type=Path, default=ROOT / "bench/results/features.jsonl")
-    given = list(sys.argv[1:] if words is None else words)
-    cut = given.index("--") if "--" in given else len(given)
-    known = parser.parse_args(given[:cut])
-    known.extra = given[cut + 1 :]
+    known, known.extra = parse_before_dashes(parser, words)
     if known.stock and any(word.startswith(OURS) for word in known.extra):
         parser.error(f"--stock: no {OURS}... behind --")
     return known

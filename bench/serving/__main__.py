@@ -13,9 +13,8 @@ with the plugin not loaded, "absent" with the plugin and without its flag.
 Engines with a small pool start together, since a start takes most of a minute, as many
 as the GPU's memory holds (``--together``), and serve one load at a time; an idle engine
 uses no GPU time. Engines with all memory, and those of 70B models unless ``--together``
-is given, follow one by one. A run whose plugin was not
-in the expected state, and every run of an engine that failed its idle check, count as
-failed.
+is given, follow one by one. A run whose plugin was not in the expected state, and every
+run of an engine that failed its idle check, count as failed.
 """
 
 from __future__ import annotations

@@ -109,9 +109,8 @@ def plan(
     """Batches of runs; the engines of a batch are alive at the same time.
 
     At most `together` of them, unless that is 0; those of a 70B model are alone unless
-    `large`. In a repeat every load runs first with
-    each system and its most important rate, then with the other rates: a deadline cuts
-    off what matters least.
+    `large`. In a repeat every load runs first with each system and its most important
+    rate, then with the other rates: a deadline cuts off what matters least.
     """
     runs = []
     for repeat in range(repeats):

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.common.arguments import parse_before_dashes
 from bench.common.record import ROOT
 
 # Of a GPU and of the CPU, where a server decodes some tens of tokens per second.
@@ -78,7 +79,7 @@ def parse_arguments(
         metavar=("LOW", "HIGH"),
         help="prompts at rate 1.01; default: as the streams'",
     )
-    known, extra = _split(parser, words)
+    known, extra = parse_before_dashes(parser, words)
     known.extra = extra
     known.aborts = known.requests // 10 if known.aborts is None else known.aborts
     known.leaves = known.requests // 20 if known.leaves is None else known.leaves
@@ -86,17 +87,6 @@ def parse_arguments(
         parser.error("--aborts and --leaves are more than 0.8 of --requests")
     known.without = frozenset(w.strip() for w in known.without.split(",") if w.strip())
     return known
-
-
-def _split(
-    parser: argparse.ArgumentParser, words: Sequence[str] | None
-) -> tuple[argparse.Namespace, list[str]]:
-    """Our arguments, and the server's behind ``--``."""
-    import sys
-
-    given = list(sys.argv[1:] if words is None else words)
-    cut = given.index("--") if "--" in given else len(given)
-    return parser.parse_args(given[:cut]), given[cut + 1 :]
 
 
 def set_device_defaults(args: argparse.Namespace, gpu: bool) -> None:

@@ -23,8 +23,6 @@ from tests.engine.tiny_model import ONE_LAYER, VOCAB, write_tiny_model
 
 TURN_TOKENS = 32
 GROUP = 8
-
-
 MIXED = 100
 """Seeds from here on: every request has a rate of its own, some of them none."""
 

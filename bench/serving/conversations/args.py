@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.common.arguments import parse_before_dashes
 from bench.common.record import ROOT
 from bench.serving.conversations.load import Shape
 from bench.serving.conversations.systems import parse_systems
@@ -52,10 +52,7 @@ def parse_arguments(
     add("--commit", default="", help="tabulate this one; default: the newest")
     add("--logs", type=Path, help="folder that keeps the servers' logs")
     add("--out", type=Path, default=OUT)
-    given = list(sys.argv[1:] if words is None else words)
-    cut = given.index("--") if "--" in given else len(given)
-    args = parser.parse_args(given[:cut])
-    args.extra = given[cut + 1 :]
+    args, args.extra = parse_before_dashes(parser, words)
     if min(args.sessions, args.turns, args.first, args.user, args.answer) < 1:
         parser.error("sessions, turns and lengths are at least 1")
     if not 0 <= args.forks <= 1 or args.think < 0:
