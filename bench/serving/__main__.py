@@ -33,6 +33,7 @@ from bench.serving.plan import (
     plan,
     supported,
     with_rates,
+    with_systems,
     without_stock,
 )
 from bench.serving.session import Session
@@ -47,6 +48,8 @@ def main() -> None:
         loads = choose(args.group, args.loads.split(",")) if named else [adhoc(args)]
         if args.rates:
             loads = [with_rates(load, args.rates) for load in loads]
+        if named and args.systems:
+            loads = [with_systems(load, args.systems) for load in loads]
         if args.device == "cpu":
             loads = [without_stock(load) for load in loads]
         with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from bench.common.record import ROOT
-from bench.serving.loads import GROUPS, OURS, STOCK
+from bench.serving.loads import GROUPS
 
 
 def parse_arguments(about: str | None) -> argparse.Namespace:
@@ -19,6 +19,7 @@ def parse_arguments(about: str | None) -> argparse.Namespace:
     parser.add_argument("--group", choices=(*GROUPS, "every"), default="")
     parser.add_argument("--loads", default="", help="ids, with commas")
     parser.add_argument("--rates", default="", help="only these, where a load has one")
+    parser.add_argument("--systems", default="", help="only these, with commas")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=0, help="seconds; 0: none")
     parser.add_argument("--together", type=int, help="engines alive at once, at most")
@@ -41,7 +42,6 @@ def parse_arguments(about: str | None) -> argparse.Namespace:
     one.add_argument("--rate", type=float, default=8)
     one.add_argument("--min-budget", type=int, default=512)
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--systems", default=f"{STOCK},{OURS}")
     args = parser.parse_args()
     if not args.table_only and not args.model:
         parser.error("--model is needed")

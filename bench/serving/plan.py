@@ -179,6 +179,12 @@ def with_rates(load: Load, chosen: str) -> Load:
     return dataclasses.replace(load, rates=rates or load.rates)
 
 
+def with_systems(load: Load, chosen: str) -> Load:
+    """The load with the chosen of its systems ("stock,kvc")."""
+    systems = tuple(system for system in load.systems if system in chosen.split(","))
+    return dataclasses.replace(load, systems=systems)
+
+
 def without_stock(load: Load) -> Load:
     """Leave stock out, for the CPU: SGLang's PyPI build needs our plugin there."""
     systems = (ABSENT if system == STOCK else system for system in load.systems)
@@ -214,7 +220,7 @@ def adhoc(args: argparse.Namespace) -> Load:
         output_len=args.output,
         pool=args.pool,
         rates=(args.rate,),
-        systems=tuple(args.systems.split(",")),
+        systems=tuple(args.systems.split(",")) if args.systems else (STOCK, OURS),
         min_budget=args.min_budget,
         seed=args.seed,
     )

@@ -20,7 +20,7 @@ from bench.serving.plan import Clock, Run, Spec, check, engine_arguments
 
 IDLE_SECONDS = 3.0
 START_SECONDS = 60.0
-START_LIMIT = 300.0
+START_LIMIT = 400.0
 WARM_LEN, WARM_OUTPUT = 1500, 80
 TOO_LONG = "maximum allowed length"
 ENVIRONMENT = (

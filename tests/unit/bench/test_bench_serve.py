@@ -26,6 +26,7 @@ from bench.serving.plan import (
     spec_of,
     supported,
     with_rates,
+    with_systems,
     without_stock,
 )
 from tests.unit.bench.serve_fixtures import namespace, record
@@ -156,6 +157,14 @@ def test_engine_arguments_differ_in_the_plugin_only() -> None:
 def test_rates_can_be_chosen() -> None:
     assert with_rates(LOADS["6000x500@20480"], "64,2,3").rates == (64, 2)
     assert with_rates(LOADS["6000x256@all"], "8").rates == (1,)
+
+
+def test_chosen_systems():
+    both = LOADS["6000x500@20480"]
+    assert with_systems(both, "kvc").systems == ("kvc",)
+    assert {run.spec.system for run in plan([with_systems(both, "stock")], 1)[0]} == {
+        "stock"
+    }
 
 
 def test_deadline_uses_what_the_last_repeat_took(monkeypatch: Any) -> None:
