@@ -58,6 +58,7 @@ def main() -> None:
         "plugin_loaded": PLUGIN_MODULE in sys.modules,
     }
     answers.write(json.dumps(ready) + "\n")
+    print(f"ready after {ready['ready_s']:.0f} s", flush=True)  # in the log
     for line in commands:
         command = json.loads(line)
         if command["op"] == "quit":
