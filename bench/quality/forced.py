@@ -80,7 +80,7 @@ class Dictator:
                 places.append(at)
         if rows:
             noted = [i for i, job in enumerate(jobs) if "out" in job]
-            if noted:
+            if noted and _is_first_rank():
                 own = logits[_on(logits, [rows[i] for i in noted])].float()
                 note(
                     own.log_softmax(-1),
@@ -89,6 +89,13 @@ class Dictator:
                 )
             logits[_on(logits, rows), _targets(logits, jobs, places)] = LIFT
         return logits
+
+
+def _is_first_rank() -> bool:
+    """Whether this process writes: every rank of an engine sees the same logits."""
+    from torch import distributed
+
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 _Note = tuple[Any, ...]

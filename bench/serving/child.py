@@ -103,7 +103,9 @@ class Child:
         with selectors.DefaultSelector() as selector:
             selector.register(self._fd, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
-                if not selector.select(max(0.0, limit - time.monotonic())):
+                left = max(0.0, limit - time.monotonic())
+                # Once more: a wait that was stopped for longer finds nothing.
+                if not selector.select(left) and not selector.select(0):
                     raise self._error(f"no answer to {what} in {timeout:.0f} s")
                 part = os.read(self._fd, 1 << 16)
                 if not part:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.common.ports import free_ports
+from bench.common.record import ROOT
 from bench.serving import report
 from bench.serving.child import Child, ChildError
 from bench.serving.engine import Seen, sampling_params, summarize, token_gaps
@@ -48,6 +52,12 @@ for line in sys.stdin:
         continue
     print("served", command["op"], flush=True)
     answer(op=command["op"], padding="x" * 200_000)
+"""
+SLOW = """
+import os, sys, time
+time.sleep(1)
+os.write(int(sys.argv[sys.argv.index("--answer-fd") + 1]), b'{"ready_s": 1}\\n')
+sys.stdin.read()
 """
 
 
@@ -252,6 +262,28 @@ def test_commands_of_a_child(tmp_path: Path) -> None:
     finally:
         child.close()
     assert child.process.returncode == 3
+
+
+def test_an_answer_that_came_while_the_parent_was_stopped(tmp_path: Path) -> None:
+    """As by a script that starts several benches and lets one of them go on."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from bench.serving.child import Child
+child = Child([sys.executable, "-c", {SLOW!r}], Path({str(tmp_path / "log")!r}), {{}})
+print("waits", flush=True)
+print(child.wait(2))
+child.close()
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert parent.stdout
+    assert parent.stdout.readline() == "waits\n"
+    parent.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    parent.send_signal(signal.SIGCONT)
+    assert parent.communicate(timeout=20)[0] == "{'ready_s': 1}\n"
 
 
 def test_child_that_does_not_quit_is_ended(tmp_path: Path) -> None:

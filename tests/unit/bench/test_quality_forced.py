@@ -65,6 +65,21 @@ def test_log_probabilities_are_noted(logits: Any, tmp_path: Path) -> None:
     assert not forced._notes
 
 
+def test_one_rank_of_an_engine_writes(
+    logits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    job = forced.job(TOKENS, out=tmp_path / "0.json")
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    for at, token in enumerate(TOKENS):
+        row = forced.Dictator()(logits[at][None].clone(), [param(job, at)])[0]
+        assert row.argmax() == token, "every rank dictates"
+    assert not list(tmp_path.iterdir())
+    assert not forced._notes
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    assert len(dictate(logits, job).logprobs) == len(TOKENS)
+
+
 def test_a_distribution_becomes_a_reference(logits: Any, tmp_path: Path) -> None:
     """KL to itself is 0; to another it is nearly the true one with most listed."""
     logits[0, TOKENS[0]] = -9.0  # listed however unlikely it is
