@@ -26,7 +26,7 @@ def test_a_crowd_keeps_what_each_keeps_alone(
     kv = {"rate": 8, "report_tokens": True}
     requests = [
         Request(
-            f"{n}", prompt(model_path, 700 * n, 330 + 37 * n), 12, kv=kv, arrive=2 * n
+            f"{n}", prompt(model_path, 700 * n, 323 + 32 * n), 8, kv=kv, arrive=2 * n
         )
         for n in range(COUNT)
     ]
@@ -47,8 +47,8 @@ def test_a_crowd_keeps_what_each_keeps_alone(
     assert (len(cut) > COUNT // 2) is not cached
     for rid, out in crowd.items():
         mine, other = out.kv[-1], alone[rid].kv[-1]
-        assert (out.cached_tokens >= 288) is cached
-        assert (mine["passes"], mine["deferred_passes"]) == (other["passes"], 0)
+        assert (out.cached_tokens >= 272) is cached
+        assert (mine["passes"], other["passes"], mine["deferred_passes"]) == (1, 1, 0)
         held = mine["prompt_token_shares"], other["prompt_token_shares"]
         moved = sum(abs(a - b) for a, b in zip(*held, strict=True))
         assert moved <= TIED * sum(held[1]), rid
