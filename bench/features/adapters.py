@@ -15,9 +15,9 @@ ALPHA = 16
 STRENGTH = 1.0
 """About what B A x adds to an output where the entries of x are about 1.
 
-With 2.0 Qwen2.5-Coder-0.5B amplified rounding: plain torch in bf16 agreed with itself on
-0 to 4 of the 20 likeliest tokens when the last token of a prompt came in a call of its
-own; with 1.0 on 17 to 20, and on at most 3 with what the model says without an adapter.
+With 2.0 Qwen2.5-Coder-0.5B amplified rounding: plain torch in bf16 agreed with itself
+on 0 to 4 of the 20 likeliest tokens when the last token of a prompt came in a call of
+its own; with 1.0 on 17 to 20, and on at most 3 with what the model says without one.
 """
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
