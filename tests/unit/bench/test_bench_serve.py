@@ -169,7 +169,7 @@ def test_rates_can_be_chosen() -> None:
     assert with_rates(LOADS["6000x256@all"], "8").rates == (1,)
 
 
-def test_chosen_systems():
+def test_chosen_systems() -> None:
     both = LOADS["6000x500@20480"]
     assert with_systems(both, "kvc").systems == ("kvc",)
     assert {run.spec.system for run in plan([with_systems(both, "stock")], 1)[0]} == {
