@@ -13,8 +13,6 @@ tensor                  shape                  meaning
 ``q``                   [B, Hq, D]             query of the newest token
 ``slots``               [B] int32 or int64     row of each request in the tables
 ``seq_lens``            [B] int32 or int64     logical tokens, the newest one included
-``query_lse``           [slots, L, w, Hq]      optional: log2-sum-exp2 of q, which is at
-                                               position p, goes to row p % w
 ======================  =====================  =========================================
 
 Given `NewTokens`, a step needs no `append_kv`: decode attention then writes what that
@@ -131,7 +129,6 @@ def decode_attention_ref(
     sm_scale: float,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
-    query_lse: torch.Tensor | None = None,
     new_tokens: NewTokens | None = None,
     upcast: bool = True,
 ) -> torch.Tensor:
@@ -165,10 +162,6 @@ def decode_attention_ref(
             v.masked_fill_(~valid[..., None], 0)
             s.masked_fill_(~valid[:, None], float("-inf"))
         out[b] = (s.softmax(-1) @ v).view(-1, head_dim).to(out.dtype)
-        if query_lse is not None:
-            row = (seq_len - 1) % query_lse.shape[2]
-            lse = s.float().logsumexp(-1).flatten() * LOG2E
-            query_lse[slot, layer, row] = lse.to(query_lse.dtype)
     return out
 
 
@@ -183,7 +176,6 @@ def decode_attention_triton(
     sm_scale: float,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
-    query_lse: torch.Tensor | None = None,
     new_tokens: NewTokens | None = None,
     config: DecodeConfig | None = None,
 ) -> torch.Tensor:
@@ -223,14 +215,9 @@ def decode_attention_triton(
     num_stages = min(config.num_stages, 2 + 2 * tiles)
     strides = [0] * 4
     sizes = {"W": 1, "R": 1, "B": 1, "N": 1}
-    if query_lse is not None:
-        sizes["W"] = query_lse.shape[2]
     new = None
     if new_tokens is not None:
         ring = new_tokens.query_ring
-        if query_lse is not None and sizes["W"] != ring.window:
-            rows = [sizes["W"], ring.window]
-            raise ValueError(f"query_lse and query_ring have {rows} rows a layer")
         strides = [x.stride(i) for x in new_tokens[:2] for i in (0, 1)]
         sizes = ring.sizes(group, head_dim)
         new = KernelTokens(*new_tokens[:3], *ring[:3])
@@ -241,7 +228,6 @@ def decode_attention_triton(
         workspace,
         q,
         new,
-        query_lse,
         out,
         q.stride(0),
         q.stride(1),
@@ -284,7 +270,6 @@ def decode_attention(
     sm_scale: float,
     out: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
-    query_lse: torch.Tensor | None = None,
     new_tokens: NewTokens | None = None,
 ) -> torch.Tensor:
     """Attend from one new token of each request over all its resident KVs.
@@ -300,7 +285,6 @@ def decode_attention(
     out : [B, Hq, D], last dimension contiguous; allocated like q by default.
     workspace : from `make_decode_workspace`; `plan_decode` must have filled it for the
         same slots and seq_lens. By default one is allocated and filled here.
-    query_lse : contiguous, written in place at layer `layer`; see the module docstring.
     new_tokens : the tokens of `q`, if they are still to be stored in this layer.
 
     Returns
@@ -318,6 +302,5 @@ def decode_attention(
         sm_scale=sm_scale,
         out=out,
         workspace=workspace,
-        query_lse=query_lse,
         new_tokens=new_tokens,
     )

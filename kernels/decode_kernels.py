@@ -175,7 +175,6 @@ def decode_tiles_kernel(
     work,
     q,
     new,
-    query_lse,
     out,
     q_token_stride,
     q_head_stride,
@@ -214,8 +213,7 @@ def decode_tiles_kernel(
     Pointers: arena an `Arena` and tables as in ``layout``; work a `DecodeWorkspace`, of
     whose records planned_programs are ahead of the rows, with arrivals 0 before and
     after; q, out [B, H * G, D], any token and head stride; new a `KernelTokens`, or
-    None to store nothing; query_lse [slots, LH / H, W, H * G], or None to record
-    nothing.
+    None to store nothing.
 
     Who writes what: the program whose part of a row ends it stores its new token and
     query. A row inside one share is written to `out` directly. Otherwise each program
@@ -260,9 +258,6 @@ def decode_tiles_kernel(
             page = ring_page(new.ring_pages, slot, row_in_ring, end == n, R, N)
         query = tl.load(q + q_cell, mask=g_mask, other=0.0)
 
-        # In int32: in int64 it takes the registers that make the kernel spill.
-        lse_row = (slot.to(tl.int32) * (LH // H) + layer) * W + row_in_ring
-        ring_head = (lse_row * H + h) * G
         if new is not None and end == n:
             # The query once more, from L1: without the rows that pad it for products.
             store_new_token(
@@ -295,10 +290,8 @@ def decode_tiles_kernel(
         )
         acc = acc * v_scale
         out_row = out + b * out_token_stride + h * G * out_head_stride
-        target = (out_row, out_head_stride, query_lse, ring_head)
         if (row_first >= first_tile) & (row_last <= last_tile):
-            lse = m + tl.log2(denom)
-            store_row(*target, acc / denom[:, None], lse, G, D, GP, DP)
+            store_row(out_row, out_head_stride, acc / denom[:, None], G, D, GP, DP)
         else:
             part = 2 * p + (row_first >= first_tile).to(tl.int32)
             store_part(work, part, m, denom, acc, G, D, GP, DP)
@@ -308,10 +301,10 @@ def decode_tiles_kernel(
             first_program = row_first // share
             last_program = (row_last - 1) // share
             if arrived == last_program - first_program:
-                merged, merged_lse = merge_parts(
+                merged = merge_parts(
                     work, first_program, last_program, G, D, GR, DP, PARTS
                 )
-                store_row(*target, merged, merged_lse, G, D, GR, DP)
+                store_row(out_row, out_head_stride, merged, G, D, GR, DP)
                 tl.store(work.arrivals + row, 0)
         tile = part_last
         row += 1

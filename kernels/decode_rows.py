@@ -85,24 +85,17 @@ def store_start(record, first_tile, end_tile, row, mask):
 def store_row(
     out_row,
     out_head_stride,
-    query_lse,
-    ring_head,
     value,
-    lse,
     G: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Write a row's [ROWS, DP] attention output to `out_row`, its [ROWS] log2-sum-exp2,
-    unless query_lse is None, to query_lse[ring_head]. Rows past G are padding.
-    """
+    """Write a row's [ROWS, DP] attention output to `out_row`; past G is padding."""
     g = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     cell = g[:, None] * out_head_stride + d[None, :]
     tl.store(out_row + cell, value, mask=(g < G)[:, None] & (d < D)[None, :])
-    if query_lse is not None:
-        tl.store(query_lse + ring_head + g, lse, mask=g < G)
 
 
 @triton.jit
@@ -140,9 +133,8 @@ def merge_parts(
     DP: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """[GR, DP] attention output of one row and its [GR] log2-sum-exp2, from the parts
-    that programs first .. last stored; PARTS at a time, in this order whichever program
-    runs it.
+    """[GR, DP] attention output of one row, from the parts that programs first .. last
+    stored; PARTS at a time, in this order whichever program runs it.
     """
     j = tl.arange(0, PARTS)
     g = tl.arange(0, GR)
@@ -178,4 +170,4 @@ def merge_parts(
         denom = denom * decay + tl.sum(mass * weight, 0)
         acc = acc * decay[:, None] + tl.sum(value * weight[:, :, None], 0)
         m = m_new
-    return acc / denom[:, None], m + tl.log2(denom)
+    return acc / denom[:, None]

@@ -13,7 +13,6 @@ tensor                  shape                      meaning
 ``block_offsets``       [slots, L*H + 1] int32     exclusive prefix sum of blocks a head
 ``packed_pages``        [slots, max_pages] int32   pages that hold the packed blocks
 ``query_ring``          see ``query_ring``         query of position p at ring row p % w
-``query_lse``           [slots, L, w, Hq]          its log2-sum-exp2, if it was decoded
 ======================  =========================  ===================================
 
 Address spaces. A *token* t is (page, offset) = (t // S, t % S). A *block* is the S KVs
@@ -101,7 +100,7 @@ class BlockTables(NamedTuple):
 class PlannedRequest(NamedTuple):
     """Part of a `PassPlan` for one request; its vectors in their order, on the host.
 
-    Meanings are those of `PassPlan`; the four flags are 0 or 1.
+    Meanings are those of `PassPlan`; the three flags are 0 or 1.
     """
 
     slot: int
@@ -117,7 +116,6 @@ class PlannedRequest(NamedTuple):
     is_first: int
     repeated: int
     pool_tail: int
-    recorded: int
     entry_base: int
     keep_base: int
 
@@ -153,8 +151,6 @@ class PassPlan(NamedTuple):
         the new score the larger one counts, not their sum.
     pool_tail : 1 if the scores of the tail are max-pooled: its entries are consecutive
         text that no pass has pooled before.
-    recorded : 1 if ``query_lse`` holds the log2-sum-exp2 of every observed query: all
-        of them were decoded, and no pass has run since the oldest.
     entry_base : start of the request's part of the workspace.
     keep_base : start of its part of the kept list, a multiple of S * L * H.
     """
@@ -172,15 +168,12 @@ class PassPlan(NamedTuple):
     is_first: torch.Tensor
     repeated: torch.Tensor
     pool_tail: torch.Tensor
-    recorded: torch.Tensor
     entry_base: torch.Tensor
     keep_base: torch.Tensor
     num_entries: int
     num_kept: int
     max_blocks: int
     """Most blocks that one head can hold in this batch: a bound the host knows."""
-    all_recorded: bool
-    """Whether ``recorded`` is 1 for every request, known to the host."""
     any_pooled: bool
     """Whether ``pool_tail`` is 1 for any request, known to the host."""
 

@@ -9,17 +9,15 @@ every packed entry, and the tail entries of positions <= p. ``stored`` is the ru
 score in the arena, taken as 0 in a first pass. Everything is fp32; q k multiplies in
 the model's dtype and adds in fp32.
 
-The log2-sum-exp2 of a decoded query was recorded by `decode_attention`, which computes
-it anyway: over the same entries, because none is evicted between two passes. That of
-other queries is worked out here, which takes a sweep of its own over the keys.
+What softmax divides by is worked out here, by a sweep of its own over the keys: from
+the queries as the ring has them, which are rounded. Of the exact queries it would be
+another number, and probabilities could be far above 1.
 
 ======================  =====================  =========================================
 tensor                  shape                  meaning
 ======================  =====================  =========================================
 ``query_ring``          see ``query_ring``     row j: largest position p < seq_len with
                                                p % w = j; observed iff p >= query_start
-``query_lse``           [slots, L, w, Hq]      row j belongs to ring row j; read where
-                                               plan.recorded, else written
 ``scores``              [plan.num_entries]     fp32 workspace, layout in `PassPlan`;
                                                0 at positions >= seq_len
 ======================  =====================  =========================================
@@ -40,7 +38,7 @@ from sglang_kvc.kernels.plan_heads import (
     head_walk,
     programs_per_head,
 )
-from sglang_kvc.kernels.query_lse import LOG2E, fill_lse
+from sglang_kvc.kernels.query_lse import LOG2E, query_lse
 from sglang_kvc.kernels.query_ring import (
     QueryRing,
     load_queries_ref,
@@ -53,15 +51,14 @@ def observe_scores_ref(
     tables: BlockTables,
     plan: PassPlan,
     query_ring: QueryRing,
-    query_lse: torch.Tensor,
     *,
+    group: int,
     sm_scale: float,
     power: int,
     value_norms: bool = False,
 ) -> torch.Tensor:
     """Plain torch form of `observe_scores`; loops over requests and layers."""
     heads, window = arena.num_kv_heads, query_ring.window
-    group = query_lse.shape[3] // heads
     stored = arena.score.view(-1)
     scores = torch.zeros(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     for request in plan.requests():
@@ -98,14 +95,9 @@ def observe_scores_ref(
             s = s.unflatten(1, (len(positions), group))
             hidden = ~valid[:, None] | (entry_pos[:, None] > query_pos[None, :, None])
             s.masked_fill_(hidden[:, :, None], float("-inf"))
-            if not request.recorded:
-                lse = s.logsumexp(-1).transpose(0, 1).flatten(1) * LOG2E
-                query_lse[slot, layer, ring_rows] = lse.to(query_lse.dtype)
-            lse = query_lse[slot, layer, ring_rows].unflatten(1, (heads, group))
-            lse = lse.float()
-            prob = (s * LOG2E - lse.transpose(0, 1)[..., None]).exp2_()
             # A query that sees nothing has a row of NaN: it scores nothing.
-            prob = prob.nan_to_num_(0.0)
+            lse = s.logsumexp(-1, keepdim=True) * LOG2E
+            prob = (s * LOG2E - lse).exp2_().nan_to_num_(0.0)
             total = prob.pow_(power).sum((1, 2))
             if value_norms:
                 total *= gather_rows(arena.v, rows, v_scale).norm(dim=-1)
@@ -179,16 +171,15 @@ def observe_scores_triton(
     tables: BlockTables,
     plan: PassPlan,
     query_ring: QueryRing,
-    query_lse: torch.Tensor,
     *,
+    group: int,
     sm_scale: float,
     power: int,
     value_norms: bool = False,
 ) -> torch.Tensor:
     """Triton form of `observe_scores`."""
     num_requests, heads = plan.slots.shape[0], arena.heads_per_page
-    window, group = query_ring.window, query_lse.shape[3] // arena.num_kv_heads
-    row_tile = max(triton.next_power_of_2(window * group), 16)
+    row_tile = max(triton.next_power_of_2(query_ring.window * group), 16)
     sizes = {
         "L": arena.num_layers,
         "H": arena.num_kv_heads,
@@ -199,19 +190,17 @@ def observe_scores_triton(
         "S": PAGE_SIZE,
     }
     config = _config(row_tile, sizes["DP"], arena.k.element_size())
-    if not plan.all_recorded:
-        fill_lse(
-            arena,
-            tables,
-            plan,
-            query_ring,
-            query_lse,
-            sm_scale=sm_scale,
-            sizes=sizes,
-            max_rows=config.lse_rows,
-            tile=config.lse_tile,
-            max_registers=config.lse_registers,
-        )
+    row_lse = query_lse(
+        arena,
+        tables,
+        plan,
+        query_ring,
+        sm_scale=sm_scale,
+        sizes=sizes,
+        max_rows=config.lse_rows,
+        tile=config.lse_tile,
+        max_registers=config.lse_registers,
+    )
     scores = torch.empty(plan.num_entries, dtype=torch.float32, device=arena.k.device)
     rows = num_requests * heads
     score_rows = min(row_tile, config.score_rows)
@@ -225,7 +214,7 @@ def observe_scores_triton(
         plan.is_first,
         plan.repeated,
         *query_ring[:3],
-        query_lse,
+        row_lse,
         scores,
         *tables.row_strides,
         sm_scale * LOG2E,
@@ -246,8 +235,8 @@ def observe_scores(
     tables: BlockTables,
     plan: PassPlan,
     query_ring: QueryRing,
-    query_lse: torch.Tensor,
     *,
+    group: int,
     sm_scale: float,
     power: int,
     value_norms: bool = False,
@@ -258,7 +247,7 @@ def observe_scores(
     ----------
     arena, tables, plan : only read.
     query_ring : only read.
-    query_lse : [slots, L, w, Hq], contiguous; what was not recorded is written.
+    group : query heads of a KV head.
     sm_scale : factor on the logits, usually D ** -0.5.
     power : 1 or 2.
     value_norms : weigh new mass by the L2 norm of the value, in fp32.
@@ -273,13 +262,13 @@ def observe_scores(
     """
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power}")
-    op = observe_scores_triton if use_triton(query_lse) else observe_scores_ref
+    op = observe_scores_triton if use_triton(arena.k) else observe_scores_ref
     return op(
         arena,
         tables,
         plan,
         query_ring,
-        query_lse,
+        group=group,
         sm_scale=sm_scale,
         power=power,
         value_norms=value_norms,

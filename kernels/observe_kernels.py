@@ -1,8 +1,9 @@
 """Triton kernel of `observe_scores`: prob ** power summed over the observed rows.
 
-It computes the logits again, key tile by key tile, from log2-sum-exp2s that are known
-(`query_lse`). Logits carry log2(e): exp2 throughout. Values, where they count, are read
-while the tensor cores work: the kernel is bound by its products.
+It computes the logits again, key tile by key tile, with the log2-sum-exp2s that
+`lse_kernel` has worked out from the same queries. Logits carry log2(e): exp2
+throughout. Values, where they count, are read while the tensor cores work: the kernel
+is bound by its products.
 """
 
 import triton
@@ -10,12 +11,7 @@ import triton.language as tl
 
 from sglang_kvc.kernels.addressing import tile_rows
 from sglang_kvc.kernels.kv_dtype import load_scale, matching_dtype
-from sglang_kvc.kernels.observe_rows import (
-    load_heads,
-    load_queries,
-    query_rows,
-    ring_cell,
-)
+from sglang_kvc.kernels.observe_rows import load_heads, load_queries, query_rows
 from sglang_kvc.kernels.plan_heads import head_pages, plan_head
 
 
@@ -72,11 +68,11 @@ def score_kernel(
     """Grid (R * L * H, P): program (x, y) scores key tiles y, y + P, ... of head
     x % (L * H) of request x // (L * H).
 
-    Pointers: arena, ring and lse as in ``layout``; walk a `HeadWalk`; query_starts,
-    is_first and repeated [R] int64; scores [num_entries] fp32: each program writes its
-    own tiles, padding entries (positions >= seq_len) as 0. With ROWS >= W * G all
-    queries stay in the program; else they are read again for every tile, ROWS at a
-    time. NORMS: weigh new mass by the length of the value.
+    Pointers: arena and ring as in ``layout``; walk a `HeadWalk`; query_starts, is_first
+    and repeated [R] int64; query_lse [R, L * H, W * G] fp32; scores [num_entries] fp32:
+    each program writes its own tiles, padding entries (positions >= seq_len) as 0. With
+    ROWS >= W * G all queries stay in the program; else they are read again for every
+    tile, ROWS at a time. NORMS: weigh new mass by the length of the value.
     """
     LH: tl.constexpr = L * H
     x = tl.program_id(0)
@@ -102,10 +98,9 @@ def score_kernel(
     position = query_rows(row, seq_len, query_start, G, W)
     dtype: tl.constexpr = matching_dtype(arena_k.dtype.element_ty)
     query = load_queries(*rings, slot, lh, row, position, dtype, LH, G, D, DP, R, B, N)
-    cell = ring_cell(slot, lh, row, L, H, G, W)
+    head_lse = query_lse + x.to(tl.int64) * (W * G)
     # A row that is not observed gives every key 2 ** -inf.
-    row_lse = tl.load(query_lse + cell, mask=position >= 0, other=float("inf"))
-    row_lse = row_lse.to(tl.float32)
+    row_lse = tl.load(head_lse + row, mask=position >= 0, other=float("inf"))
     # Entries before this one are seen by every observed row.
     oldest = tl.maximum(tl.maximum(seq_len - W, query_start), 0)
     clear = packed_len + tl.maximum(oldest + 1 - fold_len, 0)
@@ -146,10 +141,9 @@ def score_kernel(
                 query = load_queries(
                     *rings, slot, lh, row, position, dtype, LH, G, D, DP, R, B, N
                 )
-                cell = ring_cell(slot, lh, row, L, H, G, W)
                 row_lse = tl.load(
-                    query_lse + cell, mask=position >= 0, other=float("inf")
-                ).to(tl.float32)
+                    head_lse + row, mask=position >= 0, other=float("inf")
+                )
                 p = _attention_mass(key, query, row_lse, qk_scale, POWER)
                 visible = valid[:, None] & (at[:, None] <= position[None, :])
                 new += tl.sum(tl.where(visible, p, 0.0), 1)

@@ -31,15 +31,6 @@ def query_rows(row, seq_len, query_start, G: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def ring_cell(
-    slot, lh, row, L: tl.constexpr, H: tl.constexpr, G: tl.constexpr, W: tl.constexpr
-):
-    """Index of row `row` of head `lh` in [slots, L, W, H * G]."""
-    ring_row = (slot * L + lh // H) * W + row // G
-    return ring_row * (H * G) + (lh % H) * G + row % G
-
-
-@triton.jit
 def load_queries(
     ring_k,
     ring_v,

@@ -127,8 +127,7 @@ def _decode(case: Case) -> Iterator[Call]:
     how = {"layer": case.arena.num_layers - 1, "sm_scale": case.arena.head_dim**-0.5}
     args = (case.arena, case.tables, _queries(case), *_batch(case))
     yield Call(args, how)
-    storing = {"query_lse": case.query_lse, "new_tokens": _new_tokens(case)}
-    yield Call(args, {**how, **storing})
+    yield Call(args, {**how, "new_tokens": _new_tokens(case)})
 
 
 def _head_tables(case: Case) -> Iterator[Call]:
@@ -156,8 +155,9 @@ def _packed_prefill(case: Case) -> Iterator[Call]:
 
 
 def _observe(case: Case) -> Iterator[Call]:
-    args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
-    how = {"sm_scale": case.arena.head_dim**-0.5, "power": 2}
+    args = (case.arena, case.tables, make_plan(case), case.query_ring)
+    scale = case.arena.head_dim**-0.5
+    how = {"group": case.group, "sm_scale": scale, "power": 2}
     for value_norms in (False, True):
         yield Call(args, {**how, "value_norms": value_norms})
 

@@ -38,7 +38,6 @@ class PassRequest:
     is_first: bool
     repeated: bool
     pool_tail: bool
-    recorded: bool
 
     def __post_init__(self) -> None:
         if self.fold_old % PAGE_SIZE or self.fold_new % PAGE_SIZE:
@@ -83,7 +82,7 @@ def build_plan(
     ----------
     requests : at least one.
     heads_per_page : L * H.
-    device : where the plan's vectors go. One copy of [16, R] int64 (R rounded up to
+    device : where the plan's vectors go. One copy of [15, R] int64 (R rounded up to
         even), asynchronous on CUDA: from pinned memory, which the caching host
         allocator keeps until the copy has run.
 
@@ -111,7 +110,6 @@ def build_plan(
                 is_first=int(request.is_first),
                 repeated=int(request.repeated),
                 pool_tail=int(request.pool_tail),
-                recorded=int(request.recorded),
                 entry_base=entry_base,
                 keep_base=keep_base,
             )
@@ -139,6 +137,5 @@ def build_plan(
         num_entries=entry_base,
         num_kept=keep_base,
         max_blocks=max_blocks,
-        all_recorded=all(request.recorded for request in requests),
         any_pooled=any(request.pool_tail for request in requests),
     )

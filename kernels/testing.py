@@ -24,15 +24,15 @@ NAN_BYTE = 0x7F
 class Case(NamedTuple):
     """A batch of requests in an arena. Request r has slots[r], seq_lens[r] and so on.
 
-    Cells that no request owns hold NaN (K, V) and -1 (score), and ``query_lse`` holds
-    NaN: reading one shows. ``query_ring`` lies in memory of its own; every slot but the
-    padding's has one. ``query_dtype`` is that of the model.
+    Cells that no request owns hold NaN (K, V) and -1 (score): reading one shows.
+    ``query_ring`` lies in memory of its own; every slot but the padding's has one.
+    ``group``: query heads of a KV head. ``query_dtype`` is that of the model.
     """
 
     arena: Arena
     tables: BlockTables
     query_ring: QueryRing
-    query_lse: torch.Tensor
+    group: int
     query_dtype: torch.dtype
     slots: list[int]
     seq_lens: list[int]
@@ -41,15 +41,10 @@ class Case(NamedTuple):
     free_pages: list[int]
 
     @property
-    def group(self) -> int:
-        """Query heads of a KV head."""
-        return self.query_lse.shape[3] // self.arena.num_kv_heads
-
-    @property
     def queries(self) -> torch.Tensor:
         """What passes see of all rings, [slots, L, w, Hq, D]; the padding's is 0."""
-        slots, window = self.query_lse.shape[0], self.query_lse.shape[2]
-        device = self.query_lse.device
+        slots, window = len(self.query_ring.pages), self.query_ring.window
+        device = self.arena.k.device
         each = torch.arange(slots, device=device).repeat_interleave(window)
         found = load_queries_ref(
             self.query_ring,
@@ -285,8 +280,8 @@ def make_case(
         arena=arena,
         tables=BlockTables(*(table.to(device) for table in tables)),
         query_ring=fill_ring(queries, arena, generator),
+        group=group,
         query_dtype=model_dtype,
-        query_lse=torch.full(ring_shape[:-1], torch.nan, device=device),
         slots=deal.slots,
         seq_lens=deal.seq_lens,
         folds=deal.folds,
@@ -301,7 +296,6 @@ def make_plan(
     fold_new: Sequence[int] | None = None,
     protected: int = 8,
     query_start: Sequence[int] | None = None,
-    recorded: Sequence[bool] | None = None,
     repeated: Sequence[bool] | None = None,
     spare: float = 0.0,
 ) -> PassPlan:
@@ -312,7 +306,6 @@ def make_plan(
     keep_pages : [R] pages to keep; half of those that compete by default.
     fold_new : [R] fold lengths after the pass; all whole pages by default.
     query_start : [R]; 0 by default, so that the ring's w last queries count.
-    recorded : [R]; False by default: no log2-sum-exp2 was recorded.
     repeated : [R]; False by default: new and stored scores are added.
     spare : part of what is kept that a group with a bound could lose as well.
     """
@@ -336,7 +329,6 @@ def make_plan(
                 is_first=case.folds[r] == 0,
                 repeated=bool(repeated[r]) if repeated else False,
                 pool_tail=case.folds[r] == 0 or r % 2 == 0,
-                recorded=bool(recorded[r]) if recorded else False,
             )
         )
     return build_plan(requests, case.arena.heads_per_page, case.arena.k.device)

@@ -12,7 +12,7 @@ PATCH = Patch(
     hook_type=HookType.AROUND,
     expected_params=("self", "pre_model_load_memory"),
     reason=(
-        "Scores, log-sum-exps, tables and workspaces must come out of the KV "
+        "Scores, tables and workspaces must come out of the KV "
         "budget, not out of the activation slack."
     ),
     upstream_link="mem_cache/kv_cache_configurator.py:2990",

@@ -1,7 +1,7 @@
 """Time a layer of a decode step: it stores the new token and attends to it.
 
-Ours in one launch, which also records the query and its log-sum-exp; FA3, if given,
-behind `append_kv`, which records nothing there.
+Ours in one launch, which also records the query; FA3, if given, behind `append_kv`,
+which records nothing there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from bench.kernels.timing import Clock, Timing, require_close
 from sglang_kvc.kernels import decode_attention as decode
 from sglang_kvc.kernels.append import append_kv
 from sglang_kvc.kernels.testing import random_ring
-from sglang_kvc.memory.metadata import LSE_DTYPE
 
 
 def bench_steps(
@@ -28,7 +27,7 @@ def bench_steps(
 ) -> Iterator[tuple[str, Timing]]:
     """Yield names and times of a call; overwrites the newest token of every request."""
     shape, batch = case.shape, case.batch
-    new, query_lse = _new_tokens(case)
+    new = _new_tokens(case)
     tables, slots, lens = batch.tables, batch.slots, batch.seq_lens
     decode.plan_decode(tables, slots, lens, workspace, num_kv_heads=shape.kv_heads)
 
@@ -37,7 +36,6 @@ def bench_steps(
             **case.arguments(layer),
             out=case.out,
             workspace=workspace,
-            query_lse=query_lse,
             new_tokens=new,
         )
 
@@ -60,13 +58,12 @@ def bench_steps(
     yield "fa3_folded_step", case.time(clock, theirs)
 
 
-def _new_tokens(case: Decode) -> tuple[decode.NewTokens, torch.Tensor]:
-    """Made-up new tokens at the last position, and room for what is recorded."""
+def _new_tokens(case: Decode) -> decode.NewTokens:
+    """Made-up new tokens at the last position, and rings for their queries."""
     shape, batch, like = case.shape, case.batch, case.q
     k, v = (torch.randn_like(like[:, : shape.kv_heads]) for _ in range(2))
-    ring = (int(batch.slots.max()) + 1, shape.layers, WINDOW, shape.qo_heads)
-    query_ring = random_ring(ring[0], WINDOW, shape.qo_heads, case.arena)
+    slots = int(batch.slots.max()) + 1
+    query_ring = random_ring(slots, WINDOW, shape.qo_heads, case.arena)
     rows = batch.tables.req_to_token[batch.slots.long()]
     last = rows.gather(1, batch.seq_lens.long()[:, None] - 1)[:, 0]
-    new = decode.NewTokens(k, v, last.long(), query_ring)
-    return new, torch.empty(ring, dtype=LSE_DTYPE, device=like.device)
+    return decode.NewTokens(k, v, last.long(), query_ring)

@@ -76,8 +76,6 @@ def pass_batch(
             repeated=False,
             # Decoded tokens are not pooled, prompts are.
             pool_tail=not case.packed,
-            # Queries since a first pass were decoded, those before it prefilled.
-            recorded=case.packed > 0,
         )
         for slot, packed in zip(batch.slots.tolist(), batch.packed_pages, strict=True)
     ]

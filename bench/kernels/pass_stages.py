@@ -33,7 +33,7 @@ from sglang_kvc.kernels.pass_plan import PassRequest, build_plan
 from sglang_kvc.kernels.pool import pool_scores
 from sglang_kvc.kernels.query_ring import QueryRing
 from sglang_kvc.kernels.select import SelectionRule, select_entries
-from sglang_kvc.memory.metadata import LSE_DTYPE, ModelShape
+from sglang_kvc.memory.metadata import ModelShape
 
 SCORER = get_scorer(METRIC)
 
@@ -105,17 +105,12 @@ class Stages:
         ]
         self.context = ScoreContext(
             query_ring=ring,
-            query_lse=torch.zeros(
-                (len(ring.pages), arena.num_layers, WINDOW, num_heads),
-                dtype=LSE_DTYPE,
-                device=arena.k.device,
-            ),
             arena=arena,
             tables=batch.tables,
             plan=plan,
+            group=shape.group,
             sm_scale=arena.head_dim**-0.5,
         )
-        self.observe_unrecorded()
         self.raw = self.observe()
         self.novelty_unit = torch.zeros(
             len(batch.tables.fold_lens), device=arena.k.device
@@ -141,12 +136,6 @@ class Stages:
     def observe_plain(self) -> torch.Tensor:
         """Score all resident KVs without the length of their values."""
         return self.context.attention(POWER)
-
-    def observe_unrecorded(self) -> torch.Tensor:
-        """Score all resident KVs with no log-sum-exp known; leaves them in the ring."""
-        nothing = torch.zeros_like(self.plan.recorded)
-        plan = self.plan._replace(recorded=nothing, all_recorded=False)
-        return SCORER.score(replace(self.context, plan=plan))
 
     def pool(self) -> torch.Tensor:
         """Spread the scores of a first pass."""
@@ -196,10 +185,8 @@ class Stages:
         """The stages that a pass consists of, in their order."""
         arena, plan, row_bytes = self.arena, self.plan, self.row_bytes
         entries, kept, first = plan.num_entries, plan.num_kept, plan.any_pooled
-        # The products of a query with a key: for the scores, and for log-sum-exps that
-        # were not recorded.
-        rows = WINDOW * self.context.query_lse.shape[-1] // arena.num_kv_heads
-        flops = 2 * rows * arena.head_dim * entries * (2 if first else 1)
+        # The products of a query with a key: for log-sum-exps, and for the scores.
+        flops = 2 * 2 * WINDOW * self.context.group * arena.head_dim * entries
         # Row index and score come with a survivor; K, V and score go out.
         read, written = kept * (2 * row_bytes + 8), kept * (2 * row_bytes + 4)
         tflops = Figure("tflops", flops, digits=1)
@@ -218,13 +205,10 @@ class Stages:
 
     def variants(self) -> list[Stage]:
         """Stages with other settings, or of other requests, than a pass has."""
-        stages = [
+        return [
             # Keys alone.
             Stage(
                 PLAIN, self.observe_plain, self.plan.num_entries * (self.row_bytes + 4)
             ),
             Stage("select, joint", self.select_joint),
         ]
-        if not self.plan.any_pooled:
-            stages.append(Stage("observe, none recorded", self.observe_unrecorded))
-        return stages

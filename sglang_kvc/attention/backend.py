@@ -224,7 +224,6 @@ class KVCompressAttentionBackend(base_attn_backend.AttentionBackend):
             layer=self._arena_layer(layer),
             sm_scale=layer.scaling,
             workspace=self._workspace,
-            query_lse=self.runtime.state.query_lse,
             new_tokens=NewTokens(
                 key, value, forward_batch.out_cache_loc, self.runtime.state.query_ring
             ),

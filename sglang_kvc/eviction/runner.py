@@ -31,6 +31,7 @@ from sglang_kvc.kernels.select import (
 from sglang_kvc.memory.metadata import (
     ModelShape,
     count_bytes,
+    lse_bytes,
     pass_head_bytes,
     pass_workspace_tokens,
     workspace_head_bytes,
@@ -195,6 +196,7 @@ class PassRunner:
             state.shape, state.options, context, pool_tokens
         )
         self.counts = count_bytes(state.shape, state.options)
+        self.lse = lse_bytes(state.shape, state.options)
 
     def run(self, launched: list[PassInFlight]) -> None:
         """Run every pass of a step; alike ones that fit together share a launch."""
@@ -231,7 +233,11 @@ class PassRunner:
         tail = decision.seq_len - decision.fold_old
         entries = decision.packed_old + ceil_tokens(tail)
         return pass_head_bytes(
-            entries, decision.packed_new, self.counts, pooled=decision.pool_tail
+            entries,
+            decision.packed_new,
+            counts=self.counts,
+            lse=self.lse,
+            pooled=decision.pool_tail,
         )
 
     def warm_up(self, *, chunks: bool) -> None:
@@ -260,7 +266,6 @@ class PassRunner:
                 is_first=True,
                 repeated=False,
                 pool_tail=True,
-                recorded=False,
             )
             # One page is less than sinks and a floor may take.
             kept = self._launch(
@@ -301,10 +306,10 @@ class PassRunner:
         state = self.state
         context = ScoreContext(
             query_ring=state.query_ring,
-            query_lse=state.query_lse,
             arena=state.arena,
             tables=state.tables,
             plan=build_plan(requests, state.arena.heads_per_page, state.device),
+            group=state.shape.group,
             sm_scale=self.sm_scale,
         )
         settings = PassSettings.of(state.options, rule, ages=ages)
@@ -331,5 +336,4 @@ def _plan_request(decision: PassDecision, options: KVCompressOptions) -> PassReq
         is_first=decision.is_first,
         repeated=decision.repeated,
         pool_tail=decision.pool_tail,
-        recorded=decision.recorded,
     )

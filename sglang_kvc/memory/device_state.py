@@ -17,7 +17,6 @@ from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
 from sglang_kvc.kernels.query_ring import QueryRing, ring_in, ring_pages
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 from sglang_kvc.memory.metadata import (
-    LSE_DTYPE,
     ModelShape,
     mlp_width,
     packed_width,
@@ -36,7 +35,6 @@ class DeviceState:
     arena : K, V and scores of all layers.
     tables : SGLang's request table and our block tables, a row a slot.
     query_ring : last queries of every slot that has got pages for them, in 8 bits.
-    query_lse : log-sum-exp of each, [slots, L, window, Hq] fp16.
     novelty_unit : what a key of mean novelty adds, a number a slot, fp32.
     device : where all of it lives.
     """
@@ -46,7 +44,6 @@ class DeviceState:
     arena: Arena
     tables: BlockTables
     query_ring: QueryRing
-    query_lse: torch.Tensor
     novelty_unit: torch.Tensor
     device: Any
 
@@ -133,7 +130,6 @@ def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceSt
     def zeros(*sizes: int) -> torch.Tensor:
         return torch.zeros(sizes, dtype=torch.int32, device=device)
 
-    ring = (slots, shape.num_layers, options.window, shape.num_qo_heads)
     pages = ring_pages(options.window, shape.group, shape.itemsize)
     return DeviceState(
         options=options,
@@ -146,7 +142,6 @@ def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceSt
             packed_pages=zeros(slots, packed_width(req_to_token.shape[1], pool.size)),
         ),
         query_ring=ring_in(arena, zeros(slots, pages), options.window),
-        query_lse=torch.zeros(ring, dtype=LSE_DTYPE, device=device),
         novelty_unit=torch.zeros(slots, device=device),
         device=device,
     )

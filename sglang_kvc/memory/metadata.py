@@ -1,7 +1,7 @@
 """Bytes of our metadata, so that they are charged before the pool is sized.
 
 Per token of KV: one fp32 score per layer and head, inside the arena. Per request slot:
-log-sum-exps of its last queries, and the block tables. Once: the decode workspace.
+the block tables. Once: the decode workspace.
 
 The queries themselves lie in pages of the pool, and only for requests that can be
 compressed (`scheduling.rings`). The workspace of passes and chunks takes the memory
@@ -14,8 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens, pages_of
 from sglang_kvc.kernels.decode_attention import make_decode_workspace
@@ -24,8 +22,7 @@ from sglang_kvc.kernels.query_ring import ring_pages
 from sglang_kvc.kernels.select import SCRATCH_BYTES_PER_GROUP, SCRATCH_BYTES_PER_HEAD
 
 SCORE_BYTES = 4
-LSE_DTYPE = torch.float16
-"""Of log-sum-exps: off by 0.6 % of a query's weight below 32, the same for all keys."""
+LSE_BYTES = 4
 MAX_SLOTS, MIN_SLOTS = 256, 16
 TOKENS_PER_SLOT = 64
 """A default slot for so many tokens of the pool: few requests hold less for long."""
@@ -80,12 +77,11 @@ class MetadataBytes:
     Attributes
     ----------
     per_token : scores, per token of the pool.
-    lse, tables, workspace : fixed parts, see `metadata_bytes`.
+    tables, workspace : fixed parts, see `metadata_bytes`.
     ring : of the pool, the queries of a request that can be compressed.
     """
 
     per_token: int
-    lse: int
     tables: int
     workspace: int
     ring: int
@@ -93,7 +89,7 @@ class MetadataBytes:
     @property
     def fixed(self) -> int:
         """Bytes that do not grow with the pool."""
-        return self.lse + self.tables + self.workspace
+        return self.tables + self.workspace
 
     def scale_kv_bytes(self, available: int, shape: ModelShape) -> int:
         """Bytes to offer for K and V out of `available` for K, V and our metadata."""
@@ -104,8 +100,8 @@ class MetadataBytes:
     def describe_fixed(self) -> str:
         """Describe the parts that do not grow with the pool, for an error message."""
         return (
-            f"{self.fixed / GIB:.2f} GiB (log-sum-exps {self.lse / GIB:.2f}, "
-            f"workspace {self.workspace / GIB:.2f}, tables {self.tables / GIB:.2f})"
+            f"{self.fixed / GIB:.2f} GiB (workspace {self.workspace / GIB:.2f}, "
+            f"tables {self.tables / GIB:.2f})"
         )
 
     def describe(self, kv_bytes: int, tokens: int) -> str:
@@ -115,7 +111,7 @@ class MetadataBytes:
         return (
             f"KV-Compress metadata: {total / GIB:.3f} GiB = "
             f"{100 * total / max(kv_bytes, 1):.2f} % of {kv_bytes / GIB:.2f} GiB of KV "
-            "(scores, log-sum-exps, block tables, workspace); of the KV "
+            "(scores, block tables, workspace); of the KV "
             f"{self.ring / MIB:.2f} MiB more for every running request that can be "
             "compressed"
         )
@@ -161,23 +157,31 @@ def count_bytes(shape: ModelShape, options: KVCompressOptions) -> int:
     return SCRATCH_BYTES_PER_HEAD + -(-groups // shape.heads_per_page)
 
 
-def pass_head_bytes(entries: int, kept: int, counts: int, *, pooled: bool) -> int:
+def lse_bytes(shape: ModelShape, options: KVCompressOptions) -> int:
+    """Bytes per head of the log-sum-exps that a pass works out for one request."""
+    return LSE_BYTES * options.window * shape.group
+
+
+def pass_head_bytes(
+    entries: int, kept: int, *, counts: int, lse: int, pooled: bool
+) -> int:
     """Workspace of one request's pass, bytes per head.
 
     Parameters
     ----------
     entries, kept : tokens per head before and after, on average.
-    counts : from `count_bytes`.
+    counts, lse : from `count_bytes` and `lse_bytes`.
     pooled : whether scores are pooled, into a second copy.
 
     Returns
     -------
     int
-        The most that is held at once: scores and pooled scores, or the scores, the
-        survivors' rows and scores and the counts.
+        The most that is held at once: scores and log-sum-exps, or scores and pooled
+        scores, or the scores, the survivors' rows and scores and the counts.
     """
     scores = SCORE_BYTES * entries
-    return scores + max(scores if pooled else 0, 2 * SCORE_BYTES * kept + counts)
+    pools = scores if pooled else 0
+    return scores + max(lse, pools, 2 * SCORE_BYTES * kept + counts)
 
 
 def workspace_head_bytes(
@@ -192,7 +196,8 @@ def workspace_head_bytes(
     rate = options.keep.rate
     kept = entries if rate is not None and rate < 2 else entries // 2
     counts = count_bytes(shape, options)
-    return pass_head_bytes(entries, kept, counts, pooled=True)
+    lse = lse_bytes(shape, options)
+    return pass_head_bytes(entries, kept, counts=counts, lse=lse, pooled=True)
 
 
 def activation_bytes(shape: ModelShape, tokens: int) -> tuple[int, int]:
@@ -241,7 +246,6 @@ def metadata_bytes(
     """
     slots = max_running_requests + 1
     pages = ring_pages(options.window, shape.group, shape.itemsize)
-    rows = shape.num_layers * options.window * shape.num_qo_heads
     partials = make_decode_workspace(
         max_running_requests,
         shape.num_qo_heads,
@@ -261,7 +265,6 @@ def metadata_bytes(
     whole, beside = activation_bytes(shape, prefill_tokens)
     return MetadataBytes(
         per_token=shape.score_bytes_per_token,
-        lse=slots * rows * LSE_DTYPE.itemsize,
         tables=slots * table_ints * 4,
         workspace=decode_workspace + max(workspace - whole, chunks - beside, 0),
         ring=pages * PAGE_SIZE * shape.kv_bytes_per_token,

@@ -62,11 +62,6 @@ def parts_of(
         Part("weights", weights),
         Part("keys and values", arena.k.nbytes + arena.v.nbytes, f"{tokens} tokens"),
         Part("scores", sizes.per_token * tokens, "one for every key"),
-        Part(
-            "log-sum-exps",
-            sizes.lse,
-            f"{slots} slots of {state.options.window} queries",
-        ),
         Part("block tables", sizes.tables, f"{slots} slots"),
         Part("workspace", sizes.workspace, chunks),
         Part("CUDA graphs", graphs, "as SGLang has measured"),

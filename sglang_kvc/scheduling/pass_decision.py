@@ -30,7 +30,6 @@ class PassDecision:
     packed_old, packed_new : tokens of memory that they take; 0 before the first.
     query_start : first position whose query is observed.
     protected : last tokens that are not evicted.
-    recorded : every observed query was decoded, so its log-sum-exp is known.
     repeated : earlier passes were scored by the same queries.
     level : all layers hold equally much, as until the pass behind a prompt. What comes
         of a snapshot does not.
@@ -45,7 +44,6 @@ class PassDecision:
     packed_new: int
     query_start: int
     protected: int
-    recorded: bool
     repeated: bool
     level: bool = True
 

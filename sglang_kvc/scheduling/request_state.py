@@ -240,7 +240,6 @@ class RequestState:
         if not self.policy.pass_fits(self.resident(length), budget):
             return None
         window = self.policy.options.window
-        query_start = max(self.observed, length - window, 0)
         return PassDecision(
             phase=phase,
             slot=self.slot,
@@ -249,9 +248,8 @@ class RequestState:
             fold_new=floor_tokens(length),
             packed_old=self.packed,
             packed_new=budget,
-            query_start=query_start,
+            query_start=max(self.observed, length - window, 0),
             protected=self.policy.protected(length),
-            recorded=query_start >= self.prefilled,
             repeated=self.probed and phase is not Phase.DECODE,
             level=not self.resumed_tokens,
         )

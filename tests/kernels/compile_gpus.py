@@ -141,7 +141,6 @@ def launch_step(
         seq_lens,
         layer=1,
         sm_scale=0.1,
-        query_lse=case.query_lse,
         new_tokens=NewTokens(new, new, slots, case.query_ring),
         config=config,
     )

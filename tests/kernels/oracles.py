@@ -61,20 +61,6 @@ def decode(case: Case, q: torch.Tensor, layer: int, scale: float) -> torch.Tenso
     return out
 
 
-def decode_lse(case: Case, q: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
-    """log2-sum-exp2 of the same queries, [requests, query heads], float64."""
-    heads, group = case.arena.num_kv_heads, case.group
-    found = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
-    keys = case.arena.k.view(-1, case.arena.head_dim)
-    for r in range(len(case.slots)):
-        for h in range(heads):
-            k = keys[[row for row, _ in entries(case, r, layer * heads + h)]].double()
-            g = slice(h * group, (h + 1) * group)
-            logits = q[r, g].double() @ k.T * scale
-            found[r, g] = logits.logsumexp(-1) / math.log(2)
-    return found
-
-
 def observe(
     case: Case,
     scale: float,
@@ -119,11 +105,15 @@ def observe(
 
 
 def query_lse(case: Case, scale: float, query_start: int = 0) -> torch.Tensor:
-    """log2-sum-exp2 of every observed query of the ring, float64; NaN elsewhere."""
+    """log2-sum-exp2 of every observed query, [R, L * H, w * G] float64.
+
+    inf where a row of the ring is not observed, or sees nothing.
+    """
     arena, ring = case.arena, case.queries
     window, group = ring.shape[2], case.group
     keys = arena.k.view(-1, arena.head_dim)
-    found = torch.full(ring.shape[:4], math.nan, dtype=torch.float64)
+    size = (len(case.slots), arena.heads_per_page, window, group)
+    found = torch.full(size, math.inf, dtype=torch.float64)
     for r, slot in enumerate(case.slots):
         observed = range(
             max(query_start, case.seq_lens[r] - window, 0), case.seq_lens[r]
@@ -133,11 +123,13 @@ def query_lse(case: Case, scale: float, query_start: int = 0) -> torch.Tensor:
             group_heads = slice(h * group, (h + 1) * group)
             held = entries(case, r, lh)
             for p in observed:
-                k = keys[[row for row, at in held if at <= p]].double()
+                rows = [row for row, at in held if at <= p]
                 q = ring[slot, layer, p % window, group_heads].double()
-                lse = (q @ k.T * scale).logsumexp(-1) / math.log(2)
-                found[slot, layer, p % window, group_heads] = lse.cpu()
-    return found.to(ring.device)
+                if rows:
+                    logits = q @ keys[rows].double().T * scale
+                    lse = logits.logsumexp(-1) / math.log(2)
+                    found[r, lh, p % window] = lse.cpu()
+    return found.flatten(2).to(ring.device)
 
 
 class Survivors(NamedTuple):

@@ -19,7 +19,8 @@ def make_inputs(case: Case, tokens: int, fused: bool, padding: int) -> Inputs:
     write token 0.
     """
     arena, dtype = case.arena, case.query_dtype
-    slots, _, window, q_heads = case.query_lse.shape
+    slots, window = len(case.query_ring.pages), case.query_ring.window
+    q_heads = case.group * case.arena.num_kv_heads
     heads, dim, device = arena.num_kv_heads, arena.head_dim, arena.k.device
     sizes = [heads, heads, q_heads]
     if fused:

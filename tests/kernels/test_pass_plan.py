@@ -23,7 +23,6 @@ def request(**changes: int) -> PassRequest:
         "is_first": False,
         "repeated": True,
         "pool_tail": False,
-        "recorded": False,
     }
     return PassRequest(**{**fields, **changes})
 
@@ -40,15 +39,13 @@ def test_layout_of_two_requests() -> None:
         is_first=True,
         pool_tail=True,
     )
-    plan = build_plan([first, request(recorded=True)], 6, "cpu")
+    plan = build_plan([first, request()], 6, "cpu")
     assert plan.tail_blocks.tolist() == [3, 4]
     assert plan.fold_blocks.tolist() == [2, 3]
     assert plan.evict_blocks.tolist() == [6, 18]
     assert plan.evict_most.tolist() == [6, 30]
     assert plan.is_first.tolist() == [1, 0]
     assert plan.pool_tail.tolist() == [1, 0]
-    assert plan.recorded.tolist() == [0, 1]
-    assert not plan.all_recorded
     assert plan.entry_base.tolist() == [0, 16 * 6 * 3]
     assert plan.keep_base.tolist() == [0, 16 * 6 * 1]
     assert plan.num_entries == 16 * 6 * (3 + 4 + 4)
@@ -58,7 +55,7 @@ def test_layout_of_two_requests() -> None:
 
 
 def test_a_planned_request_is_a_column_of_the_plan() -> None:
-    plan = build_plan([request(slot=1), request(recorded=True)], 6, "cpu")
+    plan = build_plan([request(slot=1), request()], 6, "cpu")
     names = [name.removesuffix("s") for name in PassPlan._fields]
     fields = [name.removesuffix("s") for name in PlannedRequest._fields]
     assert names[: len(fields)] == fields

@@ -53,10 +53,10 @@ def batch(device: str) -> Case:
 def context(case: Case, plan: PassPlan | None = None) -> ScoreContext:
     return ScoreContext(
         query_ring=case.query_ring,
-        query_lse=case.query_lse,
         arena=case.arena,
         tables=case.tables,
         plan=plan or make_plan(case),
+        group=case.group,
         sm_scale=80**-0.5,
     )
 

@@ -96,9 +96,9 @@ def test_a_window_of_everything_observes_the_same(power: int, device: str) -> No
     case = make_case(
         [45], layers=2, kv_heads=3, group=2, head_dim=32, window=45, device=device
     )
-    args = (case.arena, case.tables, make_plan(case), case.query_ring, case.query_lse)
+    args = (case.arena, case.tables, make_plan(case), case.query_ring)
     how = {"sm_scale": 0.25, "power": power}
-    observed = observe_scores(*args, **how).view(2, 3, 48)[..., :45]
+    observed = observe_scores(*args, group=2, **how).view(2, 3, 48)[..., :45]
     keys = case.arena.k.view(-1, 32)
     for layer in range(2):
         rows = [

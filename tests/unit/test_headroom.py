@@ -174,7 +174,6 @@ def test_passes_in_flight_count_before_any_other() -> None:
             packed_new=BUDGET,
             query_start=0,
             protected=32,
-            recorded=True,
             repeated=False,
         )
         state.in_flight.append(PassInFlight(decision, req, state, None))

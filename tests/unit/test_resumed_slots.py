@@ -42,7 +42,6 @@ def state() -> DeviceState:
         arena=anything,
         tables=tables,
         query_ring=QueryRing(anything, anything, rings, window=32),
-        query_lse=anything,
         novelty_unit=torch.full((SLOTS,), 7.0),
         device="cpu",
     )

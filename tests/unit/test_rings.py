@@ -140,7 +140,6 @@ def test_the_table_follows_its_owners() -> None:
         arena=case.arena,
         tables=case.tables,
         query_ring=ring_in(case.arena, pages, 32),
-        query_lse=case.query_lse,
         novelty_unit=torch.zeros(5),
         device="cpu",
     )

@@ -25,16 +25,16 @@ class ScoreContext:
 
     Attributes
     ----------
-    query_ring, query_lse, arena, tables, plan : as in `kernels.layout`. All are only
-        read, but for ``query_lse``: `attention` fills in what was not recorded.
+    query_ring, arena, tables, plan : as in `kernels.layout`; only read.
+    group : query heads of a KV head.
     sm_scale : factor on the logits.
     """
 
     query_ring: QueryRing
-    query_lse: torch.Tensor
     arena: Arena
     tables: BlockTables
     plan: PassPlan
+    group: int
     sm_scale: float
 
     def attention(self, power: int, *, value_norms: bool = False) -> torch.Tensor:
@@ -56,7 +56,7 @@ class ScoreContext:
             self.tables,
             self.plan,
             self.query_ring,
-            self.query_lse,
+            group=self.group,
             sm_scale=self.sm_scale,
             power=power,
             value_norms=value_norms,

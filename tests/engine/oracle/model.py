@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -86,14 +85,13 @@ class MaskedTokens:
     ----------
     length : how many there are.
     visible : [L * H, length] bool, in layer-major order.
-    paid : by position of the query, and in the order of the layers: [2, H, n], what it
-        paid to each position. Its byte form multiplies the keys; what all it saw is
-        worth is that of its byte form, or [1] of the query itself, if it was decoded.
+    paid : by position of the query, and in the order of the layers: [H, n], what it, as
+        it is remembered, paid to each position.
     keys, values : by layer, [H, length, head_dim].
     stored : keys and values that take the place of the model's, by layer: those of a
         server whose cache rounds them.
     made : those of the model, by layer.
-    rounds : whether queries and their log-sum-exps are remembered as a server does it.
+    rounds : whether queries are remembered as a server does it.
     """
 
     def __init__(self, model: MaskedModel, window: int, power: int) -> None:
@@ -170,11 +168,9 @@ class MaskedTokens:
         # A probe observes as the tokens before it would.
         back = self.window if self._probing else 0
         seen = masked(coarse, places - back)
-        sums = torch.stack([seen.logsumexp(-1), exact.logsumexp(-1)])
-        sums = _in_halves(sums) if self.rounds else sums
-        found = (seen - sums[..., None]).exp()
+        found = seen.softmax(-1)
         for row in range(max(new - self.window, 0), new):
-            mass = found[:, :, row].view(2, heads, group, n).pow(self.power).sum(2)
+            mass = found[:, row].view(heads, group, n).pow(self.power).sum(1)
             by_layer = self.paid.setdefault(n - new + row - back, [])
             if len(by_layer) == self.model.layers:
                 by_layer.clear()
@@ -193,8 +189,3 @@ def in_bytes(queries: torch.Tensor) -> torch.Tensor:
     step[:8] = 2
     sizes = (queries.abs() / scale / step).round() * step
     return queries.sign() * sizes.clamp(max=122 + (step < 2).float()) * scale
-
-
-def _in_halves(sums: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exps as they are remembered: to the base 2, in fp16."""
-    return (sums / math.log(2)).half().float() * math.log(2)

@@ -70,11 +70,10 @@ class EntryScores:
         """Add what the observed queries paid, the paper's eq. 6-8."""
         tokens = self.tokens
         start = max(self._scored, tokens.length - self.options.window, 0)
-        decoded = start >= self.prompt_len
         added = torch.zeros_like(self._scores)
         for pos in range(start, tokens.length):
             # Layers appended in order.
-            rows = torch.cat(tokens.paid[pos], dim=1)[int(decoded)]
+            rows = torch.cat(tokens.paid[pos])
             added[:, : rows.shape[1]] += rows
         if METRICS[self.options.metric].value_norms:
             layers = range(tokens.model.layers)
