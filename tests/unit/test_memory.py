@@ -12,8 +12,10 @@ from sglang_kvc.memory.metadata import (
     MetadataBytes,
     ModelShape,
     default_slots,
+    lse_bytes,
     metadata_bytes,
     mlp_width,
+    pass_head_bytes,
 )
 
 LLAMA_8B = ModelShape(
@@ -42,7 +44,7 @@ def at_8b_defaults(pool_tokens: int) -> MetadataBytes:
 
 
 @pytest.mark.parametrize(
-    ("pool_tokens", "running", "most"), [(20_480, 25, 0.06), (800_000, 256, 0.025)]
+    ("pool_tokens", "running", "most"), [(20_480, 25, 0.05), (800_000, 256, 0.02)]
 )
 def test_a_small_part_of_the_kv_at_8b_defaults(
     pool_tokens: int, running: int, most: float
@@ -137,6 +139,15 @@ def test_a_ring_is_a_window_of_bytes(window: int) -> None:
         pool_tokens=8192,
     )
     assert sizes.ring == 32 * window * 32 * 128
+    assert lse_bytes(LLAMA_8B, options) == 4 * window * 4
+
+
+def test_a_pass_holds_scores_and_what_comes_beside_them() -> None:
+    """Log-sum-exps are gone before scores are pooled, these before the choice."""
+    sizes = {"counts": 100, "lse": 4096, "pooled": True}
+    assert pass_head_bytes(100, 50, **sizes) == 400 + 4096
+    assert pass_head_bytes(2000, 50, **sizes) == 8000 + 8000
+    assert pass_head_bytes(2000, 1500, **sizes) == 8000 + 12_000 + 100
 
 
 def test_a_small_pool_gets_as_many_slots_as_it_can_use_and_smaller_tables() -> None:
