@@ -10,7 +10,7 @@ import pytest
 BENCH = Path(__file__).parents[3] / "bench"
 COMMON = "common"
 ROOMS = {"serving", "kernels", "quality", "soak", "features"}
-PROGRAMS = {"gpu_check"}
+PROGRAMS = {"gpu_check", "visit"}
 """Beside the rooms: they start the rooms' commands and import `COMMON` only."""
 
 
