@@ -29,11 +29,10 @@ from bench.serving.args import parse_arguments
 from bench.serving.loads import choose
 from bench.serving.plan import (
     adhoc,
+    chosen,
     engines_together,
     plan,
     supported,
-    with_rates,
-    with_systems,
     without_stock,
 )
 from bench.serving.session import Session
@@ -46,10 +45,7 @@ def main() -> None:
     if not args.table_only:
         named = args.group or args.loads
         loads = choose(args.group, args.loads.split(",")) if named else [adhoc(args)]
-        if args.rates:
-            loads = [with_rates(load, args.rates) for load in loads]
-        if named and args.systems:
-            loads = [with_systems(load, args.systems) for load in loads]
+        loads = chosen(loads, args.rates, args.systems if named else "")
         if args.device == "cpu":
             loads = [without_stock(load) for load in loads]
         with tempfile.TemporaryDirectory() as folder:

@@ -185,6 +185,33 @@ def with_systems(load: Load, chosen: str) -> Load:
     return dataclasses.replace(load, systems=systems)
 
 
+def chosen(loads: list[Load], rates: str, systems: str) -> list[Load]:
+    """The loads at the chosen rates and with the chosen systems; "" is all of them.
+
+    Raises
+    ------
+    SystemExit
+        For a rate or a system that none of the loads has.
+    """
+    for what, asked, known in (
+        ("rates", rates, {f"{rate:g}" for load in loads for rate in load.rates}),
+        ("systems", systems, {name for load in loads for name in load.systems}),
+    ):
+        names = [f"{float(one):g}" if what == "rates" else one for one in _words(asked)]
+        if unknown := [name for name in names if name not in known]:
+            raise SystemExit(
+                f"no load has the {what} {', '.join(unknown)}; there are "
+                f"{', '.join(sorted(known))}"
+            )
+    if rates:
+        loads = [with_rates(load, rates) for load in loads]
+    return [with_systems(load, systems) for load in loads] if systems else loads
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",") if text else []
+
+
 def without_stock(load: Load) -> Load:
     """Leave stock out, for the CPU: SGLang's PyPI build needs our plugin there."""
     systems = (ABSENT if system == STOCK else system for system in load.systems)

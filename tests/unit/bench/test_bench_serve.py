@@ -24,6 +24,7 @@ from bench.serving.plan import (
     Spec,
     adhoc,
     check,
+    chosen,
     engine_arguments,
     engines_together,
     plan,
@@ -175,6 +176,16 @@ def test_chosen_systems() -> None:
     assert {run.spec.system for run in plan([with_systems(both, "stock")], 1)[0]} == {
         "stock"
     }
+
+
+def test_what_no_load_has_is_refused() -> None:
+    loads = [LOADS["6000x500@20480"], LOADS["6000x256@all"]]
+    assert chosen(loads, "64,1", "kvc")[0].rates == (64, 1)
+    assert chosen(loads, "", "") == loads
+    with pytest.raises(SystemExit, match="no load has the rates 3, 1.25; there are"):
+        chosen(loads, "64,3,1.25", "")
+    with pytest.raises(SystemExit, match="no load has the systems ours; there are kvc"):
+        chosen(loads, "", "stock,ours")
 
 
 def test_deadline_uses_what_the_last_repeat_took(monkeypatch: Any) -> None:
