@@ -59,9 +59,6 @@ __all__ = [
 LOG2E = 1.4426950408889634
 # Shared memory of a program that tiles of K and V must leave.
 _OTHER_SHARED = 16 * 1024
-# fp32 values that one round of the merge holds, over all threads: more cost registers
-# that the attention loop does without.
-_MERGE_VALUES = 4096
 
 
 class NewTokens(NamedTuple):
@@ -251,7 +248,7 @@ def decode_attention_triton(
         GR=padded_group,
         DP=padded_dim,
         TILE=config.tile,
-        PARTS=max(1, min(16, _MERGE_VALUES // (padded_group * padded_dim))),
+        PARTS=max(1, min(16, config.merge_values // (padded_group * padded_dim))),
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
         num_stages=num_stages,

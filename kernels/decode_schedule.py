@@ -37,6 +37,9 @@ class DecodeConfig(NamedTuple):
     row_slack : tiles by which a share may grow for all shares to begin and end with
         rows: then a program works on one row and waits once for tables and query.
         None: the shares are never aligned.
+    merge_values : fp32 values that a round of the merge holds, over all threads, in at
+        most 16 parts; a power of two. More: fewer rounds that wait for memory, and
+        more registers, which the attention loop does without.
     """
 
     tile: int = 64
@@ -47,6 +50,7 @@ class DecodeConfig(NamedTuple):
     max_registers: int | None = None
     max_parts: int | None = 16
     row_slack: int | None = 1
+    merge_values: int = 4096
 
 
 # Three programs fit on a multiprocessor with up to 168 registers a thread. Some shapes
