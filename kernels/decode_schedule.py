@@ -127,6 +127,8 @@ class DecodeWorkspace(NamedTuple):
     partial_mass : [2 P, Hq / H] fp32, the sum of 2 ** (logit - max).
     partial_max : [2 P, Hq / H] fp32, the largest logit, times log2(e).
     arrivals : [R] int32, parts of each row stored so far; 0 between launches.
+    ring_pages : [B] int32, the plan: page of the query ring that the new query of each
+        request goes to, 0: none. Neither layer nor head matters, so no record has it.
     """
 
     cu_tiles: torch.Tensor
@@ -136,6 +138,7 @@ class DecodeWorkspace(NamedTuple):
     partial_mass: torch.Tensor
     partial_max: torch.Tensor
     arrivals: torch.Tensor
+    ring_pages: torch.Tensor
 
     @property
     def programs(self) -> int:
@@ -180,6 +183,7 @@ def make_decode_workspace(
         partial_mass=torch.empty(2 * programs, group, **floats),
         partial_max=torch.empty(2 * programs, group, **floats),
         arrivals=torch.zeros(rows, **ints),
+        ring_pages=torch.empty(max_batch, **ints),
     )
 
 

@@ -29,7 +29,8 @@ def bench_steps(
     shape, batch = case.shape, case.batch
     new = new_tokens(case)
     tables, slots, lens = batch.tables, batch.slots, batch.seq_lens
-    decode.plan_decode(tables, slots, lens, workspace, num_kv_heads=shape.kv_heads)
+    how = {"num_kv_heads": shape.kv_heads, "query_ring": new.query_ring}
+    decode.plan_decode(tables, slots, lens, workspace, **how)
 
     def ours(layer: int) -> torch.Tensor:
         return decode.decode_attention(

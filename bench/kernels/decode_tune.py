@@ -164,12 +164,11 @@ def _time_row(config: Any, timed: Timed, clock: Clock) -> Timing:
         # Rows may share pages, so steps of others may have stored in these.
         case.store(new)
     given = {"new_tokens": new} if timed.kernel == "decode_step" else {}
+    how = {"config": config, "query_ring": None if new is None else new.query_ring}
     shape, batch = case.shape, case.batch
     workspace = make_workspace(shape, case.q.device, config=config)
     lengths = (batch.tables, batch.slots, batch.seq_lens)
-    decode.plan_decode_triton(
-        *lengths, workspace, num_kv_heads=shape.kv_heads, config=config
-    )
+    decode.plan_decode_triton(*lengths, workspace, num_kv_heads=shape.kv_heads, **how)
 
     def run(layer: int) -> torch.Tensor:
         return decode.decode_attention_triton(
