@@ -59,9 +59,6 @@ __all__ = [
 LOG2E = 1.4426950408889634
 # Shared memory of a program that tiles of K and V must leave.
 _OTHER_SHARED = 16 * 1024
-# fp32 values that one round of the merge holds, over all threads: more cost registers
-# that the attention loop does without.
-_MERGE_VALUES = 4096
 
 
 class NewTokens(NamedTuple):
@@ -89,7 +86,6 @@ class KernelTokens(NamedTuple):
     out_cache_loc: torch.Tensor
     ring_k: torch.Tensor
     ring_v: torch.Tensor
-    ring_pages: torch.Tensor
 
 
 def plan_decode(
@@ -99,6 +95,7 @@ def plan_decode(
     workspace: DecodeWorkspace,
     *,
     num_kv_heads: int,
+    query_ring: QueryRing | None = None,
 ) -> None:
     """Split the work of this step's `decode_attention` calls, for all layers.
 
@@ -111,10 +108,16 @@ def plan_decode(
     slots, seq_lens : [B] int32 or int64, the ones `decode_attention` will be given.
     workspace : from `make_decode_workspace`, for at least these B, L and H.
     num_kv_heads : H.
+    query_ring : that of the `NewTokens`; without it their queries are not recorded.
     """
     if use_triton(slots):
         plan_decode_triton(
-            tables, slots, seq_lens, workspace, num_kv_heads=num_kv_heads
+            tables,
+            slots,
+            seq_lens,
+            workspace,
+            num_kv_heads=num_kv_heads,
+            query_ring=query_ring,
         )
 
 
@@ -199,7 +202,13 @@ def decode_attention_triton(
             config=config,
         )
         plan_decode_triton(
-            tables, slots, seq_lens, workspace, num_kv_heads=heads, config=config
+            tables,
+            slots,
+            seq_lens,
+            workspace,
+            num_kv_heads=heads,
+            config=config,
+            query_ring=None if new_tokens is None else new_tokens.query_ring,
         )
     check_workspace(workspace, batch, layers, heads)
     check_programs(workspace, programs)
@@ -214,13 +223,15 @@ def decode_attention_triton(
     tiles = (shared_memory() - _OTHER_SHARED) // tile_bytes
     num_stages = min(config.num_stages, 2 + 2 * tiles)
     strides = [0] * 4
-    sizes = {"W": 1, "R": 1, "B": 1, "N": 1}
+    sizes = {"W": 1, "R": 1, "B": 1}
     new = None
     if new_tokens is not None:
         ring = new_tokens.query_ring
         strides = [x.stride(i) for x in new_tokens[:2] for i in (0, 1)]
         sizes = ring.sizes(group, head_dim)
-        new = KernelTokens(*new_tokens[:3], *ring[:3])
+        # The plan looks up the pages.
+        del sizes["N"]
+        new = KernelTokens(*new_tokens[:3], *ring[:2])
     decode_tiles_kernel[(programs,)](
         kernel_arena(arena),
         tables.req_to_token,
@@ -251,7 +262,7 @@ def decode_attention_triton(
         GR=padded_group,
         DP=padded_dim,
         TILE=config.tile,
-        PARTS=max(1, min(16, _MERGE_VALUES // (padded_group * padded_dim))),
+        PARTS=max(1, min(16, config.merge_values // (padded_group * padded_dim))),
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
         num_stages=num_stages,
@@ -284,7 +295,7 @@ def decode_attention(
     sm_scale : factor on the logits, usually D ** -0.5.
     out : [B, Hq, D], last dimension contiguous; allocated like q by default.
     workspace : from `make_decode_workspace`; `plan_decode` must have filled it for the
-        same slots and seq_lens. By default one is allocated and filled here.
+        same slots, seq_lens and ring. By default one is allocated and filled here.
     new_tokens : the tokens of `q`, if they are still to be stored in this layer.
 
     Returns

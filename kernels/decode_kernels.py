@@ -31,7 +31,7 @@ from sglang_kvc.kernels.kv_dtype import (
     matching_query,
     widen,
 )
-from sglang_kvc.kernels.query_ring import encode_queries, ring_line, ring_page
+from sglang_kvc.kernels.query_ring import encode_queries, ring_line
 
 
 @triton.jit
@@ -200,7 +200,6 @@ def decode_tiles_kernel(
     W: tl.constexpr,
     R: tl.constexpr,
     B: tl.constexpr,
-    N: tl.constexpr,
     GP: tl.constexpr,
     GR: tl.constexpr,
     DP: tl.constexpr,
@@ -255,7 +254,7 @@ def decode_tiles_kernel(
             # Loaded together with the query, which is waited for first.
             strides = (k_token_stride, k_head_stride, v_token_stride, v_head_stride)
             key, value, token = load_new_token(new, b, h, end == n, *strides, D, DP)
-            page = ring_page(new.ring_pages, slot, row_in_ring, end == n, R, N)
+            page = tl.load(work.ring_pages + b)
         query = tl.load(q + q_cell, mask=g_mask, other=0.0)
 
         if new is not None and end == n:

@@ -38,6 +38,7 @@ from sglang_kvc.kernels.decode_schedule import (
     num_programs,
 )
 from sglang_kvc.kernels.layout import PAGE_SIZE, BlockTables
+from sglang_kvc.kernels.query_ring import QueryRing, ring_page
 
 # Rows that one round of the plan's prefix sum takes.
 _PLAN_CHUNK = 1024
@@ -53,12 +54,14 @@ class DecodePlan(NamedTuple):
     program_records : [L, programs, 8] int32; of row B * H - 1 for a program without a
         tile.
     row_records : [L, B * H, 5] int32, the fields in use.
+    ring_pages : [B] int32.
     """
 
     cu_tiles: torch.Tensor
     shares: torch.Tensor
     program_records: torch.Tensor
     row_records: torch.Tensor
+    ring_pages: torch.Tensor
 
 
 def plan_decode_ref(
@@ -69,8 +72,10 @@ def plan_decode_ref(
     num_kv_heads: int,
     programs: int,
     config: DecodeConfig,
+    query_ring: QueryRing | None = None,
+    rows_per_block: int = 1,
 ) -> DecodePlan:
-    """Plain torch form of `plan_decode_triton`."""
+    """Plain torch form of `plan_decode_triton`; rows_per_block : R of the ring."""
     slots, rows = slots.long(), len(slots) * num_kv_heads
     num_layers = tables.heads_per_page // num_kv_heads
 
@@ -110,7 +115,11 @@ def plan_decode_ref(
     first_end = (cu_tiles.gather(1, first_rows), cu_tiles.gather(1, first_rows + 1))
     own = row_records[torch.arange(num_layers)[:, None], first_rows]
     program_records = torch.cat([own, torch.stack([*first_end, first_rows], -1)], -1)
-    plan = (cu_tiles, shares, program_records, row_records)
+    pages = torch.zeros_like(slots)
+    if query_ring is not None:
+        in_ring = (seq_lens.long() - 1) % query_ring.window
+        pages = query_ring.pages[slots, in_ring // (2 * rows_per_block)]
+    plan = (cu_tiles, shares, program_records, row_records, pages)
     return DecodePlan(*(part.int() for part in plan))
 
 
@@ -128,9 +137,11 @@ def decode_plan_kernel(
     block_offsets,
     slots,
     seq_lens,
+    ring,
     cu_tiles,
     shares,
     records,
+    ring_pages,
     cu_stride,
     planned_programs,
     records_stride,
@@ -139,6 +150,9 @@ def decode_plan_kernel(
     LH: tl.constexpr,
     H: tl.constexpr,
     S: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
     TILE: tl.constexpr,
     MIN_SHARE: tl.constexpr,
     MAX_PARTS: tl.constexpr,
@@ -148,11 +162,13 @@ def decode_plan_kernel(
     PP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Grid (L,): program l plans layer l and writes nothing else.
+    """Grid (L,): program l plans layer l and writes nothing else, but program 0 also
+    ring_pages.
 
-    Pointers: tables as in ``layout``; slots and seq_lens [B]; cu_tiles, shares and
-    records as in `DecodeWorkspace`, of at least num_rows rows and planned_programs >=
-    NUM_PROGRAMS programs. A program without a tile has row num_rows - 1.
+    Pointers: tables as in ``layout``; slots and seq_lens [B]; ring the pages of a
+    `QueryRing` or None; cu_tiles, shares, records and ring_pages as in
+    `DecodeWorkspace`, of at least num_rows rows and planned_programs >= NUM_PROGRAMS
+    programs. A program without a tile has row num_rows - 1.
     search_steps = ceil(log2(num_rows)); PP is NUM_PROGRAMS rounded up to a power of
     two.
     """
@@ -172,6 +188,12 @@ def decode_plan_kernel(
         )
         record = row_records + row * RECORD
         store_record(record, slot, first_block, packed_len, fold_len, n, ok)
+        once = ok & (layer == 0) & (row % H == 0)
+        page = tl.zeros([CHUNK], tl.int32)
+        if ring is not None:
+            row_in_ring = (fold_len + n - packed_len - 1) % W
+            page = ring_page(ring, slot, row_in_ring, once, R, N)
+        tl.store(ring_pages + row // H, page, mask=once)
         # Every row has a tile, so that the attention kernel visits and writes it.
         tiles = tl.where(ok, tl.maximum(tl.cdiv(n, TILE), 1), 0)
         tl.store(cu + 1 + row, total + tl.cumsum(tiles, 0), mask=ok)
@@ -225,6 +247,7 @@ def plan_decode_triton(
     *,
     num_kv_heads: int,
     config: DecodeConfig | None = None,
+    query_ring: QueryRing | None = None,
 ) -> None:
     """Fill the plan of all layers in one launch.
 
@@ -235,6 +258,7 @@ def plan_decode_triton(
     workspace : from `make_decode_workspace`.
     num_kv_heads : H.
     config : default of the workspace's shape.
+    query_ring : only its pages are read; without it no queries are recorded.
     """
     batch, heads = slots.shape[0], num_kv_heads
     num_layers = tables.heads_per_page // heads
@@ -244,14 +268,21 @@ def plan_decode_triton(
     programs = num_programs(config, slots.device)
     check_programs(workspace, programs)
     rows = batch * heads
+    ring, sizes = None, {"W": 1, "R": 1, "N": 1}
+    if query_ring is not None:
+        ring, sizes = query_ring.pages, query_ring.sizes(group, head_dim)
+        # Where a row lies in its page does not matter here.
+        del sizes["B"]
     decode_plan_kernel[(num_layers,)](
         tables.fold_lens,
         tables.block_offsets,
         slots,
         seq_lens,
+        ring,
         workspace.cu_tiles,
         workspace.shares,
         workspace.records,
+        workspace.ring_pages,
         workspace.cu_tiles.stride(0),
         workspace.programs,
         workspace.records.stride(0),
@@ -260,6 +291,7 @@ def plan_decode_triton(
         LH=tables.heads_per_page,
         H=heads,
         S=PAGE_SIZE,
+        **sizes,
         TILE=config.tile,
         MIN_SHARE=config.min_share,
         MAX_PARTS=config.max_parts,

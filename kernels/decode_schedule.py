@@ -37,6 +37,9 @@ class DecodeConfig(NamedTuple):
     row_slack : tiles by which a share may grow for all shares to begin and end with
         rows: then a program works on one row and waits once for tables and query.
         None: the shares are never aligned.
+    merge_values : fp32 values that a round of the merge holds, over all threads, in at
+        most 16 parts; a power of two. More: fewer rounds that wait for memory, and
+        more registers, which the attention loop does without.
     """
 
     tile: int = 64
@@ -47,6 +50,7 @@ class DecodeConfig(NamedTuple):
     max_registers: int | None = None
     max_parts: int | None = 16
     row_slack: int | None = 1
+    merge_values: int = 4096
 
 
 # Three programs fit on a multiprocessor with up to 168 registers a thread. Some shapes
@@ -123,6 +127,8 @@ class DecodeWorkspace(NamedTuple):
     partial_mass : [2 P, Hq / H] fp32, the sum of 2 ** (logit - max).
     partial_max : [2 P, Hq / H] fp32, the largest logit, times log2(e).
     arrivals : [R] int32, parts of each row stored so far; 0 between launches.
+    ring_pages : [B] int32, the plan: page of the query ring that the new query of each
+        request goes to, 0: none. Neither layer nor head matters, so no record has it.
     """
 
     cu_tiles: torch.Tensor
@@ -132,6 +138,7 @@ class DecodeWorkspace(NamedTuple):
     partial_mass: torch.Tensor
     partial_max: torch.Tensor
     arrivals: torch.Tensor
+    ring_pages: torch.Tensor
 
     @property
     def programs(self) -> int:
@@ -176,6 +183,7 @@ def make_decode_workspace(
         partial_mass=torch.empty(2 * programs, group, **floats),
         partial_max=torch.empty(2 * programs, group, **floats),
         arrivals=torch.zeros(rows, **ints),
+        ring_pages=torch.empty(max_batch, **ints),
     )
 
 

@@ -6,7 +6,8 @@
 * `timing`: clocks, and the record and table of the figures
 * `checks`: small batches on which a kernel must match its reference first
 * `decode`: decode attention beside FlashAttention-3; its rows (`decode_case`), whole
-  steps (`decode_steps`), a sweep of its configurations (`decode_tune`)
+  steps (`decode_steps`), sweeps of its configurations (`decode_tune`), of one choice at
+  a time (`decode_around`)
 * `append`, `prefill`: new tokens stored, prompts read
 * `passes`: eviction passes, each stage and all of them (`pass_stages`); their batches
   (`pass_cases`)

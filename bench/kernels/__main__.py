@@ -2,6 +2,8 @@
 
     python -m bench.kernels [--only decode,append,pass,report,prefill] [--quick]
     python -m bench.kernels --tune
+    python -m bench.kernels --only decode --rows 3x6250,1x8192 [--layout tail]
+    python -m bench.kernels --rows 3x6250,1x8192 --tune [--around num_stages=3]
     python -m bench.kernels --only decode --quick --shape 32x4x64x256
     python -m bench.kernels --only decode --kv-cache-dtype fp8_e4m3
 
@@ -11,13 +13,18 @@ arena has 8 KV heads of 128 in mind: KV heads x head size should be 1,024. A ker
 first compared with its reference and gets no number if it differs. Numbers are medians
 of replayed CUDA graphs, L2 cold; "floor us" is the time to move the least bytes at
 4.3 TB/s, what a copy reaches on an H200. Everything is appended to ``--out``.
+
+``--rows`` names decode attention's rows, requests x KVs a head (s behind it: skewed),
+in an arena as large as they need. ``--tune`` then changes one field after the other of
+the shape's default configuration, or of what ``--around`` makes of it. The plot draws
+every row in ``kernels.jsonl``: give such rows another ``--out``.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +34,7 @@ from bench.common.record import environment
 from bench.kernels import (
     append,
     decode,
+    decode_around,
     decode_case,
     decode_tune,
     passes,
@@ -79,8 +87,12 @@ def bench_copy(clock: Clock, report: Report) -> None:
         report.add("copy", "copy", "2 GiB", timing, 2 * COPY_BYTES)
 
 
-def arena_pages(sections: list[str]) -> int:
-    """Pages that the sections need; 1 MiB of K and 1 MiB of V each."""
+def arena_pages(
+    sections: list[str], rows: Sequence[decode_case.Row] | None = None
+) -> int:
+    """Pages that the sections need, or given rows; 1 MiB of K and 1 MiB of V each."""
+    if rows:
+        return max(map(decode_case.row_pages, rows))
     needs = {
         "decode": decode_case.ARENA_PAGES,
         "pass": passes.ARENA_PAGES,
@@ -121,18 +133,43 @@ def main() -> None:
     )
     parser.add_argument("--tune", action="store_true", help="sweep decode instead")
     parser.add_argument("--tune-seconds", type=float, default=TUNE_SECONDS)
+    parser.add_argument(
+        "--rows",
+        type=decode_case.parse_rows,
+        metavar="RxN[s],...",
+        help="decode only: requests x KVs a head, s: skewed",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=decode_case.LAYOUTS,
+        help="decode only, default: both; of --tune --rows: packed",
+    )
+    parser.add_argument(
+        "--around",
+        type=decode_around.parse_fields,
+        metavar="FIELD=VALUE,...",
+        help="of --tune --rows: what to replace in the shape's default",
+    )
     args = parser.parse_args()
-    sections = args.only.split(",")
+    sections = ["decode"] if args.tune else args.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"--only knows {', '.join(SECTIONS)}, not {', '.join(unknown)}")
     dtype = DTYPES[args.kv_cache_dtype]
     if dtype == E4M3 and sections != ["decode"]:
         parser.error("--kv-cache-dtype fp8_e4m3 needs --only decode")
+    if (args.rows or args.layout) and sections != ["decode"]:
+        parser.error("--rows and --layout need --only decode")
+    if args.layout == "tail" and any(row.skew for row in args.rows or ()):
+        parser.error("--layout tail: its heads are equal")
+    if args.tune and not args.rows and (args.layout or args.around):
+        parser.error("--layout and --around of --tune need --rows")
+    if args.around and not args.tune:
+        parser.error("--around needs --tune")
     if not torch.cuda.is_available():
         parser.error("no GPU: nothing can be measured here")
 
     shape = args.shape
-    pages = arena_pages(["decode"] if args.tune else sections)
+    pages = arena_pages(sections, args.rows)
     settings = {**vars(args), "out": args.out.name, "pages": pages}
     common = {**environment(), "args": settings, "shape": shape._asdict()}
     report = Report(args.out, common)
@@ -143,13 +180,19 @@ def main() -> None:
     torch.manual_seed(0)
     arena = make_arena(pages, shape, "cuda", dtype)
     base = (arena, shape, clock, report, args.quick)
+    compared = {"decode", "prefill"} & set(sections) and (args.rows or not args.tune)
+    fa3 = import_fa3() if compared else None
     work: dict[str, Callable[[], None]]
-    if args.tune:
+    if args.tune and args.rows:
+        given = (*base[:-1], args.rows, args.tune_seconds, fa3)
+        how = {"packed": args.layout != "tail", "fields": args.around}
+        work = {"tune": lambda: decode_tune.tune_rows(*given, **how)}
+    elif args.tune:
         work = {"tune": lambda: decode_tune.tune_decode(*base, args.tune_seconds)}
     else:
-        fa3 = import_fa3() if {"decode", "prefill"} & set(sections) else None
+        which = {"rows": args.rows, "only": args.layout}
         every: dict[str, Callable[[], None]] = {
-            "decode": lambda: decode.bench_decode(*base, fa3),
+            "decode": lambda: decode.bench_decode(*base, fa3, **which),
             "append": lambda: append.bench_append(*base),
             "pass": lambda: passes.bench_pass(*base),
             "report": lambda: reports.bench_report(*base),

@@ -5,7 +5,7 @@ Rows and layers are those of `decode_case`; times are per call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from bench.kernels.decode_case import (
     ROWS,
     Decode,
     Row,
+    layouts,
     make_workspace,
     row_batch,
 )
@@ -28,13 +29,26 @@ SECTION = "decode"
 
 
 def bench_decode(
-    arena: Arena, shape: Shape, clock: Clock, report: Report, quick: bool, fa3: Any
+    arena: Arena,
+    shape: Shape,
+    clock: Clock,
+    report: Report,
+    quick: bool,
+    fa3: Any,
+    *,
+    rows: Sequence[Row] | None = None,
+    only: str | None = None,
 ) -> None:
-    """Time all rows; see the module docstring."""
+    """Time `rows`, or those of `decode_case`; see the module docstring.
+
+    Parameters
+    ----------
+    only : the layout to time; both by default.
+    """
     device, pages = arena.k.device, arena.k.shape[0]
-    for row in QUICK_ROWS if quick else ROWS:
-        for packed in (True,) if row.skew else (True, False):
-            layout = "packed" if packed else "tail"
+    for row in rows or (QUICK_ROWS if quick else ROWS):
+        for layout in layouts(row, only):
+            packed = layout == "packed"
             with report.guard(f"decode {row.name} {layout}"):
                 batch = row_batch(row, shape, pages, str(device), packed)
                 case = Decode(arena, shape, batch)
@@ -57,7 +71,7 @@ def bench_decode(
                 if fa3 is not None and not packed:
                     for size in (1, 64):
                         with report.guard(f"fa3_stock_page{size} {row.name}"):
-                            _bench_stock(case, row, size, clock, report, fa3)
+                            bench_stock(case, row, size, clock, report, fa3)
 
 
 def _bench_ours(
@@ -130,7 +144,7 @@ def _bench_folded(
     report.add(SECTION, "fa3_folded", name, timing, case.bytes, error=error, **about)
 
 
-def _bench_stock(
+def bench_stock(
     case: Decode, row: Row, size: int, clock: Clock, report: Report, fa3: Any
 ) -> None:
     """Time FA3 in the layout of stock SGLang: pages of `size` tokens with all heads."""

@@ -6,7 +6,9 @@ to all), so no layer finds its KVs in L2; times are per call.
 
 from __future__ import annotations
 
+import argparse
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,6 +54,36 @@ ROWS = (
 QUICK_ROWS = (ROWS[1], ROWS[5])
 ARENA_PAGES = 17_408
 """34 GiB of K and V at Llama-3.1-8B's shape: the largest row and its tails."""
+LAYOUTS = ("packed", "tail")
+"""Packed blocks and a tail, or token pages only."""
+
+
+def parse_rows(text: str) -> tuple[Row, ...]:
+    """``3x6250,256x512s``: requests, KVs a head on average; s: skewed."""
+    rows = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)x(\d+)(s?)", part)
+        row = Row(int(match[1]), int(match[2]), bool(match[3])) if match else None
+        if row is None:
+            raise argparse.ArgumentTypeError(f"{part!r} is not like 3x6250 or 3x6250s")
+        if not 1 <= row.requests <= MAX_BATCH or row.mean < TAIL + PAGE_SIZE:
+            raise argparse.ArgumentTypeError(
+                f"{part}: 1 to {MAX_BATCH} requests, {TAIL + PAGE_SIZE} KVs or more"
+            )
+        rows.append(row)
+    return tuple(rows)
+
+
+def layouts(row: Row, only: str | None = None) -> tuple[str, ...]:
+    """Layouts that a row is timed in; skewed heads are packed always."""
+    possible = LAYOUTS[:1] if row.skew else LAYOUTS
+    return tuple(layout for layout in possible if only in (None, layout))
+
+
+def row_pages(row: Row) -> int:
+    """Pages of an arena that holds a row in every layout, the padding page included."""
+    packed = (row.mean - TAIL) // PAGE_SIZE - (-TAIL // PAGE_SIZE)
+    return 1 + row.requests * max(packed, -(-row.mean // PAGE_SIZE))
 
 
 def row_batch(
@@ -119,6 +151,13 @@ class Decode:
             "seq_lens": self.batch.seq_lens,
             "sm_scale": self.scale,
         }
+
+    def store(self, new: decode.NewTokens) -> None:
+        """Store the newest tokens: steps that store them again change no output."""
+        for layer, want in self.want.items():
+            decode.decode_attention_ref(
+                **self.arguments(layer), out=want, new_tokens=new
+            )
 
     def check(self, run: Callable[[int], torch.Tensor]) -> float:
         """Largest relative error of `run(layer)`; raises CheckError."""

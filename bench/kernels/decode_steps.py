@@ -27,9 +27,10 @@ def bench_steps(
 ) -> Iterator[tuple[str, Timing]]:
     """Yield names and times of a call; overwrites the newest token of every request."""
     shape, batch = case.shape, case.batch
-    new = _new_tokens(case)
+    new = new_tokens(case)
     tables, slots, lens = batch.tables, batch.slots, batch.seq_lens
-    decode.plan_decode(tables, slots, lens, workspace, num_kv_heads=shape.kv_heads)
+    how = {"num_kv_heads": shape.kv_heads, "query_ring": new.query_ring}
+    decode.plan_decode(tables, slots, lens, workspace, **how)
 
     def ours(layer: int) -> torch.Tensor:
         return decode.decode_attention(
@@ -58,7 +59,7 @@ def bench_steps(
     yield "fa3_folded_step", case.time(clock, theirs)
 
 
-def _new_tokens(case: Decode) -> decode.NewTokens:
+def new_tokens(case: Decode) -> decode.NewTokens:
     """Made-up new tokens at the last position, and rings for their queries."""
     shape, batch, like = case.shape, case.batch, case.q
     k, v = (torch.randn_like(like[:, : shape.kv_heads]) for _ in range(2))

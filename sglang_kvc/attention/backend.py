@@ -153,6 +153,7 @@ class KVCompressAttentionBackend(base_attn_backend.AttentionBackend):
             forward_batch.seq_lens,
             self._workspace,
             num_kv_heads=self.runtime.state.shape.num_kv_heads,
+            query_ring=self.runtime.state.query_ring,
         )
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:

@@ -96,8 +96,15 @@ def test_groups(group: int, device: str) -> None:
         {"row_slack": None, "max_parts": None},
         {"row_slack": 0, "max_parts": None},
         {"row_slack": 2, "max_parts": 4},
+        {"max_parts": None, "merge_values": 256},
     ],
-    ids=["default", "unaligned-many-parts", "aligned-many-parts", "four-parts"],
+    ids=[
+        "default",
+        "unaligned-many-parts",
+        "aligned-many-parts",
+        "four-parts",
+        "many-rounds",
+    ],
 )
 @pytest.mark.parametrize(
     ("seq_lens", "programs", "min_share"),
@@ -175,6 +182,7 @@ def test_reference_against_plain_python() -> None:
         (128, 4, torch.bfloat16, {"row_slack": None, "max_parts": None}),
         (128, 7, torch.bfloat16, {}),
         (128, 8, torch.float16, {}),
+        (128, 8, torch.bfloat16, {"max_parts": None, "merge_values": 16384}),
         (128, 12, torch.bfloat16, {}),
         (128, 16, torch.bfloat16, {}),
         (64, 16, torch.bfloat16, {}),

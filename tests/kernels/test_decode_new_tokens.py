@@ -116,7 +116,8 @@ def test_gpu_graph_of_layers_with_new_tokens(tokens: int, device: str) -> None:
     outs = [torch.empty_like(q) for _ in range(layers)]
 
     def step(fused: bool) -> None:
-        plan_decode_triton(case.tables, slots, seq_lens, workspace, num_kv_heads=8)
+        how = {"num_kv_heads": 8, "query_ring": case.query_ring}
+        plan_decode_triton(case.tables, slots, seq_lens, workspace, **how)
         for layer, out in enumerate(outs):
             k, v = (part[layer] for part in kvs)
             new = NewTokens(k, v, cells, case.query_ring) if fused else None

@@ -91,9 +91,9 @@ def test_plan(
     """Skewed rows, rows of one token, padding; prefix sums in several chunks."""
     monkeypatch.setattr(decode_plan, "_PLAN_CHUNK", chunk)
     seq_lens, folds = [1, 60, 1, 2000, 333, 16, 17], [0, 0, 0, 1600, 320, 0, 16]
-    case = make_case(
-        seq_lens, folds, layers=2, group=1, head_dim=16, skew=4.0, device=device
-    )
+    # Rings of three pages, 128 rows each.
+    shape = {"layers": 2, "group": 1, "head_dim": 16, "window": 300}
+    case = make_case(seq_lens, folds, **shape, skew=4.0, device=device)
     _, slots, lengths = make_batch(case, padding=2)
     config = DecodeConfig(
         programs_per_sm=programs,
@@ -102,9 +102,18 @@ def test_plan(
         max_parts=max_parts,
     )
     workspace = make_workspace(case, len(slots) + 3, config)
-    args, how = (case.tables, slots, lengths), {"num_kv_heads": 2, "config": config}
+    args = (case.tables, slots, lengths)
+    how = {"num_kv_heads": 2, "config": config, "query_ring": case.query_ring}
     plan_decode_triton(*args, workspace, **how)
-    plan = plan_decode_ref(*args, **how, programs=programs)
+    plan = plan_decode_ref(*args, **how, programs=programs, rows_per_block=64)
+    assert torch.equal(workspace.ring_pages[: len(slots)], plan.ring_pages)
+    assert plan.ring_pages.tolist() == [
+        *(
+            int(case.query_ring.pages[slot, (n - 1) % 300 // 128])
+            for slot, n in zip(case.slots, seq_lens, strict=True)
+        ),
+        *(0, 0),
+    ]
     rows = 2 * len(slots)
     assert torch.equal(workspace.shares, plan.shares)
     records = workspace.records
@@ -138,9 +147,12 @@ def test_idle_multiprocessors_limit_max_parts(
         config = DecodeConfig(16, max_parts=max_parts, row_slack=None)
         workspace = make_workspace(case, 2, config)
         args, how = (case.tables, slots, lengths), {"num_kv_heads": 1, "config": config}
+        workspace.ring_pages.fill_(7)
         plan_decode_triton(*args, workspace, **how)
         plan = plan_decode_ref(*args, **how, programs=36)
         assert workspace.shares.tolist() == plan.shares.tolist() == [share]
+        # No ring is given.
+        assert workspace.ring_pages.tolist() == plan.ring_pages.tolist() == [0, 0]
 
 
 @pytest.mark.interpreter
