@@ -90,19 +90,23 @@ def test_an_answer_that_may_end_before_does_not_wait(left: int, expected: int) -
     assert decided(make_policy(budget=256), left) == expected
 
 
-def test_what_does_not_fit_whole_does_not_wait() -> None:
-    """At every size of the pool: exactly what its prompt, delay and copy ask for."""
+@pytest.mark.parametrize("left", [DELAY + 1, LEFT])
+def test_what_does_not_fit_whole_does_not_wait(left: int) -> None:
+    """At every size of the pool: exactly what its prompt, delay and copy ask for.
+
+    Not even if it could keep everything to the end of a short answer.
+    """
     budget, seen = make_policy().budget(PROMPT + DELAY), set()
     whole = PROMPT + DELAY + budget + LATE_PASS_SLACK + 16
     for pool in range(640, 3 * PROMPT, 16):
         policy = make_policy(pool, mode="never")
-        way = course(policy, PROMPT, LEFT, HORIZON)
+        way = course(policy, PROMPT, left, HORIZON)
         if way is None or way.way is not Way.AFTER:
-            assert decided(policy) == 0
+            assert decided(policy, left) == 0
             continue
         fits = whole + 16 < pool
         seen.add(fits)
-        assert decided(policy) == (DELAY if fits else 0), pool
+        assert decided(policy, left) == (DELAY if fits else 0), pool
     assert seen == {True, False}
 
 
