@@ -30,6 +30,7 @@ FACTORS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "distinct": ("distinct", (0.0, 0.1, 0.3, 1.0)),
     "layer-share": ("layer_share", (0.0, 0.5, 0.75)),
     "allocation": ("allocation", ("joint", "layer", "head")),
+    "delay": ("delay", (0, 16, 32, 64)),
 }
 """Name of a preset: the option that it varies, and its values."""
 RESOLVED = {"distinct": "distinct_weight", "layer_share": "least_layer_share"}
@@ -158,6 +159,15 @@ def _long_presets() -> dict[str, Preset]:
             TUNING_SEED,
         ),
     }
+    late = ("delay=16", "delay=32", "delay=32,window=64")
+    found[f"{TUNE}-delay-long"] = Preset(
+        (OURS, *(f"{OURS}:{one}" for one in late)),
+        (*REPORTS, *REPLAYS),
+        ("1", "8", "4"),
+        30,
+        TUNING_SEED,
+        (6144,),
+    )
     others = ("interval=32", "window=64", "aging=0.5", "protected=128", "aging=0.8")
     found[f"{TUNE}-long-passes"] = Preset(
         (OURS, *(f"{OURS}:{one}" for one in others)),

@@ -141,7 +141,8 @@ class Load:
         if draw < 0.93:
             return {"enabled": False}
         told = {"report_heads": True}, {"rate": 8, "report_tokens": True}
-        return rng.choice((*told, {"rate": 8, "answer": 64}))
+        late = {"rate": 8, "delay": 32}
+        return rng.choice((*told, {"rate": 8, "answer": 64}, late))
 
     def _native(
         self,

@@ -43,6 +43,7 @@ DEFAULT_LAYER_SHARE = 0.5
 """With joint budgets."""
 MAX_WINDOW = 256
 MAX_POOL = 128
+MAX_DELAY = 4096
 
 BACKEND = "kvcompress"
 """Name under which the attention backend and the radix cache are registered."""
@@ -92,6 +93,15 @@ class KVCompressOptions:
         "Last tokens of an answer (rounded up to 16) that stay whole, beside the "
         "budget, which is then that of all before them. 0: decoded tokens compete "
         "with the prompt, and count against its rate or budget.",
+        expert=False,
+    )
+    delay: int = integer(
+        0,
+        "TOKENS",
+        "Decoded tokens that the first pass of a request waits for, 0 to "
+        f"{MAX_DELAY}, so that queries of the answer choose what is kept. The prompt "
+        "stays whole until then. Nothing waits that has no room for it, or that may "
+        "end before. With attention as the metric only.",
         expert=False,
     )
     window: int = integer(
@@ -206,6 +216,7 @@ class KVCompressOptions:
         check_int("protected", self.protected, 1)
         check_int("interval", self.interval, 1)
         check_int("answer", self.answer, 0)
+        check_int("delay", self.delay, 0, MAX_DELAY)
         check_int("sinks", self.sinks, 0)
         check_int("turns", self.turns, 0)
         check_switch("sessions", self.sessions)
@@ -218,7 +229,11 @@ class KVCompressOptions:
                 check_choice(name, getattr(self, name), flag.choices)
         check_number("distinct", self.distinct_weight, 0)
         check_number("aging", self.aging, 0, 1, above=True)
-        for name, asks in (("distinct", self.distinct), ("aging", self.aging != 1)):
+        for name, asks in (
+            ("distinct", self.distinct),
+            ("aging", self.aging != 1),
+            ("delay", self.delay),
+        ):
             if asks and not METRICS[self.metric].observes:
                 raise ConfigError(
                     f"{name}={getattr(self, name)} changes what attention says; "

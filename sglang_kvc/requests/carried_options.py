@@ -26,7 +26,7 @@ from sglang_kvc.requests.request_names import check_name
 from sglang_kvc.requests.request_options import parse_options
 
 MAX_TEXT = 256
-"""Characters of options as a string; all seven keys take fewer than 160."""
+"""Characters of options as a string; all nine keys take fewer than 180."""
 
 _CUSTOM = "custom_params"
 _LABELS = "custom_labels"

@@ -5,6 +5,7 @@ They arrive in SGLang's ``sampling_params.custom_params`` (OpenAI: ``extra_body`
     {"kv_compress": {"rate": 8}}          keep 1/8 of this request
     {"kv_compress": {"budget": 1024}}     keep 1024 tokens per KV head on average
     {"kv_compress": {"answer": 512}}      keep the answer's last 512 tokens beside that
+    {"kv_compress": {"delay": 32}}        wait for 32 tokens of the answer first
     {"kv_compress": {"enabled": false}}   keep everything
     {"kv_compress": {"report_heads": true}}   tell what every head keeps
     {"kv_compress": {"report_tokens": true}}  tell who keeps every token of the prompt
@@ -23,13 +24,14 @@ from typing import Any
 
 from sglang_kvc.config.checks import check_choice, check_int, check_switch
 from sglang_kvc.config.keep import Keep
-from sglang_kvc.config.options import SWITCH, KVCompressOptions
+from sglang_kvc.config.metrics import METRICS
+from sglang_kvc.config.options import MAX_DELAY, SWITCH, KVCompressOptions
 from sglang_kvc.config.shown import shown, suggestion
 from sglang_kvc.errors import ConfigError
 
 _KEYS = (
-    *("enabled", "rate", "budget", "answer", "report_heads", "report_tokens"),
-    *("keep", "resume"),
+    *("enabled", "rate", "budget", "answer", "delay"),
+    *("report_heads", "report_tokens", "keep", "resume"),
 )
 LEAVES = ("compressed", "whole", "none")
 """What a request may leave when it ends, see `RequestOptions.leaves`."""
@@ -50,6 +52,8 @@ class RequestOptions:
         How much this request keeps; None takes the server's setting.
     answer : int, optional
         Last tokens of its answer that stay whole; None takes the server's setting.
+    delay : int, optional
+        Decoded tokens that its first pass waits for; None takes the server's setting.
     report_heads : bool
         Report how many tokens every KV head holds after a pass.
     report_tokens : bool
@@ -65,6 +69,7 @@ class RequestOptions:
     enabled: bool = True
     keep: Keep | None = None
     answer: int | None = None
+    delay: int | None = None
     report_heads: bool = False
     report_tokens: bool = False
     leaves: str | None = None
@@ -191,29 +196,43 @@ def _checked(asked: Mapping[str, Any], defaults: KVCompressOptions) -> RequestOp
     for name in ("enabled", "report_heads", "report_tokens", "resume"):
         check_switch(f"{SWITCH}.{name}", asked.get(name, False))
     rate, budget = asked.get("rate"), asked.get("budget")
-    answer = asked.get("answer")
+    answer, delay = asked.get("answer"), asked.get("delay")
     asks = rate is not None or budget is not None
     keep = Keep(rate, budget, prefix=f"{SWITCH}.") if asks else None
     if budget is not None:
         defaults.check_budget(f"{SWITCH}.budget", budget)
     if answer is not None:
         check_int(f"{SWITCH}.answer", answer, 0)
+    if delay is not None:
+        _check_delay(delay, defaults)
     enabled = asked.get("enabled", True)
-    if (asks or answer is not None) and not enabled:
+    asks = asks or answer is not None or delay is not None
+    if asks and not enabled:
         raise ConfigError(
-            f"{SWITCH}.enabled=false keeps the whole cache, but a rate, a budget or an "
-            "answer is given too; drop one of them."
+            f"{SWITCH}.enabled=false keeps the whole cache, but a rate, a budget, an "
+            "answer or a delay is given too; drop one of them."
         )
     _check_session(asked, defaults, enabled)
     return RequestOptions(
         enabled,
         keep,
         answer,
+        delay,
         report_heads=asked.get("report_heads", False),
         report_tokens=asked.get("report_tokens", False),
         leaves=asked.get("keep"),
         resume=asked.get("resume"),
     )
+
+
+def _check_delay(delay: Any, defaults: KVCompressOptions) -> None:
+    """Check how long a first pass waits; only metrics that look at queries gain."""
+    check_int(f"{SWITCH}.delay", delay, 0, MAX_DELAY)
+    if delay and not METRICS[defaults.metric].observes:
+        raise ConfigError(
+            f"{SWITCH}.delay={delay} waits for queries of the answer; this server's "
+            f"metric={defaults.metric} does not look at queries. Leave it out."
+        )
 
 
 def _check_session(

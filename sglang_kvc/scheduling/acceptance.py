@@ -16,7 +16,7 @@ from sglang_kvc.errors import ConfigError, Section, pointed
 from sglang_kvc.requests.request_options import parse_request_options
 from sglang_kvc.scheduling import attached
 from sglang_kvc.scheduling.attached import policy_of
-from sglang_kvc.scheduling.course import Course, Way, course, reach
+from sglang_kvc.scheduling.course import Course, Way, course, delayed, reach
 from sglang_kvc.scheduling.lengths import tokens_left
 from sglang_kvc.scheduling.policy import RequestPolicy
 from sglang_kvc.scheduling.refusal import Reason, Refusal
@@ -88,12 +88,15 @@ def limit_request(
         attached.attach_policy(req, policy)
     length = len(req.origin_input_ids)
     horizon = schedule_policy.CLIP_MAX_NEW_TOKENS
+    policy = dataclasses.replace(policy, delay=0)
     most = min(max_req_len - length - 1, reach(policy, length, horizon) - length)
     if asked is not None:
         most = min(most, asked)
     params = req.sampling_params
     params.max_new_tokens = max(most, 0)
     params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+    policy = delayed(policy, length, params.max_new_tokens, horizon)
+    attached.attach_policy(req, policy)
 
 
 def readmit(req: Req) -> Refusal | None:

@@ -11,7 +11,8 @@ way     when it is compressed              most tokens held until then
 ======= ================================== ============================================
 BETWEEN after every chunk of its prompt    two packed copies and a chunk
 AFTER   behind its prompt                  the prompt and its packed copy
-LATER   while it decodes                   the length at which a pass is due, the copy
+LATER   while it decodes, or behind its    the length at which a pass is due, the copy
+        `delay`
 KEEP    never: not asked for, or no copy   all its tokens
         fits beside what it holds
 ======= ================================== ============================================
@@ -19,7 +20,7 @@ KEEP    never: not asked for, or no copy   all its tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens, floor_tokens
@@ -121,6 +122,36 @@ def course(
     candidates.append(Course(Way.KEEP, length + ahead))
     fitting = (it for it in candidates if it.fits(policy.whole_pool))
     return next(fitting, None)
+
+
+def delayed(
+    policy: RequestPolicy, length: int, left: int, horizon: int
+) -> RequestPolicy:
+    """Policy of a new request, whose first pass waits as asked if the pool allows it.
+
+    It waits only where it gets a pass all the same, at a length that it reaches, and
+    where its answer may grow as long as without. What is decided holds for its life:
+    a retracted request comes back longer, so what it waits for is nearer.
+
+    Parameters
+    ----------
+    policy : of the request, without a delay.
+    length, left, horizon : see `course`; `left` is what it may decode without a delay.
+    """
+    waiting = replace(policy, delay=policy.asked_delay)
+    if not waiting.delay:
+        return policy
+    way = course(policy, length, left, horizon)
+    if way is None or way.way not in (Way.AFTER, Way.LATER):
+        # Compressed between chunks, or never.
+        return policy
+    way = course(waiting, length, left, horizon)
+    if way is None or way.way is not Way.LATER:
+        return policy
+    end = length + left
+    # The last token of an answer is in no step.
+    is_due = waiting.first_due(length) < end
+    return waiting if is_due and end <= reach(waiting, length, horizon) else policy
 
 
 def reach(policy: RequestPolicy, length: int, horizon: int) -> int:

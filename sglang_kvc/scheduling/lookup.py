@@ -75,7 +75,7 @@ def _longest(
     """What is held of the longest prefix of `ids` and is rich enough for a request."""
     assert tree.sessions is not None
     for snapshot in tree.sessions.along(text_of(req), ids, cap):
-        if snapshot.packed < policy.budget(snapshot.fold):
+        if snapshot.packed < policy.compressed(snapshot.fold):
             continue
         hit = tree.find_branch(snapshot, ids[snapshot.fold : cap])
         if hit is not None:

@@ -36,6 +36,8 @@ class RequestPolicy:
     least_budget : tokens that it keeps at least: those of the snapshot that it has
         started from, which its passes do not shrink.
     prompt_len : tokens of its prompt; what follows is its answer.
+    delay : tokens of its answer that its first pass waits for. `course.delayed` says
+        who waits; then it stays so. What starts from a snapshot does not wait.
     """
 
     options: KVCompressOptions
@@ -44,6 +46,7 @@ class RequestPolicy:
     ring_tokens: int = 0
     least_budget: int = 0
     prompt_len: int = UNLIMITED
+    delay: int = 0
 
     @property
     def whole_pool(self) -> int:
@@ -86,8 +89,29 @@ class RequestPolicy:
         """Logical length up to which nothing of the answer is to be evicted."""
         return floor_tokens(self.prompt_len) + self.answer
 
+    @property
+    def asked_delay(self) -> int:
+        """Decoded tokens that the first pass is to wait for, if it can."""
+        if not self.enabled:
+            return 0
+        asked = self.request.delay
+        return self.options.delay if asked is None else asked
+
+    def waits(self, length: int) -> bool:
+        """Whether no pass is to come at logical `length`, for want of an answer."""
+        if not self.delay or self.least_budget:
+            return False
+        return length < self.prompt_len + self.delay
+
     def budget(self, length: int) -> int:
-        """Tokens to keep per KV head at logical `length`; not enabled: `UNLIMITED`.
+        """Tokens to keep per KV head at logical `length`; all: `UNLIMITED`.
+
+        That is what is not enabled, and what waits for its answer.
+        """
+        return UNLIMITED if self.waits(length) else self.compressed(length)
+
+    def compressed(self, length: int) -> int:
+        """Tokens to keep at logical `length`, whether passes wait or not.
 
         The answer's last pages are kept beside what rate or budget say of all before
         them. Its pages begin where the pass behind the prompt folds, so as it grows
@@ -177,7 +201,8 @@ class RequestPolicy:
 
     def _is_full(self, length: int) -> bool:
         """Whether the pool has no room for a second copy at logical `length`."""
-        budget = self.budget(length)
+        # Without the delay: the condition must rise with the length.
+        budget = self.compressed(length)
         return (
             2 * budget + self.growth(budget) + 2 * LATE_PASS_SLACK >= self.pool_tokens
         )

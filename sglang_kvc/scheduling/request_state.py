@@ -303,7 +303,7 @@ class RequestState:
     def summary(self, length: int) -> dict[str, Any]:
         """Summary that ``meta_info["kv_compress"]`` shows for logical `length`."""
         resident = self.resident(length)
-        enabled, budget = self.policy.enabled, self.policy.budget(length)
+        enabled, budget = self.policy.enabled, self.policy.compressed(length)
         # An answer that is whole has grown since the last pass, and its budget with it.
         held = budget if self.policy.answer else self.packed or budget
         report = {

@@ -59,6 +59,8 @@ class Setting:
     """Turns of a conversation behind its first; 0: no sessions are kept."""
     sglang_turns: int = 0
     """SGLang's own, ``--prefill-decode-interval``."""
+    delay: int = 0
+    """Tokens that first passes wait for; requests draw others."""
 
 
 SETTINGS = {
@@ -81,12 +83,17 @@ SETTINGS = {
         chunks="always", radix=False, priority=True, retract=True, pause=True
     ),
     "priority never": Setting(chunks="never", chunk=512, priority=True, overlap=False),
+    "delay": Setting(delay=32),
+    "delay at once": Setting(
+        delay=20, chunks="never", chunk=64, priority=True, retract=True, pause=True
+    ),
 }
 SESSIONS = {
     "sessions": Setting(sessions=3),
     "sessions chunk64": Setting(sessions=2, chunk=64, chunks="always"),
     "sessions no overlap": Setting(sessions=2, overlap=False, interval=256),
     "sessions retract": Setting(sessions=2, retract=True),
+    "sessions delay": Setting(sessions=3, delay=16, retract=True),
     "sessions at once": Setting(
         sessions=2, chunks="always", priority=True, retract=True, pause=True
     ),
@@ -120,7 +127,11 @@ def draw(rng: random.Random, name: str, setting: Setting, count: int) -> list[Re
                 f"{name}-{i:03}",
                 ids,
                 max_new=rng.choice([0, 1, 2, 17, 40, 90, LONGEST]),
-                kv=with_answer(rng.choice(options), f"{name}-{i:03}"),
+                kv=with_delay(
+                    with_answer(rng.choice(options), f"{name}-{i:03}"),
+                    f"{name}-{i:03}",
+                    setting,
+                ),
                 arrive=arrive,
                 abort_at=arrive + rng.randrange(0, 60) if aborted else None,
                 ignore_eos=rng.random() < 0.7,
@@ -142,6 +153,16 @@ def with_answer(
     if rng.random() >= share or not (kv or {}).get("enabled", True):
         return kv
     return {**(kv or {}), "answer": rng.choice([0, 16, 40, 150, 1 << 30])}
+
+
+def with_delay(
+    kv: dict[str, Any] | None, rid: str, setting: Setting
+) -> dict[str, Any] | None:
+    """The options, in settings with a delay for some requests with another one."""
+    rng = random.Random(f"delay {rid}")
+    if not setting.delay or rng.random() >= 0.4 or not (kv or {}).get("enabled", True):
+        return kv
+    return {**(kv or {}), "delay": rng.choice([0, 1, 15, 40, 100])}
 
 
 def draw_conversations(rng: random.Random, name: str, count: int) -> list[Request]:
@@ -263,7 +284,10 @@ def apply(server: InProcessScheduler, setting: Setting) -> None:
     stock.TEST_RETRACT, stock.TEST_RETRACT_INTERVAL = setting.retract, 7
     runtime = server.allocator.get_kvcache().runtime
     options = dataclasses.replace(
-        runtime.options, interval=setting.interval, turns=setting.turns
+        runtime.options,
+        interval=setting.interval,
+        turns=setting.turns,
+        delay=setting.delay,
     )
     options = dataclasses.replace(options, sessions=bool(setting.sessions))
     runtime.state.options = runtime.pass_scheduler.options = options

@@ -50,6 +50,7 @@ def from_metadata(value: Any) -> Any:
         ("rate=8", {"rate": 8}),
         (" rate = 2.5 ", {"rate": 2.5}),
         ("budget=1024,report_heads=true", {"budget": 1024, "report_heads": True}),
+        ("rate=8, delay=32", {"rate": 8, "delay": 32}),
         ("enabled=false", {"enabled": False}),
         ("rate=1e1", {"rate": 10.0}),
         ('{"rate": 8}', {"rate": 8}),

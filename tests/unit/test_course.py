@@ -155,6 +155,46 @@ def test_a_retracted_answer_comes_back_whole(
     come_back(with_answer(case, answer), part)
 
 
+DELAYS = st.sampled_from([1, 15, 16, 32, 33, 200, 4096])
+
+
+def with_delay(case: Case, delay: int) -> Case:
+    """The case with a first pass that waits, and no ring, as `with_answer`."""
+    asks = case.kv.get("enabled", True)
+    kv = {**case.kv, "delay": delay} if asks else case.kv
+    return dataclasses.replace(case, kv=kv, ring=0)
+
+
+@settings(drawn, max_examples=CASES // 2)
+@given(cases(), DELAYS, st.none() | ANSWERS)
+@example(Case(2560, 8192, 512, "auto", True, True, 32, 64, 64, 4, 1000, 600, 0), 32, 64)
+def test_what_waits_for_its_answer_runs_alone(
+    case: Case, delay: int, answer: int | None
+) -> None:
+    """As long as it does without a delay: what would end before, does not wait."""
+    if answer is not None:
+        case = with_answer(case, answer)
+    case = dataclasses.replace(case, ring=0)
+    plain = Server(case).request()
+    late = with_delay(case, delay)
+    serve_alone(late)
+    req = Server(late).request()
+    assert (refusal_of(req) is None) == (refusal_of(plain) is None)
+    if refusal_of(plain) is None:
+        # On its way into the queue it is judged again, with its delay.
+        assert acceptance.readmit(plain) is acceptance.readmit(req) is None
+        most = plain.sampling_params.max_new_tokens
+        assert req.sampling_params.max_new_tokens == most
+
+
+@settings(drawn, max_examples=CASES // 2)
+@given(cases(), st.floats(0, 1), DELAYS)
+def test_what_waited_and_is_retracted_comes_back(
+    case: Case, part: float, delay: int
+) -> None:
+    come_back(with_delay(case, delay), part)
+
+
 @drawn
 @given(cases(), st.floats(0, 1))
 @example(

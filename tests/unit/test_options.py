@@ -24,7 +24,7 @@ from sglang_kvc.errors import ConfigError
 
 COUNTS = (
     *("budget", "min_budget", "window", "protected", "interval", "sinks"),
-    *("pool_back", "pool_ahead", "head_floor", "answer"),
+    *("pool_back", "pool_ahead", "head_floor", "answer", "delay"),
 )
 FACTORS = ("pool_decay", "pool_gain", "aging", "distinct", "layer_share")
 TOO_MANY = (1 << 30) + 1
@@ -52,6 +52,7 @@ def parse(*argv: str) -> KVCompressOptions | None:
         *[("protected", value) for value in (0, -1)],
         *[("interval", value) for value in (0, False)],
         *[("answer", value) for value in (-1, 1.5, None, True)],
+        *[("delay", value) for value in (-1, 1.5, None, True, 4097)],
         *[("sinks", value) for value in (-1, 4.0)],
         *[("sessions", value) for value in (1, "true", None)],
         *[("pool_back", value) for value in (-1, 129, 3.5)],
@@ -102,6 +103,9 @@ def test_no_integer_is_too_large_to_be_refused(name: str) -> None:
         {"distinct": 0, "metric": "recency"},
         {"layer_share": 0, "allocation": "layer"},
         {"budget": 48},
+        {"delay": 4096},
+        {"delay": 32, "metric": "l2"},
+        {"delay": 0, "metric": "random"},
     ],
 )
 def test_limits_are_legal(good: dict[str, Any]) -> None:
@@ -258,7 +262,9 @@ def test_a_field_is_described_once() -> None:
     assert flags["chunks"].placeholder == "{auto,always,never}"
     assert flags["rate"].placeholder == "X"
     users = [name for name, flag in flags.items() if not flag.expert]
-    assert users == ["rate", "budget", "min_budget", "answer", "chunks", "sessions"]
+    assert users == [
+        *("rate", "budget", "min_budget", "answer", "delay", "chunks", "sessions")
+    ]
 
 
 def test_keywords_are_taken_out() -> None:

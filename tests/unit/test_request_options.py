@@ -43,6 +43,9 @@ def parse(asked: Any) -> RequestOptions:
         ({"answer": 512}, RequestOptions(answer=512)),
         ({"rate": 8, "answer": 0}, RequestOptions(keep=Keep(rate=8), answer=0)),
         ({"answer": None}, RequestOptions()),
+        ({"delay": 32}, RequestOptions(delay=32)),
+        ({"rate": 8, "delay": 0}, RequestOptions(keep=Keep(rate=8), delay=0)),
+        ({"delay": None}, RequestOptions()),
         ({"rate": None}, RequestOptions()),
     ],
 )
@@ -144,6 +147,12 @@ def test_not_ours(params: Any) -> None:
         ({"report_tokens": "yes"}, "report_tokens must be true or false"),
         ({"enabled": False, "rate": 8}, "drop one of them"),
         ({"enabled": False, "answer": 8}, "drop one of them"),
+        ({"enabled": False, "delay": 8}, "drop one of them"),
+        ({"delay": -1}, "kv_compress.delay must be an integer in 0..4096"),
+        ({"delay": 4097}, "kv_compress.delay must be an integer in 0..4096"),
+        ({"delay": 1.5}, "delay must be"),
+        ({"delay": True}, "delay must be"),
+        ({"delay": 10**1000}, "delay must be .* about 1001 digits"),
         ({"answer": -1}, "kv_compress.answer must be an integer >= 0"),
         ({"answer": 1.5}, "answer must be"),
         ({"answer": True}, "answer must be"),
@@ -157,6 +166,16 @@ def test_refused(asked: Any, message: str) -> None:
     assert time.perf_counter() - start < 0.1
     assert len(str(error.value)) < 400
     str(error.value).encode()
+
+
+def test_a_delay_needs_a_metric_that_looks_at_queries() -> None:
+    server = KVCompressOptions(metric="key_similarity")
+    with pytest.raises(ConfigError, match="metric=key_similarity does not look"):
+        parse_request_options({"kv_compress": {"delay": 32}}, server)
+    off = parse_request_options({"kv_compress": {"delay": 0}}, server)
+    assert off.delay == 0
+    with pytest.raises(ConfigError, match="delay=32 changes what attention says"):
+        KVCompressOptions(metric="key_similarity", delay=32)
 
 
 NUMBERS = st.one_of(
@@ -174,7 +193,7 @@ ANYTHING = st.recursive(
     max_leaves=5,
 )
 ENTRIES = st.dictionaries(
-    st.sampled_from(["enabled", "rate", "budget", "answer", "report_heads", "bugdet"])
+    st.sampled_from(["enabled", "rate", "budget", "answer", "delay", "bugdet"])
     | st.text(),
     ANYTHING,
     max_size=6,

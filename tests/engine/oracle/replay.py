@@ -43,6 +43,8 @@ class Step:
     level : layers hold equally much; not what comes of a snapshot.
     budget : tokens that a head keeps on average; default, that of the replay.
     protected : last tokens that stay; default, the server's.
+    first : the first pass of the request, which has waited for its answer: all that it
+        looks at counts as prompt.
     """
 
     length: int
@@ -52,6 +54,7 @@ class Step:
     level: bool = True
     budget: int = 0
     protected: int = 0
+    first: bool = False
 
 
 class Oracle:
@@ -160,7 +163,7 @@ class OracleRequest:
             if step.probe:
                 first = max(step.length, len(self.prompt) - self.options.window)
                 self.tokens.probe(self.prompt[first:], first)
-            prompt = step.length <= len(self.prompt)
+            prompt = step.first or step.length <= len(self.prompt)
             scores = self.scores.update(prompt, step.repeated)
             rule = self._rule(step, step.budget or budget, prompt)
             visible = self.tokens.visible[:, : _fold(step.length)]

@@ -46,7 +46,8 @@ def test_tuning_changes_one_option_at_a_time() -> None:
         # The defaults are one of the values, so all values are compared.
         got = {shipped(option), *(options[option] for options in found)}
         assert got == set(values)
-    every = {s for n, p in RUNS.items() if n.startswith(TUNE) for s in p.systems}
+    every = {s for name in FACTORS for s in RUNS[f"{TUNE}-{name}"].systems}
+    every |= {s for s in RUNS[f"{TUNE}-long-passes"].systems}
     assert set(RUNS[TUNE].systems) == every
 
 
@@ -71,6 +72,13 @@ def test_shares_of_an_answer_have_settings_without_them_around() -> None:
         assert any(one.answer for one in found)
         plain = [one for one in found if not one.answer]
         assert len(plain) >= 5 and plain[0].is_full
+
+
+def test_a_delay_is_an_option_of_a_system() -> None:
+    systems = parse_systems(RUNS["tune-delay-long"].systems)
+    asked = [one.keywords().get("kv_compress_delay") for one in systems]
+    assert asked == [None, 16, 32, 32]
+    assert systems[3].keywords()["kv_compress_window"] == 64
 
 
 def test_flags_win_over_a_preset() -> None:
