@@ -63,7 +63,8 @@ repeat them until they exit with 0 (3: samples are left).
            --deadline 400 --out $R/lost.jsonl --plots $R/plots
 
    ``long-replay``, ``chain`` and ``long-kvpress`` are run likewise; ``tune-long``,
-   ``tune-long-passes`` and ``tune-chain`` choose, on odd texts.
+   ``tune-long-passes``, ``tune-delay-long`` and ``tune-chain`` choose, on odd texts,
+   ``tune-sessions`` does for the conversations below.
 5. Conversations: what a turn has left is what the next one starts from. 50 samples of
    five tasks are some 250 sessions of up to six turns; the pool should hold them::
 

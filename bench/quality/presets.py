@@ -84,6 +84,8 @@ SESSIONS = (
 
 The whole history is the first one's rate 1.
 """
+KEYS_COUNT = (0.3, 1.0, 3.0)
+"""Weights of distinct keys: KeyDiff finds the facts of a list that attention loses."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,10 @@ def _presets() -> dict[str, Preset]:
         found[f"{TUNE}-{name}"] = _tuning(systems)
     found["sessions"] = Preset(
         SESSIONS, ("sessions",), ("1", "4", "8", "2"), 50, REPORTED_SEED
+    )
+    found[f"{TUNE}-sessions"] = Preset(
+        (SESSIONS[0], *(f"{SESSIONS[0]},distinct={x}" for x in KEYS_COUNT)),
+        *(("sessions",), ("1", "4", "8", "2"), 30, TUNING_SEED),
     )
     found["sessions-kvpress"] = Preset(
         tuple(f"kvpress:{name}" for name in ("full", "keydiff", "repetition")),
