@@ -40,6 +40,8 @@ from typing import IO
 
 import psutil
 
+from bench.common.processes import family
+
 POLL_SECONDS = 0.5
 LEAST_SECONDS = 5.0
 """Nothing is started that has less left."""
@@ -100,12 +102,7 @@ class Running:
 
     def send(self, number: signal.Signals) -> None:
         """Signal it and all that it has started, in whatever session they are."""
-        try:
-            mine = psutil.Process(self.process.pid)
-            tree = [mine, *mine.children(recursive=True)]
-        except psutil.Error:
-            return
-        for process in tree:
+        for process in family(self.process.pid):
             try:
                 process.send_signal(number)
             except psutil.Error:

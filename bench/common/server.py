@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from bench.common.ports import free_ports
+from bench.common.processes import family
 from sglang_kvc.tools import serve
 
 RETRACTED = re.compile(r"[Rr]etract.*#retracted_reqs: (\d+)")
@@ -218,12 +219,7 @@ class Server:
         if self.pid is None:
             return {}
         found: dict[str, float] = {}
-        try:
-            main = psutil.Process(self.pid)
-            family = [main, *main.children(recursive=True)]
-        except psutil.Error:
-            return {}
-        for process in family:
+        for process in family(self.pid):
             try:
                 words = process.cmdline() or [process.name()]
                 name = "http server" if process.pid == self.pid else _short(words)

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.common.processes import family
+
 
 class ChildError(RuntimeError):
     """The child reported a failure, died or did not answer in time."""
@@ -126,10 +128,7 @@ class Child:
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            import psutil
-
-            family = psutil.Process(self.process.pid)
-            for process in [*family.children(recursive=True), family]:
+            for process in family(self.process.pid):
                 process.kill()
             self.process.wait()
         if self._fd >= 0:

@@ -85,7 +85,6 @@ def limit_request(
             return
         req.origin_input_ids = req.origin_input_ids[: policy.whole_pool - 2 * PAGE_SIZE]
         policy = dataclasses.replace(policy, prompt_len=len(req.origin_input_ids))
-        attached.attach_policy(req, policy)
     length = len(req.origin_input_ids)
     horizon = schedule_policy.CLIP_MAX_NEW_TOKENS
     policy = dataclasses.replace(policy, delay=0)

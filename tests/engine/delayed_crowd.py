@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
 
 from sglang_kvc.scheduling import attached
+from tests.engine.audited import audited
 from tests.engine.fuzz import Setting, apply
-from tests.engine.inprocess import InProcessScheduler, Request, make_server_args
-from tests.engine.stress import POOL, STRICT, PageAudit
-from tests.engine.tiny_model import ONE_LAYER, VOCAB, write_tiny_model
+from tests.engine.inprocess import InProcessScheduler, Request
+from tests.engine.stress import POOL, PageAudit
+from tests.engine.tiny_model import VOCAB
 
 COUNT = 24
 DELAY = 32
@@ -71,24 +70,11 @@ def serve_crowd(
 
 def main() -> None:
     """Serve; the report holds counts, or the traceback."""
-    os.environ[STRICT] = "1"
     parser = argparse.ArgumentParser(prog="python -m tests.engine.delayed_crowd")
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     report: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        server = InProcessScheduler(
-            make_server_args(
-                write_tiny_model(Path(folder), ONE_LAYER),
-                compress=True,
-                chunked_prefill_size=256,
-                max_total_tokens=POOL,
-                max_running_requests=12,
-                kv_compress_min_budget=48,
-            )
-        )
-        audit = PageAudit(server)
-        audit.shared.fill = True
+    with audited(POOL) as (server, audit):
         try:
             for name, delay in (("delay", DELAY), ("plain", 0)):
                 report[name] = serve_crowd(server, audit, delay)

@@ -11,10 +11,8 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import random
 import sys
-import tempfile
 import time
 import traceback
 from dataclasses import dataclass
@@ -24,14 +22,14 @@ from typing import Any
 from sglang_kvc.scheduling.turns import TURN_TOKENS
 from sglang_kvc.sessions.store import SessionStore
 from sglang_kvc.upstream.generation import UPSTREAM, Generation22
+from tests.engine.audited import audited
 from tests.engine.inprocess import (
     InProcessScheduler,
     Output,
     Request,
-    make_server_args,
 )
-from tests.engine.stress import POOL, STRICT, PageAudit
-from tests.engine.tiny_model import ONE_LAYER, VOCAB, write_tiny_model
+from tests.engine.stress import POOL, PageAudit
+from tests.engine.tiny_model import VOCAB
 
 REQUESTS = 30
 LONGEST = 280
@@ -399,7 +397,6 @@ def is_bad(kv: dict[str, Any]) -> bool:
 
 def main() -> None:
     """Serve all seeds in all settings; the report holds counts, or the traceback."""
-    os.environ[STRICT] = "1"
     parser = argparse.ArgumentParser(prog="python -m tests.engine.fuzz")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 2))
@@ -407,20 +404,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
     args = parser.parse_args()
     report: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        server = InProcessScheduler(
-            make_server_args(
-                write_tiny_model(Path(folder), ONE_LAYER),
-                compress=True,
-                chunked_prefill_size=256,
-                max_total_tokens=POOL,
-                max_running_requests=12,
-                kv_compress_min_budget=48,
-                kv_compress_sessions=True,
-            )
-        )
-        audit = PageAudit(server)
-        audit.shared.fill = True
+    with audited(POOL, kv_compress_sessions=True) as (server, audit):
         none = ("loads", "audits")
         report |= {name: dict.fromkeys(none, 0) for name in args.settings}
         # Seed by seed: what is cut short has still been through every setting.

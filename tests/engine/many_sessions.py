@@ -13,23 +13,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import random
-import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
 
+from tests.engine.audited import audited
 from tests.engine.crowd import Crowd
 from tests.engine.fuzz import Setting, apply, check_store
 from tests.engine.inprocess import (
     InProcessScheduler,
     Output,
     Request,
-    make_server_args,
 )
-from tests.engine.stress import STRICT, PageAudit
-from tests.engine.tiny_model import ONE_LAYER, VOCAB, write_tiny_model
+from tests.engine.stress import PageAudit
+from tests.engine.tiny_model import VOCAB
 
 POOL = 4096
 TURNS = 4
@@ -141,7 +139,6 @@ def judge(request: Request, out: Output, total: dict[str, int]) -> None:
 
 def main() -> None:
     """Serve; the report holds counts, or the traceback."""
-    os.environ[STRICT] = "1"
     parser = argparse.ArgumentParser(prog="python -m tests.engine.many_sessions")
     parser.add_argument("out", type=Path)
     parser.add_argument("--sessions", type=int, default=200)
@@ -149,21 +146,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     report: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        server = InProcessScheduler(
-            make_server_args(
-                write_tiny_model(Path(folder), ONE_LAYER),
-                compress=True,
-                chunked_prefill_size=256,
-                max_total_tokens=POOL,
-                max_running_requests=12,
-                kv_compress_min_budget=48,
-                kv_compress_interval=16,
-                kv_compress_sessions=True,
-            )
-        )
-        audit = PageAudit(server)
-        audit.shared.fill = True
+    options = {"kv_compress_interval": 16, "kv_compress_sessions": True}
+    with audited(POOL, **options) as (server, audit):
         try:
             report = dict(serve_sessions(server, audit, args.sessions, args.seed))
             report["crowd"] = serve_crowd(server, args.crowd, args.seed)

@@ -11,6 +11,8 @@ one of `WAYS`. The record says how many of the kept KVs are those of exact queri
 from __future__ import annotations
 
 import argparse
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -148,18 +150,26 @@ class Prompt:
             len(self.layers), len(self.layers[0].k), -1
         )
         largest = float("-inf")
-        for layer, seen in enumerate(self.layers):
-            remembered = decode_ref(encode_ref(seen.q), seen.q.dtype)
-            exact, rounded = self.logits(seen, seen.q), self.logits(seen, remembered)
+        for layer, (exact, rounded) in enumerate(self.logits):
             sums = _log2_sums(exact if way.exact_sums else rounded).to(way.dtype)
             chance = (exact if way.exact else rounded) - sums.float()
             largest = max(largest, float(chance.max()))
             mass = chance.exp2().square().sum((1, 2))
-            scores[layer, :, : self.tokens] = mass * seen.v.float().norm(dim=-1)
+            lengths = self.layers[layer].v.float().norm(dim=-1)
+            scores[layer, :, : self.tokens] = mass * lengths
         # What overflows is the largest there is.
         return scores.view(-1).nan_to_num(0.0), largest
 
-    def logits(self, seen: Layer, q: torch.Tensor) -> torch.Tensor:
+    @cached_property
+    def logits(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of every layer, of exact and of remembered queries, for all ways."""
+        found = []
+        for seen in self.layers:
+            remembered = decode_ref(encode_ref(seen.q), seen.q.dtype)
+            found.append((self._logits(seen, seen.q), self._logits(seen, remembered)))
+        return found
+
+    def _logits(self, seen: Layer, q: torch.Tensor) -> torch.Tensor:
         """[H, w, G, n] on the scale of log2; -inf where a query sees nothing."""
         keys = seen.k.float().transpose(1, 2)[:, None]
         logits = q.float() @ keys * (self.sm_scale * LOG2E)
@@ -185,11 +195,8 @@ def _log2_sums(logits: torch.Tensor) -> torch.Tensor:
 
 def compare(prompt: Prompt) -> dict[str, Any]:
     """What every way keeps of a prompt beside what exact queries keep."""
-    scores, largest_sum = prompt.scores(EXACT)[0], 0.0
-    for seen in prompt.layers:
-        top = _log2_sums(prompt.logits(seen, seen.q)).max()
-        largest_sum = max(largest_sum, float(top))
-    want = prompt.kept(scores)
+    want = prompt.kept(prompt.scores(EXACT)[0])
+    largest_sum = max(float(_log2_sums(exact).max()) for exact, _ in prompt.logits)
     found: dict[str, Any] = {"kept": len(want), "largest_log2_sum": round(largest_sum)}
     for name, way in WAYS.items():
         scores, largest = prompt.scores(way)
@@ -221,7 +228,7 @@ def main() -> None:
             model(torch.tensor([encode(tokenizer, sample)]), logits_to_keep=1)
         for rate in args.rates:
             found = compare(Prompt(listener.layers, scale, rate))
-            name = str(args.model).rstrip("/").rpartition("/")[2]
+            name = Path(args.model).name
             about = {"check": "remembered queries", "model": name, "rate": rate}
             record = {**environment(), **about, "seed": args.seed, **key, **found}
             write_record(args.out, record)
