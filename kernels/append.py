@@ -68,21 +68,18 @@ def store_token(
     arena_k,
     arena_v,
     arena_score,
-    k_scale,
-    v_scale,
     LH: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Write k and v, D elements in DP lanes, to head `lh` of `token`, with score 0.
-
-    Scales are None, or those of the layer in a cache of bytes.
+    """Write k and v, as `narrow` gives them, D elements in DP lanes, to head `lh` of
+    `token`, with score 0.
     """
     d = tl.arange(0, DP)
     row = (token // S * LH + lh) * S + token % S
-    tl.store(arena_k + row * D + d, narrow(k, k_scale, arena_k), mask=d < D)
-    tl.store(arena_v + row * D + d, narrow(v, v_scale, arena_v), mask=d < D)
+    tl.store(arena_k + row * D + d, k, mask=d < D)
+    tl.store(arena_v + row * D + d, v, mask=d < D)
     tl.store(arena_score + row, 0.0)
 
 
@@ -133,16 +130,16 @@ def _append_kernel(
     lane = d < D
     k_cell = n * k_token_stride + h * k_head_stride + d
     v_cell = n * v_token_stride + h * v_head_stride + d
+    key = tl.load(k + k_cell, mask=lane, other=0.0)
+    value = tl.load(v + v_cell, mask=lane, other=0.0)
     store_token(
-        tl.load(k + k_cell, mask=lane, other=0.0),
-        tl.load(v + v_cell, mask=lane, other=0.0),
+        narrow(key, load_scale(scales, layer), arena_k),
+        narrow(value, load_scale(scales, L + layer), arena_v),
         tl.load(out_cache_loc + n),
         layer * H + h,
         arena_k,
         arena_v,
         arena_score,
-        load_scale(scales, layer),
-        load_scale(scales, L + layer),
         L * H,
         D,
         S,

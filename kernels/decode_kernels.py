@@ -7,9 +7,10 @@ GPU alike. A row that several programs share is merged by the last of them to ar
 
 Logits carry a factor log2(e), so that exp2 serves for exp.
 
-New tokens may be stored here rather than by `append_kv`. The program whose part ends a
-row writes its newest K and V, and after a barrier reads them like any others: no other
-program reads that cell. Several padding rows may share one; nobody uses what they read.
+New tokens may be stored here rather than by `append_kv`, by the program whose part ends
+a row. It attends to the newest from registers, as it will be stored: to read the cell
+would take a barrier and wait for memory before the first tile. Several padding rows may
+share one cell; nobody uses what they store.
 """
 
 import triton
@@ -29,6 +30,7 @@ from sglang_kvc.kernels.kv_dtype import (
     load_pairs,
     load_scale,
     matching_query,
+    narrow,
     widen,
 )
 from sglang_kvc.kernels.query_ring import encode_queries, ring_line
@@ -72,8 +74,6 @@ def store_new_token(
     page,
     row_in_ring,
     lh,
-    k_scale,
-    v_scale,
     LH: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -83,20 +83,29 @@ def store_new_token(
     GR: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Write K and V to head `lh` of `token`, and the G queries at `query_row` to a row
-    of the ring if its `page` is not 0; then a barrier, because all threads read what
-    some wrote.
+    """Write K and V, as cells hold them, to head `lh` of `token`, and the G queries at
+    `query_row` to a row of the ring if its `page` is not 0.
     """
     g = tl.arange(0, GR)
     d = tl.arange(0, DP)
-    cells = (arena.k, arena.v, arena.score)
-    store_token(key, value, token, lh, *cells, k_scale, v_scale, LH, D, S, DP)
+    store_token(key, value, token, lh, arena.k, arena.v, arena.score, LH, D, S, DP)
     mask = (g < G)[:, None] & (d < D)[None, :]
     query_cell = query_row + g[:, None] * q_head_stride + d[None, :]
     codes = encode_queries(tl.load(query_cell, mask=mask, other=0.0), DP)
     line = ring_line(new.ring_k, new.ring_v, page, row_in_ring, lh, LH, G, D, R, B)
     tl.store(line + g[:, None] * D + d[None, :], codes, mask=mask & (page > 0))
-    tl.debug_barrier()
+
+
+@triton.jit
+def attend_new_token(m, denom, acc, logit, value):
+    """What `attend_tiles` returned, with one entry more, of `logit` [GP] and `value`
+    [DP].
+    """
+    m_new = tl.maximum(m, logit)
+    decay = tl.exp2(m - m_new)
+    weight = tl.exp2(logit - m_new)
+    acc = acc * decay[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+    return m_new, denom * decay + weight, acc
 
 
 @triton.jit
@@ -250,14 +259,22 @@ def decode_tiles_kernel(
         begin = (tile - row_first) * TILE
         end = tl.minimum((part_last - row_first) * TILE, n)
         row_in_ring = (fold_len + n - packed_len - 1) % W
+        ends_row = end == n
         if new is not None:
             # Loaded together with the query, which is waited for first.
             strides = (k_token_stride, k_head_stride, v_token_stride, v_head_stride)
-            key, value, token = load_new_token(new, b, h, end == n, *strides, D, DP)
+            key, value, token = load_new_token(new, b, h, ends_row, *strides, D, DP)
             page = tl.load(work.ring_pages + b)
-        query = tl.load(q + q_cell, mask=g_mask, other=0.0)
+        query = matching_query(tl.load(q + q_cell, mask=g_mask, other=0.0), arena.k)
+        logit_scale = qk_scale * k_scale
 
-        if new is not None and end == n:
+        if new is not None:
+            end -= ends_row.to(tl.int32)
+            key = narrow(key, k_scale, arena.k)
+            value = narrow(value, v_scale, arena.v)
+            wide = widen(key, query.dtype).to(tl.float32)
+            logit = tl.sum(query.to(tl.float32) * wide[None, :], 1) * logit_scale
+        if new is not None and ends_row:
             # The query once more, from L1: without the rows that pad it for products.
             store_new_token(
                 arena,
@@ -270,8 +287,6 @@ def decode_tiles_kernel(
                 page,
                 row_in_ring,
                 lh,
-                k_scale,
-                v_scale,
                 LH,
                 G,
                 D,
@@ -282,11 +297,18 @@ def decode_tiles_kernel(
                 DP,
             )
 
-        query = matching_query(query, arena.k)
-        logit_scale = qk_scale * k_scale
         m, denom, acc = attend_tiles(
             arena, table, query, begin, end, lh, logit_scale, LH, D, S, GP, DP, TILE
         )
+        if new is not None and ends_row:
+            m, denom, acc = attend_new_token(
+                m, denom, acc, logit, widen(value, query.dtype)
+            )
+        # Of the next row, or the last of all: waited for while this one is stored.
+        next_row = tl.minimum(row + 1, num_rows - 1)
+        record = row_record(row_records + next_row * RECORD)
+        next_last = tl.load(cu + next_row + 1)
+
         acc = acc * v_scale
         out_row = out + b * out_token_stride + h * G * out_head_stride
         if (row_first >= first_tile) & (row_last <= last_tile):
@@ -307,9 +329,6 @@ def decode_tiles_kernel(
                 tl.store(work.arrivals + row, 0)
         tile = part_last
         row += 1
+        slot, first_block, packed_len, fold_len, n = record
         row_first = row_last
-        if tile < last_tile:
-            slot, first_block, packed_len, fold_len, n = row_record(
-                row_records + row * RECORD
-            )
-            row_last = tl.load(cu + row + 1)
+        row_last = next_last

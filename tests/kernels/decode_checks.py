@@ -128,5 +128,5 @@ def check_new_tokens(
     for ours, theirs in zip(mine.arena[:3], case.arena[:3], strict=True):
         torch.testing.assert_close(ours[1:], theirs[1:], atol=0, rtol=0, equal_nan=True)
     check_same_rings(mine, case)
-    separate = decode_attention_triton(case.arena, *args, **how, config=config)
-    assert torch.equal(out[:live], separate[:live])
+    again = decode_attention_triton(mine.arena, *args, **run, new_tokens=new)
+    assert torch.equal(out[:live], again[:live])

@@ -99,9 +99,10 @@ def test_reference_stores_new_tokens() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 49, 900])
 def test_gpu_graph_of_layers_with_new_tokens(tokens: int, device: str) -> None:
-    """Replays, each with K, V of its own a layer, equal append and decode, bit by bit.
+    """Replays, each with K, V of its own a layer, store what append stores, bit by bit.
 
-    Every replay overwrites the cells: one that read the old ones would show.
+    They attend to it: each replay has other K and V, and its output is that of a decode
+    behind the append but for rounding. A token alone is all of its own output.
     """
     layers, batch = 6, 16
     shape = {"dtype": torch.bfloat16, "device": device}
@@ -151,7 +152,7 @@ def test_gpu_graph_of_layers_with_new_tokens(tokens: int, device: str) -> None:
         ]
         step(False)
         for ours, theirs in zip(outputs, outs, strict=True):
-            assert torch.equal(ours, theirs[:batch])
+            torch.testing.assert_close(ours, theirs[:batch], atol=8e-3, rtol=1.6e-2)
         for ours, theirs in zip(
             written, (*case.arena.cells, *case.query_ring[:2]), strict=True
         ):
