@@ -55,10 +55,13 @@ class DecodeConfig(NamedTuple):
 
 # Three programs fit on a multiprocessor with up to 168 registers a thread. Some shapes
 # need more: two programs then, which load further ahead (times: docs/benchmarks.md).
-# What the limit makes the compiler spill costs less than a third program gains.
-_THREE = DecodeConfig(max_registers=168)
-_TWO = DecodeConfig(num_stages=5, programs_per_sm=2)
+# What the limit makes the compiler spill costs less than a third program gains. So do
+# merges in as few rounds as registers allow, in short batches.
+_THREE = DecodeConfig(max_registers=168, merge_values=8192)
+_TWO = DecodeConfig(num_stages=5, programs_per_sm=2, merge_values=16384)
 _NARROW = DecodeConfig(num_stages=5, max_registers=168)
+# Bytes: two tiles ahead are as much on its way as one tile of bf16.
+_BYTE_STAGES = 5
 _GROUPS_OF_THREE = range(2, 5)
 
 
@@ -78,7 +81,7 @@ def default_config(
     else:
         few = lanes == 128 and group in _GROUPS_OF_THREE
         config = _THREE if few else _TWO
-    return config._replace(num_stages=4) if byte_cells else config
+    return config._replace(num_stages=_BYTE_STAGES) if byte_cells else config
 
 
 # KiB a program may use, by compute capability (CUDA C++ Programming Guide, "Technical
