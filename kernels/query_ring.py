@@ -11,10 +11,7 @@ in the head blocks of whole pages: a block of K, S * D elements, takes as many r
 its KV head's G query heads as fit, R = S * itemsize // G, and its block of V as many:
 
     row j of KV head lh: page ``pages[slot, j // (2 * R)]``, block lh of K, or of V if
-    j // R is odd, bytes (j + lh) % R * G * D and on
-
-A step writes the same row of all heads. With lh in it their places do not all have the
-same distance, for which memory is slower.
+    j // R is odd, bytes (j % R) * G * D and on
 
 ======================  =====================  =========================================
 tensor                  shape                  meaning
@@ -145,12 +142,10 @@ def store_queries_ref(
     each = ring.rows_per_block(group, head_dim)
     page = ring.pages[slots, rows // (2 * each)].long()
     codes = encode_ref(q).view(-1, heads, group * head_dim)
-    head = torch.arange(heads, device=q.device)
-    place = (rows[:, None] + layer * heads + head) % each
     for half, cells in enumerate((ring.k, ring.v)):
         own = (page > 0) & (rows // each % 2 == half)
         lines = _lines(cells[:, layer], each, group * head_dim)
-        lines[page[own, None], head, place[own]] = codes[own]
+        lines[page[own], :, rows[own] % each] = codes[own]
 
 
 def load_queries_ref(
@@ -165,13 +160,8 @@ def load_queries_ref(
     """Queries [N, L, Hq, D] in `dtype` of rows [N] of the rings of slots [N]."""
     each = ring.rows_per_block(group, head_dim)
     page = ring.pages[slots, rows // (2 * each)].long()
-    layers, heads = ring.k.shape[1:3]
-    lh = torch.arange(layers * heads, device=rows.device)
-    place = (rows[:, None] + lh) % each
     of_k, of_v = (
-        _lines(cells.flatten(1, 2), each, group * head_dim)[
-            page[:, None], lh, place
-        ].unflatten(1, (layers, heads))
+        _lines(cells, each, group * head_dim)[page, :, :, rows % each]
         for cells in (ring.k, ring.v)
     )
     in_v = rows // each % 2 == 1
@@ -252,6 +242,6 @@ def ring_line(
 ):
     """Where rows `row` of head `lh`, in these pages, begin: G * D bytes each."""
     cells = tl.where(row // R % 2 == 1, ring_v, ring_k)
-    line = cells + (page.to(tl.int64) * LH + lh) * B + (row + lh) % R * (G * D)
+    line = cells + (page.to(tl.int64) * LH + lh) * B + row % R * (G * D)
     # A choice of pointers is not seen to be aligned: it would be read by single bytes.
     return tl.multiple_of(line, 16) if D % 16 == 0 else line
