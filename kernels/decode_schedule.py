@@ -55,14 +55,16 @@ class DecodeConfig(NamedTuple):
 
 # Three programs fit on a multiprocessor with up to 168 registers a thread. Some shapes
 # need more: two programs then, which load further ahead (times: docs/benchmarks.md).
-# What the limit makes the compiler spill costs less than a third program gains. So do
-# merges in as few rounds as registers allow, in short batches.
+# What the limit makes the compiler spill costs less than a third program gains. Merges
+# take few rounds, as far as their registers do not spill.
+_NARROW = DecodeConfig(num_stages=5, max_registers=168)
 _THREE = DecodeConfig(max_registers=168, merge_values=8192)
 _TWO = DecodeConfig(num_stages=5, programs_per_sm=2, merge_values=16384)
-_NARROW = DecodeConfig(num_stages=5, max_registers=168)
+_LARGE_GROUP = _TWO._replace(merge_values=8192)
+_WIDE = _TWO._replace(merge_values=4096)
+_GROUPS_OF_THREE = range(2, 5)
 # Bytes: two tiles ahead are as much on its way as one tile of bf16.
 _BYTE_STAGES = 5
-_GROUPS_OF_THREE = range(2, 5)
 
 
 def default_config(
@@ -78,9 +80,12 @@ def default_config(
     lanes = triton.next_power_of_2(head_dim)
     if lanes <= 64:
         config = _NARROW
+    elif lanes > 128:
+        config = _WIDE
+    elif group in _GROUPS_OF_THREE:
+        config = _THREE
     else:
-        few = lanes == 128 and group in _GROUPS_OF_THREE
-        config = _THREE if few else _TWO
+        config = _TWO if group <= 8 else _LARGE_GROUP
     return config._replace(num_stages=_BYTE_STAGES) if byte_cells else config
 
 

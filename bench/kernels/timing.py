@@ -17,6 +17,8 @@ from bench.common.record import write_record
 COPY_BYTES_PER_S = 4.3e12
 """What a plain copy reads and writes on one H200: the floor of everything here."""
 FLUSH_BYTES = 256 << 20
+WARM_SECONDS = 0.1
+"""Of runs before those that are timed: behind heavy work the first dozen are slow."""
 ERROR_CHARS = 300
 
 Work = Callable[[], object]
@@ -88,6 +90,11 @@ class Clock:
         return statistics.median(times) * 1e6
 
     def _median(self, work: Work, before: Work, replays: int | None) -> float:
+        until = time.monotonic() + WARM_SECONDS
+        while time.monotonic() < until:
+            before()
+            work()
+            torch.cuda.synchronize()
         pairs = []
         # The first run is thrown away: a graph is uploaded at its first replay.
         for _ in range((replays or self.replays) + 1):
