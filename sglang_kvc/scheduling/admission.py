@@ -20,11 +20,12 @@ from sglang_kvc.scheduling.charges import (
 )
 from sglang_kvc.scheduling.course import Course, Way
 from sglang_kvc.scheduling.cutting import in_chunk, in_turn, longest_chunk
+from sglang_kvc.scheduling.expected import Expected
 from sglang_kvc.scheduling.headroom import Headroom
 from sglang_kvc.scheduling.lengths import tokens_left
 from sglang_kvc.scheduling.lookup import find_hit
 from sglang_kvc.scheduling.policy import RequestPolicy
-from sglang_kvc.scheduling.resuming import starting_from
+from sglang_kvc.scheduling.resuming import is_admitted, starting_from
 from sglang_kvc.scheduling.server import Server
 from sglang_kvc.sessions.snapshot import Hit
 from sglang_kvc.upstream.generation import UPSTREAM
@@ -44,6 +45,7 @@ class PromptNeed:
         nothing once the prompt has been compressed between its chunks.
     left : that it may still decode.
     ring : of the pages that its queries will take in this step.
+    goes_on : whether most of it is cached, or a part of the answer was given.
     """
 
     policy: RequestPolicy
@@ -53,6 +55,7 @@ class PromptNeed:
     held: int
     left: int
     ring: int
+    goes_on: bool
 
     @classmethod
     def of(cls, req: Req) -> PromptNeed | None:
@@ -62,14 +65,16 @@ class PromptNeed:
             return None
         state, snapshot, hit = state_of(req), hit_of(req), UPSTREAM.prefix_len(req)
         held = snapshot.held if snapshot is not None else hit
+        length = len(req.full_untruncated_fill_ids)
         return cls(
             policy=policy,
             way=way,
-            length=len(req.full_untruncated_fill_ids),
+            length=length,
             hit=hit,
             held=0 if state is not None and state.fold else held,
             left=tokens_left(req),
             ring=way.ring if state is None else 0,
+            goes_on=bool(req.output_ids) or 2 * hit > length,
         )
 
     @property
@@ -158,7 +163,29 @@ def _add_from(
         assert need is not None
         if not server.turns.takes(adder.log_input_tokens, need.missing):
             return schedule_policy.AddReqResult.OTHER
-        return _add_one(adder, server, headroom, need, req, call)
+        if hit is not None or need.goes_on:
+            return _add_one(adder, server, headroom, need, req, call)
+        return _add_newcomer(adder, server, headroom, need, req, call)
+
+
+def _add_newcomer(
+    adder: PrefillAdder,
+    server: Server,
+    headroom: Headroom,
+    need: PromptNeed,
+    req: Req,
+    call: Callable[[], Any],
+) -> Any:
+    """Admit it if it fits beside those who are expected back, or nobody runs."""
+    expected: Expected | None = getattr(adder.tree_cache, "expected", None)
+    if expected is not None and (headroom.running or adder.can_run_list):
+        rest = headroom.free - headroom.now - need.missing - need.clip - need.ring
+        if expected.must_wait(rest, adder.token_to_kv_pool_allocator.size):
+            return schedule_policy.AddReqResult.OTHER
+    result = _add_one(adder, server, headroom, need, req, call)
+    if expected is not None and is_admitted(adder, req):
+        expected.admitted()
+    return result
 
 
 def _add_one(

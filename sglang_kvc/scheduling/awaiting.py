@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_kvc.scheduling.attached import attach_await, may_await
+from sglang_kvc.scheduling.expected import Expected
 from sglang_kvc.scheduling.lookup import find_for_queued
 from sglang_kvc.sessions.snapshot import Snapshot
 from sglang_kvc.sessions.tree import SnapshotTree
@@ -45,20 +46,26 @@ class Awaiting:
     Parameters
     ----------
     tree : whose nodes are locked.
+    expected : is told who comes back.
 
     Attributes
     ----------
     tokens : of the pool, that all loans keep from being evicted.
     """
 
-    def __init__(self, tree: SnapshotTree) -> None:
+    def __init__(self, tree: SnapshotTree, expected: Expected) -> None:
         self.tokens = 0
-        self._tree = tree
+        self._tree, self._expected = tree, expected
         self._loans: dict[int, _Loan] = {}
 
     def __len__(self) -> int:
         """Loans."""
         return len(self._loans)
+
+    @property
+    def who(self) -> set[int]:
+        """`id` of the requests that have a loan."""
+        return set(self._loans)
 
     def update(self, queue: Sequence[Req], pool_tokens: int) -> None:
         """Begin a round of admission: end loans of who waits no more, make new ones.
@@ -98,6 +105,7 @@ class Awaiting:
             # It is looked up once more, when it is admitted.
             attach_await(req, False)
             return
+        self._expected.came_back(hit.snapshot)
         before = self._tree.evictable_size()
         lock = self._tree.hold(hit.node)
         tokens = before - self._tree.evictable_size()

@@ -47,6 +47,7 @@ def keep_snapshot(
     row = tree.req_to_token_pool.req_to_token[state.slot, fold:end].long()
     tail = ids[fold:end]
     if state.borrowed is not None:
+        state.borrowed.left_at, state.borrowed.overdue = tree.sessions.now, False
         if end > state.own_from:
             own = state.own_from - fold
             tree.extend_branch(state.borrowed, req, tail, row, own)

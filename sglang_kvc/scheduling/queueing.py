@@ -61,11 +61,24 @@ def end(scheduler: Scheduler, server: Server, req: Req, refusal: Refusal) -> Non
 
 
 def before_admission(scheduler: Scheduler) -> None:
-    """Begin a round of admission: keep snapshots for those whose turn comes next."""
+    """Begin a round of admission: keep snapshots for those whose turn comes next.
+
+    They also go first, and newcomers wait for those who are expected back, but where
+    requests have priorities.
+    """
     tree = scheduler.tree_cache
-    if getattr(tree, "sessions", None) is not None:
-        pool_tokens = scheduler.token_to_kv_pool_allocator.size
-        tree.awaiting.update(scheduler.waiting_queue, pool_tokens)
+    if getattr(tree, "sessions", None) is None:
+        return
+    pool_tokens = scheduler.token_to_kv_pool_allocator.size
+    if scheduler.last_batch is not None:
+        tree.expected.count(tree.sessions)
+    queue = scheduler.waiting_queue
+    tree.awaiting.update(queue, pool_tokens)
+    if not queue or scheduler.enable_priority_scheduling:
+        return
+    tree.expected.look(tree.sessions, pool_tokens)
+    if len(tree.awaiting):
+        queue[:] = tree.expected.order(queue, tree.awaiting.who)
 
 
 def after_admission(scheduler: Scheduler, server: Server) -> None:

@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_kvc.scheduling.awaiting import Awaiting
+from sglang_kvc.scheduling.expected import Expected
 from sglang_kvc.scheduling.lengths import UNLIMITED
 from sglang_kvc.sessions.snapshot import Hit, Snapshot
 from sglang_kvc.sessions.store import SessionStore
@@ -45,7 +46,12 @@ class SessionTree(_Tree):
     @cached_property
     def awaiting(self) -> Awaiting:
         """What is kept for requests that wait."""
-        return Awaiting(self)
+        return Awaiting(self, self.expected)
+
+    @cached_property
+    def expected(self) -> Expected:
+        """What is kept for conversations that are expected to go on."""
+        return Expected()
 
     def reset(self) -> None:
         """Forget everything, at the start and when the cache is flushed."""

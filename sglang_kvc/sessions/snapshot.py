@@ -42,6 +42,8 @@ class Snapshot:
     branches : whether continuations with another text may have been added.
     borrowers : requests that run on it, or wait for their turn to.
     resumed : requests that have started from it.
+    left_at : step in which the last request that ran on it, or made it, has ended.
+    overdue : nobody has come back to it in the time in which that was expected.
     """
 
     number: int
@@ -57,6 +59,8 @@ class Snapshot:
     branches: bool = False
     borrowers: int = 0
     resumed: int = 0
+    left_at: int = 0
+    overdue: bool = False
 
     @property
     def is_private(self) -> bool:

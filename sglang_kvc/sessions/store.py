@@ -22,10 +22,11 @@ class SessionStore:
     tokens : tokens of memory that packed pages of all snapshots take.
     taken, hits, evicted : how many were taken, started from and given up to make room,
         since the start; one that a later turn replaces is not counted as evicted.
+    now : the step that runs, see `scheduling.expected`.
     """
 
     def __init__(self) -> None:
-        self.tokens = self.taken = self.hits = self.evicted = 0
+        self.tokens = self.taken = self.hits = self.evicted = self.now = 0
         self._by_digest: dict[bytes, list[Snapshot]] = {}
         self._by_node: dict[Any, Snapshot] = {}
         self._whole: dict[bytes, Any] = {}
@@ -41,7 +42,7 @@ class SessionStore:
     def make(self, **attributes: Any) -> Snapshot:
         """A new snapshot, which is not held yet."""
         self.taken += 1
-        return Snapshot(number=self.taken, **attributes)
+        return Snapshot(number=self.taken, left_at=self.now, **attributes)
 
     def add(self, snapshot: Snapshot, node_id: Any) -> None:
         """Hold a snapshot whose packed pages are in the tree."""

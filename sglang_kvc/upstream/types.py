@@ -181,6 +181,7 @@ class Scheduler(Protocol):
     token_to_kv_pool_allocator: Any
     ipc_channels: Any
     metrics_collector_context: Any
+    enable_priority_scheduling: bool
 
     def _add_request_to_queue(self, req: Any) -> None:
         """Put a request into the waiting queue, or refuse it."""

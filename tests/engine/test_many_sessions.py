@@ -30,13 +30,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_who_waits_in_a_crowd_finds_what_it_has_left(report: dict[str, Any]) -> None:
-    """The pool does not hold them all; without loans 8 of 171 turns found theirs."""
+    """The pool does not hold them all. Without loans 8 of 171 turns found theirs; with
+    loans, but newcomers who take what others are about to use, 105.
+    """
     assert "traceback" not in report, report["traceback"]
     crowd = report["crowd"]
     assert crowd["later"] > 150
-    # 55 with SGLang 0.5.22, whose tree drops nothing before its turn.
-    assert crowd["resumed"] > crowd["later"] / 4
-    assert crowd["computed"] < 3 * crowd["new"]
+    assert crowd["resumed"] > 0.9 * crowd["later"]
+    assert crowd["computed"] < 1.3 * crowd["new"]
     assert crowd["evicted"] > 0
     assert crowd["lent"] > 100
     assert crowd["aborted"] > 0
