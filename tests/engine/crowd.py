@@ -2,20 +2,28 @@
 
 All of them wait for their turn in one queue, so what was used longest ago belongs to
 who is served next: an order of eviction by age alone finds nothing again.
+
+``python -m tests.engine.crowd OUT.jsonl --sessions 60 --turns 6 --think 100`` serves
+some in a pool of 4,096 tokens, for ``--seeds`` random numbers, and appends a record of
+each: what was found and computed, and the steps that it took. Pages are audited.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+from bench.common.record import environment, write_record
 from tests.engine.inprocess import Feed, InProcessScheduler, Request
 from tests.engine.tiny_model import VOCAB
 
+POOL = 4096
 TURNS = 4
-THINK = 20
+THINK = 20.0
 """Mean polls before a turn."""
 ABORTS = 0.02
 
@@ -29,6 +37,9 @@ class Crowd:
     sessions : int
     first, user, answer : int
         Tokens of the first prompt, and of what user and model say in each turn.
+    turns : int
+    think : float
+        Mean polls before a turn.
     seed : int
 
     Attributes
@@ -46,10 +57,13 @@ class Crowd:
         first: int = 240,
         user: int = 24,
         answer: int = 16,
+        turns: int = TURNS,
+        think: float = THINK,
         seed: int = 0,
     ) -> None:
         self.server, self.sessions = server, sessions
         self.first, self.user, self.answer = first, user, answer
+        self.turns, self.think = turns, think
         self.counts: Counter[str] = Counter()
         self._rng = random.Random(f"crowd {seed}")
         self._open: dict[str, Request] = {}
@@ -73,7 +87,7 @@ class Crowd:
     def _turn(self, session: str, turn: int, history: list[int], now: int) -> Request:
         new = self.user if turn else self.first
         ids = history + self._rng.choices(range(2, VOCAB), k=new)
-        arrive = now + 1 + int(self._rng.expovariate(1 / THINK))
+        arrive = now + 1 + int(self._rng.expovariate(1 / self.think))
         request = Request(f"{session}.{turn}", ids, max_new=self.answer, arrive=arrive)
         if self._rng.random() < ABORTS:
             abort_at = arrive + self._rng.randrange(40)
@@ -116,8 +130,40 @@ class Crowd:
             assert request.abort_at is not None, message.finished_reasons[place]
             return
         assert len(said) == self.answer, (rid, len(said))
-        if int(turn) + 1 < TURNS:
+        if int(turn) + 1 < self.turns:
             feed: Feed = self.server.sch.request_receiver
             going_on = self._turn(session, int(turn) + 1, request.ids + said, now)
             feed.waiting.append(going_on)
             feed.requests.append(going_on)
+
+
+def main() -> None:
+    """Serve crowds; print and record what happened."""
+    from tests.engine.audited import audited
+    from tests.engine.fuzz import Setting, apply
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--sessions", type=int, default=60)
+    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--think", type=float, default=THINK)
+    parser.add_argument("--seeds", type=int, default=2)
+    args = parser.parse_args()
+    options = {"kv_compress_interval": 16, "kv_compress_sessions": True}
+    with audited(POOL, **options) as (server, _):
+        apply(server, Setting(sessions=1))
+        for seed in range(args.seeds):
+            how = {"turns": args.turns, "think": args.think, "seed": seed}
+            crowd, before = Crowd(server, args.sessions, **how), server.sch.forward_ct
+            crowd.serve()
+            steps = server.sch.forward_ct - before
+            found = {"sessions": args.sessions, **how, **crowd.counts, "steps": steps}
+            write_record(args.out, {**environment(), "pool": POOL, **found})
+            print(found, flush=True)
+            server.flush()
+
+
+if __name__ == "__main__":
+    main()

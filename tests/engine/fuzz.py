@@ -303,6 +303,9 @@ def serve(
 ) -> dict[str, int]:
     """One load; an AssertionError or whatever SGLang raises if anything is wrong."""
     apply(server, setting)
+    if setting.sessions:
+        # In so small a pool nobody would be waited for.
+        server.sch.tree_cache.expected.step_tokens = 16
     rng = random.Random(f"{name} {seed}")
     if setting.sessions:
         requests = draw_conversations(rng, f"{seed:03}", requests_a_load // 3)
