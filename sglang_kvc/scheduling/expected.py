@@ -31,7 +31,7 @@ GAPS = 64
 """So many of the last conversations that came back tell how long that takes."""
 REMEMBERED = 128
 """Outcomes after which older ones count half."""
-SLACK = 1 / 16
+SLACK = 1 / 8
 """Of the pool, left free beside what is kept: those who go on grow into it."""
 
 
