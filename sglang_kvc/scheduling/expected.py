@@ -45,10 +45,11 @@ class Expected:
     Attributes
     ----------
     kept : tokens of the snapshots that are expected to be used, as of the last `look`.
+    held_back : newcomers that wait for these, as of the last round of admission.
     """
 
     def __init__(self, step_tokens: int = STEP_TOKENS) -> None:
-        self.kept = 0
+        self.kept = self.held_back = self._newcomers = 0
         self.step_tokens = step_tokens
         self._step = self._newcomer = 0
         self._returned = self._overdue = 0.0
@@ -70,15 +71,19 @@ class Expected:
         self._step += 1
         store.now = self._step
 
-    def look(self, store: SessionStore, pool_tokens: int) -> None:
-        """Begin a round of admission in which somebody waits.
+    def look(self, store: SessionStore, pool_tokens: int, newcomers: int) -> None:
+        """Begin a round of admission.
 
         Parameters
         ----------
         store : the snapshots held.
         pool_tokens : of the pool.
+        newcomers : requests that wait and have no snapshot kept for them.
         """
-        self.kept = 0
+        self.kept = self.held_back = 0
+        self._newcomers = newcomers
+        if not newcomers:
+            return
         usual, dearest = self._usual_gap(), self.share * pool_tokens / self.step_tokens
         for it in store:
             if it.superseded or it.borrowers or it.overdue:
@@ -110,7 +115,10 @@ class Expected:
         pool_tokens : of the pool.
         """
         crowded = self.kept > 0 and rest < self.kept + SLACK * pool_tokens
-        return crowded and not self.is_due
+        if not crowded or self.is_due:
+            return False
+        self.held_back = self._newcomers
+        return True
 
     def order(self, queue: list[Req], goes_on: set[int]) -> list[Req]:
         """Put who goes on first, else in the order of the queue.

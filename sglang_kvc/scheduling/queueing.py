@@ -74,10 +74,11 @@ def before_admission(scheduler: Scheduler) -> None:
         tree.expected.count(tree.sessions)
     queue = scheduler.waiting_queue
     tree.awaiting.update(queue, pool_tokens)
-    if not queue or scheduler.enable_priority_scheduling:
+    if scheduler.enable_priority_scheduling:
         return
-    tree.expected.look(tree.sessions, pool_tokens)
-    if len(tree.awaiting):
+    newcomers = len(queue) - len(tree.awaiting)
+    tree.expected.look(tree.sessions, pool_tokens, newcomers)
+    if newcomers and len(tree.awaiting):
         queue[:] = tree.expected.order(queue, tree.awaiting.who)
 
 

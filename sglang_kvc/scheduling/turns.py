@@ -48,6 +48,9 @@ class Turns:
         else:
             self._decoded += 1
         waiting = len(scheduler.waiting_queue) + (scheduler.chunked_req is not None)
+        if expected := getattr(scheduler.tree_cache, "expected", None):
+            # They would not fill the batch.
+            waiting -= expected.held_back
         few = steps > 0 and waiting < len(running_batch.reqs)
         self._hurry = few and _answers_wait(running_batch)
         return self._hurry and self._decoded < steps

@@ -39,7 +39,7 @@ class Server:
         """Steps, then a round of admission; returns the tokens that are kept."""
         for _ in range(steps):
             self.expected.count(self.store)
-        self.expected.look(self.store, POOL)
+        self.expected.look(self.store, POOL, newcomers=3)
         return self.expected.kept
 
     def teach(self, gap: int, returned: int = 1, lost: int = 0) -> None:
@@ -122,7 +122,9 @@ def test_a_newcomer_waits_until_it_is_due(server: Server) -> None:
     kept, slack = server.run(1), POOL * SLACK
     expected = server.expected
     assert not expected.must_wait(kept + slack, POOL)
+    assert expected.held_back == 0
     assert expected.must_wait(kept + slack - 1, POOL)
+    assert expected.held_back == 3
     assert server.run(PATIENCE - 2) and expected.must_wait(0, POOL)
     assert server.run(1) and expected.is_due
     assert not expected.must_wait(0, POOL)

@@ -29,10 +29,17 @@ def batch(*reqs: Any, prefill: bool = False) -> Any:
     return SimpleNamespace(reqs=list(reqs), forward_mode=mode)
 
 
-def scheduler(last: Any, *, waiting: int = 1, chunked: Any = None) -> Any:
-    """SGLang's Scheduler behind a step."""
+def scheduler(
+    last: Any, *, waiting: int = 1, chunked: Any = None, held_back: int | None = None
+) -> Any:
+    """SGLang's Scheduler behind a step; `held_back` None: no sessions are kept."""
     queue = [req(0, 9)] * waiting
-    return SimpleNamespace(last_batch=last, waiting_queue=queue, chunked_req=chunked)
+    tree = SimpleNamespace()
+    if held_back is not None:
+        tree.expected = SimpleNamespace(held_back=held_back)
+    return SimpleNamespace(
+        last_batch=last, waiting_queue=queue, chunked_req=chunked, tree_cache=tree
+    )
 
 
 LONG = req(1, 100)
@@ -76,6 +83,12 @@ def test_where_many_wait_the_batch_is_filled_first(
 ) -> None:
     behind = scheduler(PREFILL, waiting=waiting, chunked=chunked)
     assert Turns().decode_first(behind, ANSWERS, 2) == answers_first
+
+
+def test_who_waits_for_conversations_fills_no_batch() -> None:
+    for held_back, answers_first in ((0, False), (6, False), (7, True)):
+        behind = scheduler(PREFILL, waiting=10, held_back=held_back)
+        assert Turns().decode_first(behind, ANSWERS, 2) == answers_first
 
 
 @pytest.mark.parametrize(("waiting", "steps"), [(3, 2), (4, 2), (3, 0)])
