@@ -23,9 +23,9 @@ from sglang_kvc.upstream.types import Req
 
 PATIENCE = 256
 """Steps after the last newcomer when the next one is due."""
-STEP_TOKENS = 700
-"""Prompt tokens that take about as long as a step of decoding (8B, H200: 39,000 a
-second, steps of 18 ms; both grow with the model)."""
+STEP_TOKENS = 400
+"""Prompt tokens that take about as long as a step of decoding. (8B on an H200: 39,000 a
+second, steps of 6 to 12 ms. Both times grow with the model.)"""
 LEAST_HORIZON = 32
 GAPS = 64
 """So many of the last conversations that came back tell how long that takes."""

@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 
-from sglang_kvc.scheduling.expected import LEAST_HORIZON, PATIENCE, SLACK, Expected
+from sglang_kvc.scheduling.expected import (
+    LEAST_HORIZON,
+    PATIENCE,
+    SLACK,
+    STEP_TOKENS,
+    Expected,
+)
 from sglang_kvc.sessions.store import SessionStore
 
-POOL, FOLD, PACKED, TAIL = 70_000, 800, 100, 16
-DEAREST = POOL * FOLD / PACKED / 700
+POOL, FOLD, PACKED, TAIL = 40_000, 800, 100, 16
+DEAREST = POOL * FOLD / PACKED / STEP_TOKENS
 """Steps after which computing the text again is cheaper."""
 
 
