@@ -87,6 +87,10 @@ EVICTIONS = Series(
     f"{PREFIX}snapshot_evictions_total",
     "Snapshots given up to make room; not those that a later turn has replaced.",
 )
+HELD_BACK = Series(
+    f"{PREFIX}held_back",
+    "Prompts that wait until conversations which are expected to go on leave room.",
+)
 
 ARRIVAL_REASONS = ("options", "unserved", "field")
 """Of the tokenizer process, which sees a request first."""
@@ -101,5 +105,5 @@ REFUSED = Series(
 
 SERIES = (
     *(LOGICAL, RESIDENT, RATIO, TAIL, PASSES, DEFERRED, SECONDS, MOVED),
-    *(SNAPSHOTS, SNAPSHOT_TOKENS, HITS, EVICTIONS, REFUSED),
+    *(SNAPSHOTS, SNAPSHOT_TOKENS, HITS, EVICTIONS, HELD_BACK, REFUSED),
 )

@@ -60,6 +60,7 @@ class Meter:
         self._snapshot_tokens = gauge(series.SNAPSHOT_TOKENS)
         self._hits = counters(series.HITS)[""]
         self._evictions = counters(series.EVICTIONS)[""]
+        self._held_back = gauge(series.HELD_BACK)
         self._counted = (0, 0)
         self._shown = (0, 0, 0)
         self._show(*self._shown)
@@ -129,6 +130,7 @@ class Meter:
             self._counted = (store.hits, store.evicted)
             self._hits.inc(store.hits - hits)
             self._evictions.inc(store.evicted - evicted)
+            self._held_back.set(self._scheduler.tree_cache.expected.held_back)
 
     def _read_clock(self) -> None:
         seconds = self._clock.read()

@@ -160,3 +160,8 @@ def test_snapshots_are_counted(
         fresh.flush()
         counted.meter.log()
         assert shown() == [0, 0, 1, 1]
+        fresh.sch.tree_cache.expected.held_back = 3
+        counted.meter.log()
+        assert counted.value(series.HELD_BACK) == 3
+        fresh.serve([Request("four", ids, 20, kv={"budget": 64})])
+        assert counted.value(series.HELD_BACK) == 0
