@@ -122,7 +122,9 @@ class Meter:
         self._tail.set(tail)
 
     def _show_sessions(self) -> None:
-        store: SessionStore | None = self._scheduler.tree_cache.sessions
+        tree = self._scheduler.tree_cache
+        store: SessionStore | None = tree.sessions
+        self._held_back.set(tree.expected.held_back if store is not None else 0)
         self._snapshots.set(len(store) if store is not None else 0)
         self._snapshot_tokens.set(store.tokens if store is not None else 0)
         if store is not None:
@@ -130,7 +132,6 @@ class Meter:
             self._counted = (store.hits, store.evicted)
             self._hits.inc(store.hits - hits)
             self._evictions.inc(store.evicted - evicted)
-            self._held_back.set(self._scheduler.tree_cache.expected.held_back)
 
     def _read_clock(self) -> None:
         seconds = self._clock.read()
