@@ -163,29 +163,25 @@ def _add_from(
         assert need is not None
         if not server.turns.takes(adder.log_input_tokens, need.missing):
             return schedule_policy.AddReqResult.OTHER
-        if hit is not None or need.goes_on:
-            return _add_one(adder, server, headroom, need, req, call)
-        return _add_newcomer(adder, server, headroom, need, req, call)
-
-
-def _add_newcomer(
-    adder: PrefillAdder,
-    server: Server,
-    headroom: Headroom,
-    need: PromptNeed,
-    req: Req,
-    call: Callable[[], Any],
-) -> Any:
-    """Admit it if it fits beside those who are expected back, or nobody runs."""
-    expected: Expected | None = getattr(adder.tree_cache, "expected", None)
-    if expected is not None and (headroom.running or adder.can_run_list):
-        rest = headroom.free - headroom.now - need.missing - need.clip - need.ring
-        if expected.must_wait(rest, adder.token_to_kv_pool_allocator.size):
+        expected = None
+        if hit is None and not need.goes_on:
+            expected = getattr(adder.tree_cache, "expected", None)
+        if expected is not None and _leaves_room(adder, headroom, need, expected):
             return schedule_policy.AddReqResult.OTHER
-    result = _add_one(adder, server, headroom, need, req, call)
-    if expected is not None and is_admitted(adder, req):
-        expected.admitted()
-    return result
+        result = _add_one(adder, server, headroom, need, req, call)
+        if expected is not None and is_admitted(adder, req):
+            expected.admitted()
+        return result
+
+
+def _leaves_room(
+    adder: PrefillAdder, headroom: Headroom, need: PromptNeed, expected: Expected
+) -> bool:
+    """Whether a newcomer waits for those who are expected back; not if nobody runs."""
+    if not headroom.running and not adder.can_run_list:
+        return False
+    rest = headroom.free - headroom.now - need.missing - need.clip - need.ring
+    return expected.must_wait(rest, adder.token_to_kv_pool_allocator.size)
 
 
 def _add_one(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.audited import audited
-from tests.engine.crowd import Crowd
+from tests.engine.crowd import POOL, Crowd
 from tests.engine.fuzz import Setting, apply, check_store
 from tests.engine.inprocess import (
     InProcessScheduler,
@@ -29,7 +29,6 @@ from tests.engine.inprocess import (
 from tests.engine.stress import PageAudit
 from tests.engine.tiny_model import VOCAB
 
-POOL = 4096
 TURNS = 4
 AT_ONCE = 25
 """Sessions whose turns come together, beside what others have left in the pool."""
