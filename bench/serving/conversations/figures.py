@@ -13,6 +13,8 @@ from sglang_kvc.config import series
 
 HOST_MEMORY = re.compile(r"([\d.]+) GB host memory")
 SHOWN_ERRORS = 10
+MOST = 0.9
+"""The rest of the turns belongs to the few users who think longest."""
 COUNTED = (series.SNAPSHOTS, series.SNAPSHOT_TOKENS, series.HITS, series.EVICTIONS)
 
 
@@ -38,6 +40,7 @@ def summarize(turns: Sequence[Turn], asked: int, begin: float) -> dict[str, Any]
     computed = sum(it.prompt - it.cached for it in good)
     values |= {
         "turns_per_s": len(good) / seconds,
+        "most_turns_per_s": most_turns_per_s(good, asked, begin),
         "answer_tokens_per_s": sum(it.answer for it in good) / seconds,
         "stream_tokens_per_s": median(paces) if paces else None,
         "prompt_tokens": sum(it.prompt for it in good),
@@ -47,6 +50,17 @@ def summarize(turns: Sequence[Turn], asked: int, begin: float) -> dict[str, Any]
         "last_turn_hits": last_turn_hits(good),
     }
     return values | of_ours(good)
+
+
+def most_turns_per_s(turns: Sequence[Turn], asked: int, begin: float) -> float | None:
+    """Turns a second until nine of ten were answered; None if fewer were.
+
+    At the end few users are left, and how long these think decides how long a run takes.
+    """
+    most = round(MOST * asked)
+    if not 0 < most <= len(turns):
+        return None
+    return most / (sorted(it.last for it in turns)[most - 1] - begin)
 
 
 def part(turns: Sequence[Turn]) -> dict[str, Any]:

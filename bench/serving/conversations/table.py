@@ -9,13 +9,14 @@ from bench.serving.conversations.systems import OURS, SESSIONS, STOCK
 
 Record = dict[str, Any]
 ORDER = (STOCK, OURS, SESSIONS)
-WIDTHS = (14, 11, 8, 8, 7, 15, 15, 8, 10, 7, 9)
+WIDTHS = (14, 11, 8, 8, 7, 7, 15, 15, 8, 10, 7, 9)
 HEAD = [
     "system",
     "pool",
     "turns",
     "turns/s",
     "x",
+    "most/s",
     "first_s(1)",
     "first_s(2..)",
     "new_x",
@@ -26,6 +27,7 @@ HEAD = [
 
 
 LEGEND = (
+    "most/s: turns/s until nine of ten are served; the last ones are of who thinks long",
     "first_s: seconds to the first token, p50/p99, of turn 1 and of later ones",
     "new_x: prompt tokens computed, over those that were new",
     "hits: sessions whose last turn found its history; held: snapshots at the end",
@@ -92,6 +94,7 @@ def format_table(records: list[Record]) -> str:
             f"{one['turns']}{'' if one['complete'] else ' cut'}",
             f"{one['turns_per_s']:.3f}",
             _cell(ratio, 2),
+            _cell(one.get("most_turns_per_s"), 3),
             _waits(one["turn_1"]),
             _waits(one["later"]),
             _cell(one["computed_over_new"], 2),

@@ -19,6 +19,7 @@ from bench.serving.conversations.drive import Drive, Turn
 from bench.serving.conversations.figures import (
     counters,
     host_cache_gb,
+    most_turns_per_s,
     summarize,
     wrong_side,
 )
@@ -221,9 +222,19 @@ def test_figures_of_a_run() -> None:
     assert values["resumed_turns"] == SHAPE.all_turns - SHAPE.sessions
     assert values["turns_per_s"] == pytest.approx(len(run.turns) / values["seconds"])
     assert values["answer_tokens_per_s"] == pytest.approx(5 * values["turns_per_s"])
+    assert values["most_turns_per_s"] > 0
     assert not wrong_side(values, stock=False)
     assert "stock" in wrong_side(values, stock=True)
     assert wrong_side({**values, "reported": 3}, stock=False)
+
+
+@pytest.mark.parametrize(("served", "rate"), [(10, 0.9), (9, 0.9), (8, None)])
+def test_the_last_turns_do_not_count_in_most(served: int, rate: float | None) -> None:
+    """Nine of ten were answered after ten seconds."""
+    ends = [1, 2, 3, 4, 5, 6, 7, 8, 10, 90][:served]
+    turns = [Turn(it, 0, 1, 5.0, last=100.0 + end) for it, end in enumerate(ends)]
+    found = most_turns_per_s(turns[::-1], 10, 100.0)
+    assert found == (None if rate is None else pytest.approx(rate))
 
 
 def test_a_refused_turn_ends_its_session_alone() -> None:
