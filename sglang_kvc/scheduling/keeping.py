@@ -45,9 +45,11 @@ def keep_snapshot(
     if end < state.own_from:
         return
     row = tree.req_to_token_pool.req_to_token[state.slot, fold:end].long()
-    tail = ids[fold:end]
+    tail, turns = ids[fold:end], state.turns_before + 1
     if state.borrowed is not None:
-        state.borrowed.left_at, state.borrowed.overdue = tree.sessions.now, False
+        left = state.borrowed
+        left.left_at, left.overdue = tree.sessions.now, False
+        left.turns = max(left.turns, turns)
         if end > state.own_from:
             own = state.own_from - fold
             tree.extend_branch(state.borrowed, req, tail, row, own)
@@ -62,6 +64,7 @@ def keep_snapshot(
         offsets=state.settled_offsets,
         unit=state.settled_unit,
         passes=state.generations + state.settled_passes,
+        turns=turns,
     )
     tree.add_branch(snapshot, state.settled_packed)
     if end > fold:

@@ -70,8 +70,9 @@ def before_admission(scheduler: Scheduler) -> None:
     if getattr(tree, "sessions", None) is None:
         return
     pool_tokens = scheduler.token_to_kv_pool_allocator.size
-    if scheduler.last_batch is not None:
-        tree.expected.count(tree.sessions)
+    if (last := scheduler.last_batch) is not None:
+        prompts = last.forward_mode.is_extend() and last.extend_num_tokens
+        tree.expected.count(tree.sessions, prompts or 0)
     queue = scheduler.waiting_queue
     tree.awaiting.update(queue, pool_tokens)
     if scheduler.enable_priority_scheduling:

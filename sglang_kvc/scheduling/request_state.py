@@ -125,6 +125,7 @@ class RequestState:
     residency: Residency = field(default_factory=Residency)
     resumed_tokens: int = 0
     generations: int = 0
+    turns_before: int = 0
 
     def resume(self, hit: Hit) -> None:
         """Start from a snapshot, and from a continuation of it."""
@@ -133,7 +134,7 @@ class RequestState:
         self.packed = snapshot.packed
         # Whoever had the slot before has left its queries in the ring.
         self.observed = self.own_from = self.resumed_tokens = length
-        self.generations = snapshot.passes
+        self.generations, self.turns_before = snapshot.passes, snapshot.turns
         self.borrowed = snapshot
         snapshot.borrowers += 1
         snapshot.resumed += 1

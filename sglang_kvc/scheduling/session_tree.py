@@ -101,8 +101,13 @@ class SessionTree(_Tree):
         tokens = snapshot.fold + len(pages) - snapshot.packed
         return Hit(snapshot, tokens, found.last_device_node, pages)
 
-    def drop_branch(self, snapshot: Snapshot) -> int:
+    def drop_branch(self, snapshot: Snapshot, *, evicted: bool = False) -> int:
         """Free the pages of a snapshot that has no borrower and one continuation.
+
+        Parameters
+        ----------
+        snapshot : what is dropped.
+        evicted : whether nothing holds more of its text.
 
         Returns
         -------
@@ -110,14 +115,15 @@ class SessionTree(_Tree):
             Tokens freed.
         """
         assert self.sessions is not None
-        self.sessions.forget(self._node_id(snapshot.node), evicted=False)
+        self.sessions.forget(self._node_id(snapshot.node), evicted=evicted)
         return self._drop_leaves(_key(snapshot, snapshot.tail))
 
     def drop_spares(self, tokens: int) -> int:
         """Evict what is held better elsewhere, before anything else goes.
 
         First whole copies of what is packed, in a snapshot or by a request that will
-        leave one; then snapshots that later turns replace.
+        leave one; then snapshots that later turns replace; then those that nobody is
+        expected to start from.
 
         Parameters
         ----------
@@ -140,6 +146,10 @@ class SessionTree(_Tree):
             if freed >= tokens:
                 return freed
             freed += self.drop_branch(snapshot)
+        for snapshot in self.sessions.unexpected():
+            if freed >= tokens:
+                return freed
+            freed += self.drop_branch(snapshot, evicted=True)
         return freed
 
     def evict_behind_spares(

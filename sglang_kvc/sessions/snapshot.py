@@ -36,6 +36,7 @@ class Snapshot:
     offsets : int32 [L * H + 1] on the device, a row of ``block_offsets``.
     unit : fp32 scalar on the device, the slot's ``novelty_unit``; None without.
     passes : how many have made it.
+    turns : how many the conversation has had since it was computed from nothing.
     node : SGLang's handle of the node with the packed pages.
     tail : the text behind the fold that the longest continuation has pages of.
     superseded : a later turn has left another one, so this goes before others.
@@ -53,6 +54,7 @@ class Snapshot:
     offsets: Any
     unit: Any
     passes: int
+    turns: int = 1
     node: Any = None
     tail: array[int] = field(default_factory=lambda: array("q"))
     superseded: bool = False

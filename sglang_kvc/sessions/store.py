@@ -88,6 +88,11 @@ class SessionStore:
         """Those that later turns have replaced and nobody runs on, the oldest first."""
         return iter([it for it in self if it.superseded and not it.borrowers])
 
+    def unexpected(self) -> Iterator[Snapshot]:
+        """Those that nobody is expected to start from, first who left first."""
+        found = [it for it in self if it.overdue and it.is_private]
+        return iter(sorted(found, key=lambda it: it.left_at))
+
     def along(
         self, text: TextChain, ids: Sequence[int], length: int
     ) -> Iterator[Snapshot]:

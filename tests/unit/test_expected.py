@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,26 @@ from sglang_kvc.scheduling.expected import (
     STEP_TOKENS,
     Expected,
 )
+from sglang_kvc.scheduling.returns import MOST_TURNS
 from sglang_kvc.sessions.store import SessionStore
 
 POOL, FOLD, PACKED, TAIL = 40_000, 800, 100, 16
 DEAREST = POOL * FOLD / PACKED / STEP_TOKENS
 """Steps after which computing the text again is cheaper."""
+
+
+def horizon(share: float, mean: float, worth: float) -> float:
+    """Steps after which the chance of a return in the next one is 1 / `worth`.
+
+    Of the share that returns, exp(-t / mean) has not after t steps; found by halving.
+    """
+    low, high = 0.0, 1e6
+    while high - low > 0.01:
+        t = (low + high) / 2
+        out = share * math.exp(-t / mean)
+        pays = out / (out + 1 - share) / mean > 1 / worth
+        low, high = (t, high) if pays else (low, t)
+    return low
 
 
 class Server:
@@ -27,7 +43,7 @@ class Server:
     def __init__(self) -> None:
         self.store, self.expected = SessionStore(), Expected()
 
-    def leave(self, name: str, fold: int = FOLD) -> Any:
+    def leave(self, name: str, fold: int = FOLD, turns: int = 1) -> Any:
         """A request ends and leaves a snapshot."""
         snapshot = self.store.make(
             digest=name.encode(),
@@ -36,6 +52,7 @@ class Server:
             offsets=None,
             unit=None,
             passes=1,
+            turns=turns,
         )
         snapshot.grow(range(TAIL))
         self.store.add(snapshot, name)
@@ -44,23 +61,24 @@ class Server:
     def run(self, steps: int) -> int:
         """Steps, then a round of admission; returns the tokens that are kept."""
         for _ in range(steps):
-            self.expected.count(self.store)
+            self.expected.count(self.store, 0)
         self.expected.look(self.store, POOL, newcomers=3)
         return self.expected.kept
 
-    def teach(self, gap: int, returned: int = 1, lost: int = 0) -> None:
+    def teach(self, gap: int, returned: int = 1, lost: int = 0, turns: int = 1) -> None:
         """Let some come back after `gap` steps, others never."""
         for number in range(returned):
-            snapshot = self.leave(f"taught {number}")
+            snapshot = self.leave(f"taught {number}", turns=turns)
             for _ in range(gap):
-                self.expected.count(self.store)
+                self.expected.count(self.store, 0)
             self.expected.came_back(snapshot)
             self.store.forget(f"taught {number}", evicted=False)
         for number in range(lost):
-            self.leave(f"lost {number}")
-        self.run(int(DEAREST) + 1)
+            self.leave(f"lost {number}", turns=turns)
+        self.run(int(DEAREST) + 2 * gap + 1)
         for number in range(lost):
             self.store.forget(f"lost {number}", evicted=True)
+        self.run(0)
 
 
 @pytest.fixture
@@ -74,38 +92,104 @@ def test_nothing_is_kept_before_anybody_has_come_back(server: Server) -> None:
         server.leave(f"{number}")
         assert server.run(LEAST_HORIZON + 1) == 0
     assert not server.expected.must_wait(0, POOL)
-    assert server.expected.share == 0
+    assert server.expected.returns.share(1) == 0
 
 
 def test_kept_for_twice_the_usual_time(server: Server) -> None:
-    server.teach(gap=100, returned=10)
+    server.teach(gap=100, returned=20)
     server.leave("one")
     assert server.run(0) == PACKED + TAIL
     assert server.run(200) == PACKED + TAIL
     assert server.run(1) == 0
-    # Who comes late is expected later from then on.
-    assert 0 < server.expected.share < 1
+    assert 0 < server.expected.returns.share(1) < 1
+
+
+def test_the_first_who_come_back_are_the_quick(server: Server) -> None:
+    """What they take tells nothing, until slower ones had the time to come."""
+    together = [server.leave(f"{number}") for number in range(30)]
+    others = 10 * (PACKED + TAIL)
+    assert server.run(10) == 3 * others
+    for number in range(20):
+        server.expected.came_back(together[number])
+        together[number].borrowers = 1
+    # Worth more than these, while the others have not had four times as long.
+    assert server.run(29) == others
+    assert server.run(1) == 0
 
 
 def test_not_longer_than_it_is_worth(server: Server) -> None:
     """What was long, or is packed tightly, is worth more memory."""
-    server.teach(gap=10_000, returned=10)
+    server.teach(gap=600, returned=80, lost=10)
     server.leave("long")
     server.leave("short", fold=FOLD // 4)
-    assert server.run(int(DEAREST / 4)) == 2 * (PACKED + TAIL)
+    assert server.run(LEAST_HORIZON) == 2 * (PACKED + TAIL)
+    # A quarter of the text is not worth waiting for 600 steps.
+    assert DEAREST / 4 < 600 < DEAREST
     assert server.run(1) == PACKED + TAIL
-    # One of eleven did not come back.
-    worth = int(DEAREST * 10 / 11)
-    assert server.run(worth - int(DEAREST / 4) - 1) == PACKED + TAIL
-    assert server.run(1) == 0
+    kept = int(horizon(server.expected.returns.share(1), 600, DEAREST))
+    assert 300 < kept < 600
+    assert server.run(kept * 9 // 10 - LEAST_HORIZON) == PACKED + TAIL
+    assert server.run(kept * 2 // 10) == 0
 
 
 def test_worth_less_if_few_come_back(server: Server) -> None:
-    server.teach(gap=10_000, returned=10, lost=30)
-    assert server.expected.share == pytest.approx(0.25)
+    """The longer nobody has come back, the less likely it is that somebody will."""
+    server.teach(gap=100, returned=60, lost=60)
+    share = server.expected.returns.share(1)
+    assert share == pytest.approx(0.5, abs=0.1)
     server.leave("one")
-    assert server.run(int(DEAREST / 4)) > 0
-    assert server.run(1) == 0
+    kept = horizon(share, 100, DEAREST)
+    assert LEAST_HORIZON < kept < 200
+    assert server.run(int(kept * 0.9)) > 0
+    assert server.run(int(kept * 0.2) + 1) == 0
+
+
+def test_how_many_turns_a_conversation_had_tells_whether_it_goes_on(
+    server: Server,
+) -> None:
+    """Conversations of three turns come back twice."""
+    for turns in (1, 2):
+        server.teach(gap=100, returned=20, turns=turns)
+    server.teach(gap=100, returned=0, lost=20, turns=3)
+    assert server.expected.returns.share(1) > 0.9
+    assert server.expected.returns.share(3) < 0.2
+    # Of others only what all do is known.
+    assert 0.6 < server.expected.returns.share(4) < 0.7
+    assert server.expected.returns.share(MOST_TURNS) == server.expected.returns.share(
+        99
+    )
+    for turns in (2, 3):
+        server.leave(f"left {turns}", turns=turns)
+    assert server.run(LEAST_HORIZON + 60) == PACKED + TAIL
+
+
+def test_who_should_have_come_back_tells_something_before_time_is_over(
+    server: Server,
+) -> None:
+    server.teach(gap=100, returned=30)
+    before = server.expected.returns.share(2)
+    for number in range(20):
+        server.leave(f"{number}", turns=2)
+    server.run(0)
+    assert server.expected.returns.share(2) == pytest.approx(before)
+    assert server.run(40) > 0
+    assert not any(it.overdue for it in server.store)
+    assert 0.3 < server.expected.returns.share(2) < before / 2
+    # And nothing is left of it once they have.
+    for snapshot in list(server.store):
+        server.expected.came_back(snapshot)
+        snapshot.borrowers = 1
+    server.run(0)
+    assert server.expected.returns.share(2) > 0.95
+
+
+def test_prompts_take_time(server: Server) -> None:
+    server.teach(gap=100, returned=20)
+    server.leave("one")
+    server.expected.count(server.store, 0)
+    assert server.run(0) == PACKED + TAIL
+    server.expected.count(server.store, 210 * STEP_TOKENS)
+    assert server.run(0) == 0
 
 
 def test_what_is_lent_or_replaced_is_not_counted(server: Server) -> None:
@@ -157,4 +241,4 @@ def test_who_goes_on_goes_first(server: Server) -> None:
 def test_what_was_long_ago_counts_less(server: Server) -> None:
     server.teach(gap=1, returned=100, lost=0)
     server.teach(gap=1, returned=0, lost=300)
-    assert server.expected.share < 0.1
+    assert server.expected.returns.share(1) < 0.1

@@ -178,6 +178,15 @@ def test_a_dropped_snapshot_gives_back_everything(held: Held) -> None:
     assert held.tree.find_branch(snapshot, ()) is None
 
 
+def test_what_nobody_is_expected_to_use_goes_before_prompts(held: Held) -> None:
+    prompt, old, new = held.whole(TEXT[:160]), held.snapshot(), held.snapshot()
+    held.extend(new, TEXT[64:128])
+    new.overdue = True
+    assert held.tree.evict(EvictParams(num_tokens=1)).num_tokens_evicted == 48 + 64
+    assert (list(held.store), held.store.evicted) == ([old], 1)
+    assert held.length(prompt) == 160
+
+
 def test_eviction_is_by_one_order_with_prompts(held: Held) -> None:
     old, prompt, new = held.snapshot(), held.whole(TEXT[:160]), held.snapshot()
     held.extend(old, TEXT[64:80])

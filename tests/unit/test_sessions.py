@@ -118,6 +118,17 @@ def test_what_is_superseded_goes_in_the_order_it_came() -> None:
     assert list(store.superseded()) == [first, second]
 
 
+def test_who_left_first_is_given_up_first_of_what_nobody_is_expected_to_use() -> None:
+    store = SessionStore()
+    first, second, third, fourth = (held(store, TEXT, 16 * n) for n in (1, 2, 3, 4))
+    for at, one in enumerate((second, first, third)):
+        one.left_at, one.overdue = at, True
+    third.borrowers = 1
+    assert list(store.unexpected()) == [second, first]
+    fourth.overdue = fourth.branches = True
+    assert list(store.unexpected()) == [second, first]
+
+
 def test_a_continuation_is_one_line_until_texts_part() -> None:
     snapshot = held(SessionStore(), TEXT, 32, 48)
     snapshot.grow([5] * 16)

@@ -55,7 +55,8 @@ def summarize(turns: Sequence[Turn], asked: int, begin: float) -> dict[str, Any]
 def most_turns_per_s(turns: Sequence[Turn], asked: int, begin: float) -> float | None:
     """Turns a second until nine of ten were answered; None if fewer were.
 
-    At the end few users are left, and how long these think decides how long a run takes.
+    At the end few users are left, and the one who thinks longest decides how long the
+    run takes.
     """
     most = round(MOST * asked)
     if not 0 < most <= len(turns):

@@ -27,7 +27,7 @@ HEAD = [
 
 
 LEGEND = (
-    "most/s: turns/s until nine of ten are served; the last ones are of who thinks long",
+    "most/s: turns/s until nine of ten are served; the last ones think longest",
     "first_s: seconds to the first token, p50/p99, of turn 1 and of later ones",
     "new_x: prompt tokens computed, over those that were new",
     "hits: sessions whose last turn found its history; held: snapshots at the end",
