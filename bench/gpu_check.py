@@ -3,7 +3,8 @@
     python -m bench.gpu_check --model PATH_OF_AN_8B_SHAPE [--out DIR] [--no-serving]
 
 1. every kernel against its reference (``pytest tests/kernels``);
-2. the small cases again under ``compute-sanitizer --tool memcheck``;
+2. the small cases again under ``compute-sanitizer --tool memcheck``, a process for each
+   file, `workers` at a time;
 3. `bench.serving`: 256 requests of 100 to 8,000 tokens at rate 8, dummy weights, CUDA
    graphs, overlap, the same pool for stock SGLang and for --kv-compress.
 
@@ -19,6 +20,8 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from bench.common.record import environment, write_record
@@ -29,6 +32,9 @@ SMALL = (
     "or pooling or launches_are or kv_dtype"
 )
 PASSED = re.compile(r"(\d+) passed")
+NOTHING_SELECTED = 5
+"""What pytest returns then."""
+MEMCHECK = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
 
 
 def run(name: str, command: list[str], out: Path, **environ: str) -> None:
@@ -58,13 +64,25 @@ def run(name: str, command: list[str], out: Path, **environ: str) -> None:
         raise SystemExit(f"{name} failed; nothing further is run")
 
 
+def memcheck(out: Path, test: Path) -> None:
+    """The small cases of one file, if it has any, under memcheck."""
+    chosen = [sys.executable, *PYTEST, str(test), "-k", SMALL]
+    listed = subprocess.run(
+        [*chosen, "--collect-only"], capture_output=True, check=False
+    )
+    if listed.returncode != NOTHING_SELECTED:
+        # Every tensor in an allocation of its own: an overrun leaves it.
+        own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        run(f"memcheck, {test.stem}", [*MEMCHECK, *chosen], out, **own)
+
+
 def main() -> None:
     """Run the three steps."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder with an 8B config.json")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--pool", type=int, default=131072)
-    parser.add_argument("--workers", type=int, default=6, help="pytest-xdist, if there")
+    parser.add_argument("--workers", type=int, default=6, help="at a time")
     parser.add_argument("--no-serving", action="store_true", help="kernels only")
     args = parser.parse_args()
     if not (args.model or args.no_serving):
@@ -77,14 +95,10 @@ def main() -> None:
     except ImportError:
         parallel = []
     run("kernels", [python, *PYTEST, *parallel, "tests/kernels"], args.out)
-    run(
-        "memcheck",
-        ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
-        + [python, *PYTEST, "tests/kernels", "-k", SMALL],
-        args.out,
-        # Every tensor in an allocation of its own: an overrun leaves it.
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-    )
+    with ThreadPoolExecutor(args.workers) as pool:
+        tests = sorted(Path("tests/kernels").glob("test_*.py"))
+        # Read, so that what was raised there is raised here.
+        list(pool.map(partial(memcheck, args.out), tests))
     if args.no_serving:
         return
     serve = [python, "-m", "bench.serving", "--model", args.model]
