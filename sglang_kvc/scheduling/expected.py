@@ -87,7 +87,7 @@ class Expected:
             else:
                 over.append(it)
         for it in over:
-            self.returns.gave_up(it)
+            self.returns.gave_up(it, self._step)
 
     def came_back(self, snapshot: Snapshot) -> None:
         """Note that a request that starts from a snapshot has come."""
