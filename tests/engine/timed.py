@@ -163,22 +163,16 @@ class TimedLoad:
             feed.requests.append(going_on)
 
     def _line(self, sch: Any) -> str:
-        tree = sch.tree_cache
-        line = (
-            f"{self.now:6.1f} s: {len(self.turns)} turns, "
-            f"{len(sch.running_batch.reqs)} run, {len(sch.waiting_queue)} wait"
-        )
-        if tree.sessions is None:
-            return line
+        store, expected = sch.tree_cache.sessions, sch.tree_cache.expected
         return (
-            f"{line}, {tree.expected.held_back} of them for {tree.expected.kept} tokens"
-            f" in {len(tree.sessions)} snapshots; {tree.sessions.evicted} evicted"
+            f"{self.now:6.1f} s: {len(self.turns)} turns, "
+            f"{len(sch.running_batch.reqs)} run, {len(sch.waiting_queue)} wait, "
+            f"{expected.held_back} of them for {expected.kept} tokens in "
+            f"{len(store)} snapshots; {store.evicted} evicted"
         )
 
 
-def scheduler(
-    folder: Path, *, pool: int, chunk: int = CHUNK, **options: Any
-) -> InProcessScheduler:
+def scheduler(folder: Path, *, pool: int, rate: float) -> InProcessScheduler:
     """A scheduler of the tiny model whose prompts may be as long as the bench's."""
     model = Path(write_tiny_model(folder, ONE_LAYER))
     config = json.loads((model / "config.json").read_text())
@@ -187,11 +181,11 @@ def scheduler(
     args = make_server_args(
         str(model),
         compress=True,
-        chunked_prefill_size=chunk,
+        chunked_prefill_size=CHUNK,
         max_total_tokens=pool,
         max_running_requests=256,
         kv_compress_sessions=True,
-        **options,
+        kv_compress_rate=rate,
     )
     return InProcessScheduler(args)
 
@@ -207,8 +201,7 @@ def main() -> None:
     bench = parse_arguments(None, words)
     what = {"rate": args.rate, "shape": bench.shape.record(), "pool": bench.pool}
     with tempfile.TemporaryDirectory() as folder:
-        options = {"pool": bench.pool, "kv_compress_rate": args.rate}
-        server = scheduler(Path(folder), **options)
+        server = scheduler(Path(folder), pool=bench.pool, rate=args.rate)
         load = Load(bench.shape, VOCAB)
         values = TimedLoad(server, load, lambda line: print(line, flush=True)).serve()
         write_record(args.out, {**environment(), **what, **values})
