@@ -183,8 +183,10 @@ def encode_queries(query, DP: tl.constexpr):
     q = query.to(tl.float32)
     d = tl.arange(0, DP)[None, :]
     low = d < 8
-    # 1 / 123.
-    largest = tl.max(tl.abs(q), 1) * 0.008130081300813009
+    # Ordered as their sizes are; the largest integer of a warp is one instruction.
+    bits = tl.max(q.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    # By 1 / 123.
+    largest = bits.to(tl.float32, bitcast=True) * 0.008130081300813009
     exponent = (largest.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
     exponent = tl.minimum(tl.maximum(exponent, 1), 200)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
