@@ -20,6 +20,9 @@ def run_step(runtime: KVCompressRuntime, worker: Any, batch: Any, forward: Any) 
         check_ranks(plan, batch)
     if plan is None:
         return forward()
+    if plan.copies:
+        assert runtime.state.host is not None
+        runtime.state.host.carry_out(plan.copies)
     if plan.reset_slots:
         runtime.state.reset_slots(plan.reset_slots)
     if plan.resumed:

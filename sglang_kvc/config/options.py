@@ -195,6 +195,12 @@ class KVCompressOptions:
         "conversation start from it. Such a hit is lossy, unlike the prefix cache's.",
         expert=False,
     )
+    sessions_host: float = number(
+        0.0,
+        "With sessions: host memory for what the pool has no room for, as a multiple "
+        "of the KV pool. It is copied back when its conversation goes on.",
+        expert=False,
+    )
     chunk_queries: str = choice(
         "prompt",
         CHUNK_QUERIES,
@@ -220,6 +226,12 @@ class KVCompressOptions:
         check_int("sinks", self.sinks, 0)
         check_int("turns", self.turns, 0)
         check_switch("sessions", self.sessions)
+        check_number("sessions_host", self.sessions_host, 0)
+        if self.sessions_host and not self.sessions:
+            raise ConfigError(
+                f"sessions_host={self.sessions_host:g} is host memory for sessions, "
+                "which are off. Switch sessions on, or leave it out."
+            )
         check_int("pool_back", self.pool_back, 0, MAX_POOL)
         check_int("pool_ahead", self.pool_ahead, 0, MAX_POOL)
         check_number("pool_decay", self.pool_decay, 0, 1, above=True)

@@ -75,7 +75,7 @@ MOVED = Series(
 
 SNAPSHOTS = Series(
     f"{PREFIX}snapshots",
-    "Snapshots of ended requests that are held, with --kv-compress-sessions.",
+    "Snapshots of ended requests that are in the pool, with --kv-compress-sessions.",
 )
 SNAPSHOT_TOKENS = Series(
     f"{PREFIX}snapshot_tokens", "Tokens of memory that their packed pages take."
@@ -86,6 +86,14 @@ HITS = Series(
 EVICTIONS = Series(
     f"{PREFIX}snapshot_evictions_total",
     "Snapshots given up to make room; not those that a later turn has replaced.",
+)
+IN_HOST = Series(
+    f"{PREFIX}host_snapshots",
+    "Snapshots in host memory, with --kv-compress-sessions-host.",
+)
+BROUGHT_BACK = Series(
+    f"{PREFIX}snapshots_brought_back_total",
+    "Snapshots that were copied from host memory back to the pool.",
 )
 HELD_BACK = Series(
     f"{PREFIX}held_back",
@@ -105,5 +113,6 @@ REFUSED = Series(
 
 SERIES = (
     *(LOGICAL, RESIDENT, RATIO, TAIL, PASSES, DEFERRED, SECONDS, MOVED),
-    *(SNAPSHOTS, SNAPSHOT_TOKENS, HITS, EVICTIONS, HELD_BACK, REFUSED),
+    *(SNAPSHOTS, SNAPSHOT_TOKENS, HITS, EVICTIONS, IN_HOST, BROUGHT_BACK),
+    *(HELD_BACK, REFUSED),
 )

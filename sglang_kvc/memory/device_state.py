@@ -15,6 +15,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.kernels.layout import PAGE_SIZE, Arena, BlockTables
 from sglang_kvc.kernels.query_ring import QueryRing, ring_in, ring_pages
+from sglang_kvc.memory.host_pages import HostPages
 from sglang_kvc.memory.kv_pool import ArenaKVPool
 from sglang_kvc.memory.metadata import (
     ModelShape,
@@ -37,6 +38,7 @@ class DeviceState:
     query_ring : last queries of every slot that has got pages for them, in 8 bits.
     novelty_unit : what a key of mean novelty adds, a number a slot, fp32.
     device : where all of it lives.
+    host : host memory for snapshots; None if there is to be none.
     """
 
     options: KVCompressOptions
@@ -46,6 +48,7 @@ class DeviceState:
     query_ring: QueryRing
     novelty_unit: torch.Tensor
     device: Any
+    host: HostPages | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -144,4 +147,5 @@ def make_device_state(model_runner: Any, options: KVCompressOptions) -> DeviceSt
         query_ring=ring_in(arena, zeros(slots, pages), options.window),
         novelty_unit=torch.zeros(slots, device=device),
         device=device,
+        host=HostPages(arena, options.sessions_host) if options.sessions_host else None,
     )

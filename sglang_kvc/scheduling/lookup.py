@@ -77,6 +77,8 @@ def _longest(
     for snapshot in tree.sessions.along(text_of(req), ids, cap):
         if snapshot.packed < policy.compressed(snapshot.fold):
             continue
+        if tree.sessions.is_in_host(snapshot) and not tree.bring_back(snapshot):
+            continue
         hit = tree.find_branch(snapshot, ids[snapshot.fold : cap])
         if hit is not None:
             return hit

@@ -60,8 +60,10 @@ class Meter:
         self._snapshot_tokens = gauge(series.SNAPSHOT_TOKENS)
         self._hits = counters(series.HITS)[""]
         self._evictions = counters(series.EVICTIONS)[""]
+        self._in_host = gauge(series.IN_HOST)
+        self._brought_back = counters(series.BROUGHT_BACK)[""]
         self._held_back = gauge(series.HELD_BACK)
-        self._counted = (0, 0)
+        self._counted = (0, 0, 0)
         self._shown = (0, 0, 0)
         self._show(*self._shown)
         self._show_sessions()
@@ -127,11 +129,15 @@ class Meter:
         self._held_back.set(tree.expected.held_back if store is not None else 0)
         self._snapshots.set(len(store) if store is not None else 0)
         self._snapshot_tokens.set(store.tokens if store is not None else 0)
+        shelf = store.host if store is not None else None
+        self._in_host.set(len(shelf) if shelf is not None else 0)
         if store is not None:
-            hits, evicted = self._counted
-            self._counted = (store.hits, store.evicted)
+            hits, evicted, returned = self._counted
+            brought_back = shelf.brought_back if shelf is not None else 0
+            self._counted = (store.hits, store.evicted, brought_back)
             self._hits.inc(store.hits - hits)
             self._evictions.inc(store.evicted - evicted)
+            self._brought_back.inc(brought_back - returned)
 
     def _read_clock(self) -> None:
         seconds = self._clock.read()

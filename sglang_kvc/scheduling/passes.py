@@ -158,6 +158,7 @@ class PassScheduler:
     def _attach(self, batch: ScheduleBatch, plan: StepPlan) -> None:
         if self.meter is not None and plan.passes:
             self.meter.planned(plan.passes)
+        plan.copies = batch.tree_cache.take_copies()
         attached.attach_plan(batch, plan)
 
     def _affordable(

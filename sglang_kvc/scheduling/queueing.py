@@ -64,7 +64,7 @@ def before_admission(scheduler: Scheduler) -> None:
     """Begin a round of admission: keep snapshots for those whose turn comes next.
 
     They also go first, and newcomers wait for those who are expected back, but where
-    requests have priorities.
+    requests have priorities. With host memory nobody is lost, so newcomers do not wait.
     """
     tree = scheduler.tree_cache
     if getattr(tree, "sessions", None) is None:
@@ -78,7 +78,8 @@ def before_admission(scheduler: Scheduler) -> None:
     if scheduler.enable_priority_scheduling:
         return
     newcomers = len(queue) - len(tree.awaiting)
-    tree.expected.look(tree.sessions, pool_tokens, newcomers)
+    if tree.sessions.host is None:
+        tree.expected.look(tree.sessions, pool_tokens, newcomers)
     if newcomers and len(tree.awaiting):
         queue[:] = tree.expected.order(queue, tree.awaiting.who)
 

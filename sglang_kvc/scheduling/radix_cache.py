@@ -19,7 +19,8 @@ def build(context: Any) -> Any:
     tree = _tree(context)
     runtime = context.params.token_to_kv_pool_allocator.get_kvcache().runtime
     if runtime.options.sessions:
-        tree.sessions = SessionStore()
+        host = runtime.state.host
+        tree.sessions = SessionStore(host.count if host is not None else 0)
     return tree
 
 

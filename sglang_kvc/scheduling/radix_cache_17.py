@@ -129,6 +129,10 @@ class RadixCache17(SessionTree, RadixCache):
         super()._delete_leaf(node)
         self.noticed(node)
 
+    def _is_leaf(self, node: Any) -> bool:
+        """See `SessionTree`."""
+        return not node.children
+
     def _matched_pages(self, found: Any) -> Any:
         """See `SessionTree`."""
         return found.device_indices

@@ -142,6 +142,11 @@ class RadixCache22(SessionTree, UnifiedRadixCache):
         tokens: int = freed[ComponentType.FULL]
         return tokens
 
+    def _is_leaf(self, node: Any) -> bool:
+        """See `SessionTree`."""
+        (path,) = self.tree_core.collect_path_info([node])
+        return not self._num_children(path[-1])
+
     def _num_children(self, node: Any) -> float:
         """Nodes behind one of a path, which SGLang 0.5.22 does not say."""
         if hasattr(node, "num_children"):

@@ -20,9 +20,11 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from sglang_kvc.config.pages import PAGE_SIZE
 from sglang_kvc.scheduling.awaiting import Awaiting
 from sglang_kvc.scheduling.expected import Expected
 from sglang_kvc.scheduling.lengths import UNLIMITED
+from sglang_kvc.sessions.host import Copy
 from sglang_kvc.sessions.snapshot import Hit, Snapshot
 from sglang_kvc.sessions.store import SessionStore
 
@@ -118,12 +120,70 @@ class SessionTree(_Tree):
         self.sessions.forget(self._node_id(snapshot.node), evicted=evicted)
         return self._drop_leaves(_key(snapshot, snapshot.tail))
 
+    def move_to_host(self, snapshot: Snapshot) -> int:
+        """Free the pages of a snapshot that host memory gets, see `sessions.host`.
+
+        Returns
+        -------
+        int
+            Tokens freed; 0 if somebody reads them, or if host memory is too small.
+        """
+        store = self.sessions
+        assert store is not None and store.host is not None
+        hit = self.find_branch(snapshot, snapshot.tail)
+        if hit is None or hit.held > store.host.pages * PAGE_SIZE:
+            return 0
+        before = self.evictable_size()
+        lock = self.hold(hit.node)
+        unread = before - self.evictable_size() == hit.held
+        self.let_go(lock)
+        if not unread or not self._is_leaf(hit.node):
+            return 0
+        key = _key(snapshot, snapshot.tail)
+        del snapshot.tail[hit.tokens - hit.snapshot.fold :]
+        store.move_to_host(self._node_id(snapshot.node), hit.pages)
+        freed = self._drop_leaves(key)
+        if freed < hit.held:
+            # The tree keeps a part, and could not take it twice.
+            store.lose_in_host(snapshot)
+        return freed
+
+    def bring_back(self, snapshot: Snapshot) -> bool:
+        """Take a snapshot back from host memory, if there is room for it.
+
+        Its pages are read and written in the next step, behind all launched before.
+        """
+        store, allocator = self.sessions, self.token_to_kv_pool_allocator
+        assert store is not None and store.host is not None
+        store.host.keep(snapshot)
+        need = store.host.tokens_of(snapshot)
+        short = need - allocator.available_size()
+        if short > self.evictable_size():
+            return False
+        if short > 0:
+            self.evict(EvictParams(num_tokens=short))
+        tokens = allocator.alloc(need) if store.is_in_host(snapshot) else None
+        if tokens is None:
+            return False
+        store.host.take(snapshot, tokens)
+        self.add_branch(snapshot, tokens[: snapshot.packed])
+        if snapshot.tail:
+            key, known = _key(snapshot, snapshot.tail), snapshot.packed
+            self.insert(InsertParams(key=key, value=tokens, prev_prefix_len=known))
+        return True
+
+    def take_copies(self) -> list[Copy]:
+        """What the next step has to copy to host memory and back, first of all."""
+        if self.sessions is None or self.sessions.host is None:
+            return []
+        return self.sessions.host.take_copies()
+
     def drop_spares(self, tokens: int) -> int:
         """Evict what is held better elsewhere, before anything else goes.
 
         First whole copies of what is packed, in a snapshot or by a request that will
         leave one; then snapshots that later turns replace; then those that nobody is
-        expected to start from.
+        expected to start from. With host memory all go there, first who left first.
 
         Parameters
         ----------
@@ -146,10 +206,14 @@ class SessionTree(_Tree):
             if freed >= tokens:
                 return freed
             freed += self.drop_branch(snapshot)
-        for snapshot in self.sessions.unexpected():
+        to_host = self.sessions.host is not None
+        for snapshot in self.sessions.idle() if to_host else self.sessions.unexpected():
             if freed >= tokens:
                 return freed
-            freed += self.drop_branch(snapshot, evicted=True)
+            if to_host:
+                freed += self.move_to_host(snapshot)
+            else:
+                freed += self.drop_branch(snapshot, evicted=True)
         return freed
 
     def evict_behind_spares(
@@ -203,6 +267,10 @@ class SessionTree(_Tree):
     @abstractmethod
     def hand_over(self, req: Any, prompt: InsertParams, own_from: int) -> None:
         """Take pages that a request has computed; see the trees."""
+
+    @abstractmethod
+    def _is_leaf(self, node: Any) -> bool:
+        """Whether nothing is held behind a node, as far as that is known."""
 
     @abstractmethod
     def _matched_pages(self, found: Any) -> torch.Tensor:

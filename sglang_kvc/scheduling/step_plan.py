@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from sglang_kvc.scheduling.request_state import PassInFlight
 from sglang_kvc.scheduling.rings import Ring
+from sglang_kvc.sessions.host import Copy
 from sglang_kvc.sessions.snapshot import Snapshot
 
 
@@ -45,6 +46,7 @@ class StepPlan:
 
     Attributes
     ----------
+    copies : of snapshots to host memory and back, before all else.
     reset_slots : slots whose owner changed; they lose their ring.
     resumed : those of them that start from snapshots.
     rings : rings that slots have got, after that.
@@ -53,6 +55,7 @@ class StepPlan:
         step's passes; empty otherwise.
     """
 
+    copies: list[Copy] = field(default_factory=list)
     reset_slots: list[int] = field(default_factory=list)
     resumed: list[Resumed] = field(default_factory=list)
     rings: dict[int, Ring] = field(default_factory=dict)
@@ -72,6 +75,7 @@ class StepPlan:
             (it.slot, it.snapshot.number, it.packed_tokens.tolist())
             for it in self.resumed
         ]
+        copies = [(it.slots, it.tokens.tolist(), it.to_host) for it in self.copies]
         rings = {slot: it.token_ids.tolist() for slot, it in self.rings.items()}
-        facts = (self.reset_slots, resumed, rings, self.folds, passes)
+        facts = (copies, self.reset_slots, resumed, rings, self.folds, passes)
         return zlib.crc32(repr(facts).encode())

@@ -24,6 +24,9 @@ class SnapshotTree(Protocol):
     def find_branch(self, snapshot: Snapshot, tail: Sequence[int]) -> Hit | None:
         """Find how far a snapshot continues with a text; this counts as a use of it."""
 
+    def bring_back(self, snapshot: Snapshot) -> bool:
+        """Take a snapshot back from host memory, if there is room for it."""
+
     def evictable_size(self) -> int:
         """Tokens that nobody has locked."""
 

@@ -110,6 +110,9 @@ class TreeCache(Protocol):
     def sessions(self) -> Any:
         """Ours: the snapshots that the tree holds; None if it is to hold none."""
 
+    def take_copies(self) -> Any:
+        """Ours: copies to host memory and back that the next step has to make."""
+
     @property
     def room_beside_snapshots(self) -> float:
         """Ours: tokens that can be taken without evicting a snapshot."""

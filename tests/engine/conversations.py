@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_kvc.memory.host_pages import HostPages
 from sglang_kvc.sessions.store import SessionStore
 from tests.engine.inprocess import InProcessScheduler, Output, Request
 from tests.engine.tracer import PassTracer
@@ -22,13 +23,20 @@ def keeping_sessions(
     before = runtime.options
     now = dataclasses.replace(before, sessions=True, **options)
     runtime.state.options = runtime.pass_scheduler.options = now
-    store = tree.sessions = SessionStore()
+    store = tree.sessions = make_store(server, now.sessions_host)
     try:
         yield store
     finally:
         runtime.state.options = runtime.pass_scheduler.options = before
         server.flush()
-        tree.sessions = None
+        tree.sessions = runtime.state.host = None
+
+
+def make_store(server: InProcessScheduler, host: float) -> SessionStore:
+    """An empty store, with so many times the pool's pages of host memory."""
+    state = server.allocator.get_kvcache().runtime.state
+    state.host = HostPages(state.arena, host) if host else None
+    return SessionStore(state.host.count if state.host is not None else 0)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from sglang_kvc.scheduling.turns import TURN_TOKENS
 from sglang_kvc.sessions.store import SessionStore
 from sglang_kvc.upstream.generation import UPSTREAM, Generation22
 from tests.engine.audited import audited
+from tests.engine.conversations import make_store
 from tests.engine.inprocess import (
     InProcessScheduler,
     Output,
@@ -55,6 +56,8 @@ class Setting:
     """New tokens of a prefill that answers wait for; 0: as servers have it."""
     sessions: int = 0
     """Turns of a conversation behind its first; 0: no sessions are kept."""
+    host: float = 0
+    """Host memory for them, as a multiple of the pool."""
     sglang_turns: int = 0
     """SGLang's own, ``--prefill-decode-interval``."""
     delay: int = 0
@@ -94,6 +97,11 @@ SESSIONS = {
     "sessions delay": Setting(sessions=3, delay=16, retract=True),
     "sessions at once": Setting(
         sessions=2, chunks="always", priority=True, retract=True, pause=True
+    ),
+    "host memory": Setting(sessions=3, host=2),
+    "little host memory": Setting(sessions=3, host=0.3, overlap=False),
+    "host memory at once": Setting(
+        sessions=2, host=1, chunk=64, chunks="always", retract=True, pause=True
     ),
 }
 SETTINGS |= SESSIONS
@@ -287,10 +295,13 @@ def apply(server: InProcessScheduler, setting: Setting) -> None:
         turns=setting.turns,
         delay=setting.delay,
     )
-    options = dataclasses.replace(options, sessions=bool(setting.sessions))
+    options = dataclasses.replace(
+        options, sessions=bool(setting.sessions), sessions_host=setting.host
+    )
     runtime.state.options = runtime.pass_scheduler.options = options
     runtime.turns.tokens = setting.turn_tokens or TURN_TOKENS
-    server.sch.tree_cache.sessions = SessionStore() if setting.sessions else None
+    store = make_store(server, setting.host) if setting.sessions else None
+    server.sch.tree_cache.sessions = store
 
 
 def serve(
@@ -322,7 +333,7 @@ def serve(
     tree = server.sch.tree_cache
     counts = dict.fromkeys((*COUNTED, "requests", "tokens", "aborted", "refused"), 0)
     counts |= {"interrupted": 0, "retractions": 0, "resumed": 0, "evicted": 0}
-    counts |= {"borrowed": 0, "shared": -audit.shared.taken}
+    counts |= {"borrowed": 0, "shared": -audit.shared.taken, "brought_back": 0}
     server.on_poll = on_poll
     outputs: dict[str, Output] = {}
     for turn in range(1 + setting.sessions):
@@ -341,6 +352,8 @@ def serve(
     if tree.sessions is not None:
         counts["resumed"] += tree.sessions.hits
         counts["evicted"] += tree.sessions.evicted
+        if tree.sessions.host is not None:
+            counts["brought_back"] += tree.sessions.host.brought_back
     server.flush()
     assert server.allocator.available_size() == POOL
     assert not tree.sessions
@@ -353,6 +366,10 @@ def check_store(store: SessionStore) -> None:
     snapshots = list(store)
     assert store.tokens == sum(snapshot.packed for snapshot in snapshots)
     assert not any(snapshot.borrowers for snapshot in snapshots)
+    if (shelf := store.host) is not None:
+        taken = sorted(slot for slots in shelf._slots.values() for slot in slots)
+        assert sorted([*taken, *shelf._free]) == list(range(shelf.pages))
+        assert not any(snapshot in shelf for snapshot in snapshots)
 
 
 def judge(request: Request, out: Output, counts: dict[str, int]) -> None:

@@ -80,6 +80,13 @@ class SharedPages:
         self._held[new] = True
         self.taken += len(new)
 
+    def written(self, tokens: list[torch.Tensor]) -> None:
+        """Pages that were taken empty have now got what belongs there."""
+        for ids in tokens:
+            pages = ids[::PAGE].long() // PAGE
+            for part, content in zip(self.cells, self._content, strict=True):
+                content[pages] = part[pages]
+
     def check(self) -> None:
         """Raise if a page was written, or left the tree without being freed."""
         self.take()

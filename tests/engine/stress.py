@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sglang_kvc.memory.host_pages import HostPages
 from sglang_kvc.scheduling import passes as scheduling
 from sglang_kvc.scheduling import settling
+from sglang_kvc.sessions.host import Copy
 from sglang_kvc.upstream.generation import UPSTREAM
 from tests.engine.inprocess import InProcessScheduler, Request, make_server_args
 from tests.engine.shared_pages import SharedPages
@@ -120,6 +122,7 @@ class PageAudit:
         release = self.allocator._release_page_ids
 
         def poison(*page_ids: torch.Tensor) -> None:
+            self._copy_snapshots()
             for ids in page_ids:
                 self.pool.arena.k[ids.long()] = float("nan")
                 self.pool.arena.v[ids.long()] = float("nan")
@@ -130,6 +133,19 @@ class PageAudit:
         # Behind the poison: what is freed is looked at before.
         tree = scheduler.sch.tree_cache
         self.shared = SharedPages(tree, self.allocator, self.pool.arena)
+        carry_out = HostPages.carry_out
+
+        def copied(host: HostPages, copies: list[Copy]) -> None:
+            carry_out(host, copies)
+            self.shared.written([it.tokens for it in copies if not it.to_host])
+
+        HostPages.carry_out = copied  # type: ignore[method-assign]
+
+    def _copy_snapshots(self) -> None:
+        """Make the copies to host memory and back that the next step would."""
+        tree, host = self.scheduler.sch.tree_cache, self.pool.runtime.state.host
+        if host is not None:
+            host.carry_out(tree.take_copies())
 
     def live_requests(self) -> list[Any]:
         """Requests that own memory now."""

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from bench.serving.conversations.args import parse_arguments
 from bench.serving.conversations.drive import Turn
 from bench.serving.conversations.figures import summarize
 from bench.serving.conversations.load import Load
+from sglang_kvc.sessions.host import Copy
 from tests.engine.inprocess import (
     Feed,
     InProcessScheduler,
@@ -38,6 +40,8 @@ DECODE_S, DECODE_REQUEST_S = 4.7e-3, 0.09e-3
 the log of a server (8c38b41, H200, 8B)."""
 PREFILL_S, PREFILL_TOKENS_PER_S = 17e-3, 42_500
 """A prefill, and its tokens: those of 1,024 and of 8,192 there."""
+COPY_TOKENS_PER_S = 380_000
+"""To host memory or back: 128 KiB a token of an 8B model at 50 GB/s. (Assumed.)"""
 CHUNK = 8192
 LONGEST = 16384
 FAR = 10**9
@@ -75,12 +79,26 @@ class TimedLoad:
         sessions = range(self.load.shape.sessions)
         first = [self._turn(it, 0, [], 1) for it in sessions]
         self._steps = self.server.sch.forward_ct
+        self._count_copies()
         before, self.server.on_poll = self.server.on_poll, self._look
         try:
             self.server.serve(first)
         finally:
             self.server.on_poll = before
         return summarize(self.turns, self.load.shape.all_turns, 0.0)
+
+    def _count_copies(self) -> None:
+        """Let the clock go on by copies of snapshots to host memory and back."""
+        host = self.server.allocator.get_kvcache().runtime.state.host
+        if host is None:
+            return
+        carry_out = host.carry_out
+
+        def timed(copies: Sequence[Copy]) -> None:
+            self.now += sum(len(it.tokens) for it in copies) / COPY_TOKENS_PER_S
+            carry_out(copies)
+
+        host.carry_out = timed
 
     def _turn(
         self, session: int, branch: int, history: list[int], number: int
@@ -164,15 +182,19 @@ class TimedLoad:
 
     def _line(self, sch: Any) -> str:
         store, expected = sch.tree_cache.sessions, sch.tree_cache.expected
+        elsewhere = len(store.host) if store.host is not None else 0
         return (
             f"{self.now:6.1f} s: {len(self.turns)} turns, "
             f"{len(sch.running_batch.reqs)} run, {len(sch.waiting_queue)} wait, "
             f"{expected.held_back} of them for {expected.kept} tokens in "
-            f"{len(store)} snapshots; {store.evicted} evicted"
+            f"{len(store)} snapshots; {elsewhere} in host memory, "
+            f"{store.evicted} evicted"
         )
 
 
-def scheduler(folder: Path, *, pool: int, rate: float) -> InProcessScheduler:
+def scheduler(
+    folder: Path, *, pool: int, rate: float, host: float = 0
+) -> InProcessScheduler:
     """A scheduler of the tiny model whose prompts may be as long as the bench's."""
     model = Path(write_tiny_model(folder, ONE_LAYER))
     config = json.loads((model / "config.json").read_text())
@@ -186,6 +208,7 @@ def scheduler(folder: Path, *, pool: int, rate: float) -> InProcessScheduler:
         max_running_requests=256,
         kv_compress_sessions=True,
         kv_compress_rate=rate,
+        kv_compress_sessions_host=host,
     )
     return InProcessScheduler(args)
 
@@ -197,11 +220,19 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--rate", type=float, default=8.0)
+    parser.add_argument("--host", type=float, default=0.0, help="memory, of the pool")
     args, words = parser.parse_known_args()
     bench = parse_arguments(None, words)
-    what = {"rate": args.rate, "shape": bench.shape.record(), "pool": bench.pool}
+    what = {
+        "rate": args.rate,
+        "host": args.host,
+        "shape": bench.shape.record(),
+        "pool": bench.pool,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        server = scheduler(Path(folder), pool=bench.pool, rate=args.rate)
+        server = scheduler(
+            Path(folder), pool=bench.pool, rate=args.rate, host=args.host
+        )
         load = Load(bench.shape, VOCAB)
         values = TimedLoad(server, load, lambda line: print(line, flush=True)).serve()
         write_record(args.out, {**environment(), **what, **values})

@@ -263,7 +263,8 @@ def test_a_field_is_described_once() -> None:
     assert flags["rate"].placeholder == "X"
     users = [name for name, flag in flags.items() if not flag.expert]
     assert users == [
-        *("rate", "budget", "min_budget", "answer", "delay", "chunks", "sessions")
+        *("rate", "budget", "min_budget", "answer", "delay", "chunks"),
+        *("sessions", "sessions_host"),
     ]
 
 

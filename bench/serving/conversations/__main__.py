@@ -175,7 +175,8 @@ class Comparison:
             return
         values["not_idle"] = idle(server, system) or values["not_idle"]
         after = counters(server.get("/metrics"))
-        for name in ("snapshot_hits", "snapshot_evictions"):
+        since_start = ("snapshot_hits", "snapshot_evictions", "snapshots_brought_back")
+        for name in since_start:
             if name in after:
                 after[name] -= before.get(name, 0)
         said = server.log_text()[len(start) :]

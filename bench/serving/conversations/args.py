@@ -41,7 +41,7 @@ def parse_arguments(
     add("--seed", type=int, default=0)
     add("--pool", type=int, default=0, help=f"bf16 tokens; 0: {WHOLE} whole sessions")
     add("--min-budget", type=int, help="of ours; default: what ours has by default")
-    add("--host-ratio", type=float, default=2.0, help="hicache: host memory by pool")
+    add("--host-ratio", type=float, default=2.0, help="host memory by pool")
     add("--seconds", type=float, default=600.0, help="of one system, at most")
     add("--stall", type=float, default=180.0, help="seconds without a token, at most")
     add("--start-limit", type=float, default=600.0, help="seconds of a start, at most")

@@ -15,7 +15,10 @@ HOST_MEMORY = re.compile(r"([\d.]+) GB host memory")
 SHOWN_ERRORS = 10
 MOST = 0.9
 """The rest of the turns belongs to the few users who think longest."""
-COUNTED = (series.SNAPSHOTS, series.SNAPSHOT_TOKENS, series.HITS, series.EVICTIONS)
+COUNTED = (
+    *(series.SNAPSHOTS, series.SNAPSHOT_TOKENS, series.HITS, series.EVICTIONS),
+    *(series.IN_HOST, series.BROUGHT_BACK),
+)
 
 
 def summarize(turns: Sequence[Turn], asked: int, begin: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ A system's name says all of it:
 ``ours-4``       KV-Compress at rate 4
 ``sessions-4``   the same with ``--kv-compress-sessions``
 ``...-4-fp8``    either with an e4m3 cache
+``...-4-host``   sessions with as much host memory as the hierarchical cache has
 ===============  ======================================================================
 """
 
@@ -57,12 +58,12 @@ class System:
         Parameters
         ----------
         ratio : float
-            Host memory of a hierarchical cache, as a multiple of the pool.
+            Host memory, as a multiple of the pool.
         min_budget : int, optional
             Tokens that are kept in any case, with our plugin.
         """
         flags = ["--kv-cache-dtype", "fp8_e4m3"] if self.fp8 else []
-        if self.host:
+        if self.host and self.stock:
             flags += ["--enable-hierarchical-cache", "--hicache-ratio", f"{ratio:g}"]
         if not self.stock:
             flags += ["--kv-compress-rate", f"{self.rate:g}"]
@@ -70,6 +71,8 @@ class System:
                 flags += ["--kv-compress-min-budget", str(min_budget)]
         if self.kind == SESSIONS:
             flags += ["--kv-compress-sessions"]
+            if self.host:
+                flags += ["--kv-compress-sessions-host", f"{ratio:g}"]
         return flags
 
 
@@ -93,9 +96,10 @@ def parse_system(name: str) -> System:
         (rate,) = map(float, rest)
     except ValueError:
         raise argparse.ArgumentTypeError(bad) from None
-    if kind not in (OURS, SESSIONS) or host or rate < 1:
+    known = kind == SESSIONS or (kind == OURS and not host)
+    if not known or rate < 1:
         raise argparse.ArgumentTypeError(bad)
-    return System(name, kind, rate, fp8)
+    return System(name, kind, rate, fp8, host)
 
 
 def parse_systems(names: str) -> list[System]:

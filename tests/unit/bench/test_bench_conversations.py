@@ -84,6 +84,13 @@ def test_systems_are_named() -> None:
     assert not small.stock
     assert (small.rate, small.pool(100), host.pool(100)) == (2.5, 200, 100)
     assert "--kv-compress-sessions" not in small.flags(2)
+    ours = parse_system("sessions-4-fp8-host")
+    assert (ours.stock, ours.pool(100)) == (False, 200)
+    assert ours.flags(1.5)[-3:] == [
+        "--kv-compress-sessions",
+        "--kv-compress-sessions-host",
+        "1.5",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,138 @@
+"""Snapshots in host memory: which pages they get, and how these are copied."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_kvc.config.options import KVCompressOptions
+from sglang_kvc.errors import ConfigError
+from sglang_kvc.kernels.kv_dtype import E4M3, stored_bytes
+from sglang_kvc.kernels.layout import Arena
+from sglang_kvc.memory import host_pages
+from sglang_kvc.memory.host_pages import AT_ONCE, HostPages
+from sglang_kvc.sessions.host import Copy, HostShelf
+from sglang_kvc.sessions.snapshot import Snapshot
+
+PAGES = 100
+
+
+def snapshot(number: int) -> Snapshot:
+    return Snapshot(number, b"", 16, 16, offsets=None, unit=None, passes=1)
+
+
+def tokens(pages: list[int]) -> torch.Tensor:
+    """Token ids of pages of the pool."""
+    return (torch.tensor(pages)[:, None] * 16 + torch.arange(16)).flatten()
+
+
+def make_arena(dtype: torch.dtype = torch.bfloat16) -> Arena:
+    shape = (PAGES, 2, 3, 16, 8)
+    generator = torch.Generator().manual_seed(1)
+    k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    score = torch.rand(shape[:-1], generator=generator)
+    return Arena(k=k, v=v, score=score, scales=None)
+
+
+def cells(arena: Arena) -> list[torch.Tensor]:
+    return [stored_bytes(part).clone() for part in arena.cells]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, E4M3])
+def test_pages_come_back_bit_by_bit(dtype: torch.dtype) -> None:
+    """To other pages of the pool, through scattered ones of host memory."""
+    arena = make_arena(dtype)
+    host, before = HostPages(arena, 1.0), cells(arena)
+    assert host.count == PAGES - 1
+    order = torch.randperm(PAGES - 1, generator=torch.Generator().manual_seed(2))
+    count = AT_ONCE + 7
+    from_, to = (1 + order[:count]).tolist(), (1 + order[-count:]).tolist()
+    slots = [*range(5, 5 + count // 2), *range(60, 60 + count - count // 2)]
+    host.carry_out([Copy(slots, tokens(from_), to_host=True)])
+    for now, then in zip(cells(arena), before, strict=True):
+        assert torch.equal(now, then)
+    host.carry_out([Copy(slots, tokens(to), to_host=False)])
+    others = [page for page in range(PAGES) if page not in to]
+    for now, then in zip(cells(arena), before, strict=True):
+        assert torch.equal(now[to], then[from_])
+        assert torch.equal(now[others], then[others])
+
+
+def test_copies_are_made_in_their_order() -> None:
+    """What comes back may take the pages, here and there, of what goes."""
+    arena = make_arena()
+    host, before = HostPages(arena, 0.1), cells(arena)
+    host.carry_out([Copy([3], tokens([10]), to_host=True)])
+    swap = [
+        Copy([4], tokens([20]), to_host=True),
+        Copy([3], tokens([20]), to_host=False),
+        Copy([3], tokens([30]), to_host=True),
+    ]
+    host.carry_out([*swap, Copy([4, 3], tokens([40, 41]), to_host=False)])
+    for now, then in zip(cells(arena), before, strict=True):
+        assert torch.equal(now[[20, 40, 41]], then[[10, 20, 30]])
+
+
+def test_more_than_the_machine_has_is_refused(monkeypatch: Any) -> None:
+    free = SimpleNamespace(available=1000)
+    monkeypatch.setattr(host_pages.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(ConfigError, match="sessions-host 0.5 asks"):
+        HostPages(make_arena(), 0.5)
+
+
+def test_room_is_made_for_what_comes_last() -> None:
+    shelf = HostShelf(pages=6)
+    one, two, three = map(snapshot, range(3))
+    for it in (one, two, three):
+        assert shelf.victim(2) is None
+        shelf.put(it, tokens([1, 2]))
+    assert (len(shelf), shelf.tokens_of(two)) == (3, 32)
+    assert shelf.victim(1) is one
+    shelf.keep(one)
+    assert shelf.victim(1) is two
+    three.superseded = True
+    assert shelf.victim(1) is three
+    shelf.drop(three)
+    assert three not in shelf
+    assert shelf.victim(2) is None
+    # More than there is: everything would have to go.
+    assert shelf.victim(7) is two
+
+
+def test_each_page_has_one_owner_and_each_copy_is_made_once() -> None:
+    shelf = HostShelf(pages=5)
+    one, two, three = map(snapshot, range(3))
+    shelf.put(one, tokens([1, 2]))
+    shelf.put(two, tokens([3]))
+    shelf.take(one, tokens([7, 8]))
+    shelf.put(three, tokens([4, 5, 6, 7]))
+    copies = shelf.take_copies()
+    assert [(it.slots, it.to_host) for it in copies] == [
+        ([0, 1], True),
+        ([2], True),
+        ([0, 1], False),
+        ([0, 1, 3, 4], True),
+    ]
+    assert torch.equal(copies[2].tokens, tokens([7, 8]))
+    assert shelf.take_copies() == []
+    assert shelf.brought_back == 1
+    shelf.clear()
+    assert (len(shelf), shelf.victim(5)) == (0, None)
+
+
+def test_a_flush_forgets_copies_too() -> None:
+    shelf = HostShelf(pages=5)
+    shelf.put(snapshot(1), tokens([1, 2]))
+    shelf.clear()
+    assert shelf.take_copies() == []
+
+
+def test_host_memory_without_sessions_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Switch sessions on"):
+        KVCompressOptions(sessions_host=1)
+    with pytest.raises(ConfigError, match="sessions_host"):
+        KVCompressOptions(sessions=True, sessions_host=-1)
+    assert KVCompressOptions(sessions=True, sessions_host=0.5).sessions_host == 0.5
