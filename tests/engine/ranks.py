@@ -57,6 +57,7 @@ class Served:
     lengths : as `PassTracer.lengths`.
     checked : steps that were compared with the other ranks.
     whole : every page is free again after a flush.
+    brought_back : snapshots that came from host memory.
     """
 
     outputs: dict[str, Output] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Served:
     lengths: dict[int, list[int]] = field(default_factory=dict)
     checked: int = 0
     whole: bool = False
+    brought_back: int = 0
 
 
 @dataclass
@@ -202,6 +204,9 @@ def _serve(scheduler: InProcessScheduler, load: Load, compress: bool) -> Served:
             served.outputs = scheduler.serve(load.requests)
     finally:
         rank_check.ranks.extremes = compare
+    store = scheduler.sch.tree_cache.sessions
+    if store is not None and store.host is not None:
+        served.brought_back = store.host.brought_back
     scheduler.flush()
     allocator = scheduler.allocator
     served.whole = allocator.available_size() == allocator.size

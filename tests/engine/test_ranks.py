@@ -24,7 +24,8 @@ LENGTHS = (
     *(257, 300, 333, 400, 420, 511, 513, 520, 600, 769, 1100, 1500),
 )
 MIXED = 28
-CONVERSATIONS = 8
+CONVERSATIONS = 24
+"""More than the pool holds, so that host memory gets some."""
 
 
 def same_prompts() -> list[Request]:
@@ -90,7 +91,10 @@ def results(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, R
         "four": Job({**two, "tp_size": 4, **nodes}, [traced(*CASES[0]), mixed(8)]),
         # Between chunks, so that the prefix cache has little of the prompts.
         "sessions": Job(
-            {**two, "kv_compress_sessions": True, "kv_compress_chunks": "always"},
+            {
+                **{**two, "kv_compress_sessions": True, "kv_compress_chunks": "always"},
+                "kv_compress_sessions_host": 1.0,
+            },
             [conversations(CONVERSATIONS), mixed(3)],
         ),
         "late": Job(two, [traced(*CASES[0])], mutant="late pass"),
@@ -154,6 +158,7 @@ def test_ranks_resume_the_same_snapshots(results: dict[str, Result]) -> None:
     one, other = (loads[0] for loads in results["sessions"].by_rank())
     assert one.outputs == other.outputs
     assert (one.whole, other.whole) == (True, True)
+    assert one.brought_back == other.brought_back > 0
     told = [out.kv[-1] for out in one.outputs.values()]
     assert sum(kv["resumed_tokens"] > 0 for kv in told) > CONVERSATIONS
 
