@@ -1,6 +1,6 @@
 """Every kernel against its reference and the bytes that it must move, on one GPU.
 
-    python -m bench.kernels [--only decode,append,pass,report,prefill] [--quick]
+    python -m bench.kernels [--only decode,append,pass,report,prefill,host] [--quick]
     python -m bench.kernels --tune
     python -m bench.kernels --only decode --rows 3x6250,1x8192 [--layout tail]
     python -m bench.kernels --rows 3x6250,1x8192 --tune [--around num_stages=3]
@@ -37,6 +37,7 @@ from bench.kernels import (
     decode_around,
     decode_case,
     decode_tune,
+    host_copies,
     passes,
     prefill,
     reports,
@@ -46,7 +47,7 @@ from bench.kernels.timing import Clock, Report
 from sglang_kvc.kernels.kv_dtype import E4M3
 
 DTYPES = {"bf16": torch.bfloat16, "fp8_e4m3": E4M3}
-SECTIONS = ("decode", "append", "pass", "report", "prefill")
+SECTIONS = ("decode", "append", "pass", "report", "prefill", "host")
 COPY_BYTES = 2 << 30
 REPLAYS, QUICK_REPLAYS = 15, 7
 SMALL_ARENA_PAGES = 4_352
@@ -197,6 +198,7 @@ def main() -> None:
             "pass": lambda: passes.bench_pass(*base),
             "report": lambda: reports.bench_report(*base),
             "prefill": lambda: prefill.bench_prefill(*base, fa3),
+            "host": lambda: host_copies.bench_host(*base),
         }
         work = {section: every[section] for section in sections}
     for name, run in work.items():

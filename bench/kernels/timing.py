@@ -214,7 +214,15 @@ class Report:
         print(f"{len(self.rows)} numbers, {len(self.errors)} errors", flush=True)
 
 
-SHOWN = ("host_us", "layout", "tflops", "one_way_tb_s", "gpu_eager_us", "config")
+SHOWN = (
+    "host_us",
+    "link_gb_s",
+    "layout",
+    "tflops",
+    "one_way_tb_s",
+    "gpu_eager_us",
+    "config",
+)
 
 
 def _line(row: dict[str, Any]) -> str:

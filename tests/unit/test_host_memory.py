@@ -10,11 +10,11 @@ import torch
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.errors import ConfigError
-from sglang_kvc.kernels.kv_dtype import E4M3, stored_bytes
+from sglang_kvc.kernels.kv_dtype import stored_bytes
 from sglang_kvc.kernels.layout import Arena
 from sglang_kvc.memory import host_pages
-from sglang_kvc.memory.host_pages import AT_ONCE, HostPages
-from sglang_kvc.sessions.host import Copy, HostShelf
+from sglang_kvc.memory.host_pages import HostPages
+from sglang_kvc.sessions.host import HostShelf
 from sglang_kvc.sessions.snapshot import Snapshot
 
 PAGES = 100
@@ -39,41 +39,6 @@ def make_arena(dtype: torch.dtype = torch.bfloat16) -> Arena:
 
 def cells(arena: Arena) -> list[torch.Tensor]:
     return [stored_bytes(part).clone() for part in arena.cells]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, E4M3])
-def test_pages_come_back_bit_by_bit(dtype: torch.dtype) -> None:
-    """To other pages of the pool, through scattered ones of host memory."""
-    arena = make_arena(dtype)
-    host, before = HostPages(arena, 1.0), cells(arena)
-    assert host.count == PAGES - 1
-    order = torch.randperm(PAGES - 1, generator=torch.Generator().manual_seed(2))
-    count = AT_ONCE + 7
-    from_, to = (1 + order[:count]).tolist(), (1 + order[-count:]).tolist()
-    slots = [*range(5, 5 + count // 2), *range(60, 60 + count - count // 2)]
-    host.carry_out([Copy(slots, tokens(from_), to_host=True)])
-    for now, then in zip(cells(arena), before, strict=True):
-        assert torch.equal(now, then)
-    host.carry_out([Copy(slots, tokens(to), to_host=False)])
-    others = [page for page in range(PAGES) if page not in to]
-    for now, then in zip(cells(arena), before, strict=True):
-        assert torch.equal(now[to], then[from_])
-        assert torch.equal(now[others], then[others])
-
-
-def test_copies_are_made_in_their_order() -> None:
-    """What comes back may take the pages, here and there, of what goes."""
-    arena = make_arena()
-    host, before = HostPages(arena, 0.1), cells(arena)
-    host.carry_out([Copy([3], tokens([10]), to_host=True)])
-    swap = [
-        Copy([4], tokens([20]), to_host=True),
-        Copy([3], tokens([20]), to_host=False),
-        Copy([3], tokens([30]), to_host=True),
-    ]
-    host.carry_out([*swap, Copy([4, 3], tokens([40, 41]), to_host=False)])
-    for now, then in zip(cells(arena), before, strict=True):
-        assert torch.equal(now[[20, 40, 41]], then[[10, 20, 30]])
 
 
 def test_more_than_the_machine_has_is_refused(monkeypatch: Any) -> None:
