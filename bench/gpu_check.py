@@ -1,12 +1,13 @@
 """Everything that needs a GPU, in one run: kernels, memcheck, serving against stock.
 
-    python -m bench.gpu_check --model PATH_OF_AN_8B_SHAPE [--out DIR] [--no-serving]
+    python -m bench.gpu_check --model PATH_OF_AN_8B_SHAPE [--out DIR]
+    python -m bench.gpu_check --steps memcheck --files test_pool test_select
 
-1. every kernel against its reference (``pytest tests/kernels``);
-2. the small cases again under ``compute-sanitizer --tool memcheck``, a process for each
-   file, `workers` at a time;
-3. `bench.serving`: 256 requests of 100 to 8,000 tokens at rate 8, dummy weights, CUDA
-   graphs, overlap, the same pool for stock SGLang and for --kv-compress.
+1. kernels: every one against its reference (``pytest tests/kernels``);
+2. memcheck: the small cases again under ``compute-sanitizer --tool memcheck``, a
+   process for each file, `workers` at a time;
+3. serving: `bench.serving`, 256 requests of 100 to 8,000 tokens at rate 8, dummy
+   weights, CUDA graphs, overlap, the same pool for stock SGLang and for --kv-compress.
 
 Appends to ``gpu_check.jsonl`` and ``serve.jsonl`` in ``--out``. Stops at the first red
 step: no figure is printed for a build whose kernels are wrong.
@@ -32,6 +33,7 @@ SMALL = (
     "or pooling or launches_are or kv_dtype"
 )
 PASSED = re.compile(r"(\d+) passed")
+STEPS = ("kernels", "memcheck", "serving")
 NOTHING_SELECTED = 5
 """What pytest returns then."""
 MEMCHECK = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
@@ -77,16 +79,22 @@ def memcheck(out: Path, test: Path) -> None:
 
 
 def main() -> None:
-    """Run the three steps."""
+    """Run the steps."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="folder with an 8B config.json")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--pool", type=int, default=131072)
     parser.add_argument("--workers", type=int, default=6, help="at a time")
-    parser.add_argument("--no-serving", action="store_true", help="kernels only")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--files", nargs="*", help="of memcheck; default: all")
     args = parser.parse_args()
-    if not (args.model or args.no_serving):
-        parser.error("--model is needed to serve; or give --no-serving")
+    if "serving" in args.steps and not args.model:
+        parser.error("serving needs --model; or leave it out of --steps")
+    tests = sorted(Path("tests/kernels").glob("test_*.py"))
+    if args.files:
+        if unknown := set(args.files) - {test.stem for test in tests}:
+            parser.error(f"--files: no {', '.join(sorted(unknown))} in tests/kernels")
+        tests = [test for test in tests if test.stem in args.files]
     python = sys.executable
     try:
         import xdist  # noqa: F401
@@ -94,12 +102,13 @@ def main() -> None:
         parallel = ["-n", str(args.workers)]
     except ImportError:
         parallel = []
-    run("kernels", [python, *PYTEST, *parallel, "tests/kernels"], args.out)
-    with ThreadPoolExecutor(args.workers) as pool:
-        tests = sorted(Path("tests/kernels").glob("test_*.py"))
-        # Read, so that what was raised there is raised here.
-        list(pool.map(partial(memcheck, args.out), tests))
-    if args.no_serving:
+    if "kernels" in args.steps:
+        run("kernels", [python, *PYTEST, *parallel, "tests/kernels"], args.out)
+    if "memcheck" in args.steps:
+        with ThreadPoolExecutor(args.workers) as pool:
+            # Read, so that what was raised there is raised here.
+            list(pool.map(partial(memcheck, args.out), tests))
+    if "serving" not in args.steps:
         return
     serve = [python, "-m", "bench.serving", "--model", args.model]
     serve += ["--load-format", "dummy", "--pool", str(args.pool)]
