@@ -30,7 +30,7 @@ from bench.common.record import environment, write_record
 PYTEST = ["-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
 SMALL = (
     "groups or padding_rows or test_equals_reference or only_new or more_than_one "
-    "or pooling or launches_are or kv_dtype"
+    "or pooling or launches_are or kv_dtype or keep_apart or come_back"
 )
 PASSED = re.compile(r"(\d+) passed")
 STEPS = ("kernels", "memcheck", "serving")
