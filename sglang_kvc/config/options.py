@@ -14,22 +14,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from sglang_kvc.config.checks import (
-    check_choice,
-    check_int,
-    check_number,
-    check_switch,
-)
+from sglang_kvc.config.checks import check_int
 from sglang_kvc.config.described import (
     choice,
     documented,
-    flags_of,
     integer,
     number,
     switch,
 )
 from sglang_kvc.config.keep import Keep
-from sglang_kvc.config.metrics import ATTENTION_METRICS, METRICS
+from sglang_kvc.config.metrics import METRICS
+from sglang_kvc.config.option_checks import (
+    MAX_DELAY,
+    MAX_POOL,
+    MAX_WINDOW,
+    check_options,
+)
 from sglang_kvc.config.pages import PAGE_SIZE, ceil_tokens
 from sglang_kvc.errors import ConfigError
 
@@ -41,10 +41,6 @@ DEFAULT_DISTINCT = 0.1
 """With attention as the metric."""
 DEFAULT_LAYER_SHARE = 0.5
 """With joint budgets."""
-MAX_WINDOW = 256
-MAX_POOL = 128
-MAX_DELAY = 4096
-
 BACKEND = "kvcompress"
 """Name under which the attention backend and the radix cache are registered."""
 
@@ -217,52 +213,7 @@ class KVCompressOptions:
     )
 
     def __post_init__(self) -> None:
-        keep = self.keep
-        check_int("window", self.window, 1, MAX_WINDOW)
-        check_int("protected", self.protected, 1)
-        check_int("interval", self.interval, 1)
-        check_int("answer", self.answer, 0)
-        check_int("delay", self.delay, 0, MAX_DELAY)
-        check_int("sinks", self.sinks, 0)
-        check_int("turns", self.turns, 0)
-        check_switch("sessions", self.sessions)
-        check_number("sessions_host", self.sessions_host, 0)
-        if self.sessions_host and not self.sessions:
-            raise ConfigError(
-                f"sessions_host={self.sessions_host:g} is host memory for sessions, "
-                "which are off. Switch sessions on, or leave it out."
-            )
-        check_int("pool_back", self.pool_back, 0, MAX_POOL)
-        check_int("pool_ahead", self.pool_ahead, 0, MAX_POOL)
-        check_number("pool_decay", self.pool_decay, 0, 1, above=True)
-        check_number("pool_gain", self.pool_gain, 0, 1, above=True)
-        for name, flag in flags_of(KVCompressOptions).items():
-            if flag.choices:
-                check_choice(name, getattr(self, name), flag.choices)
-        check_number("distinct", self.distinct_weight, 0)
-        check_number("aging", self.aging, 0, 1, above=True)
-        for name, asks in (
-            ("distinct", self.distinct),
-            ("aging", self.aging != 1),
-            ("delay", self.delay),
-        ):
-            if asks and not METRICS[self.metric].observes:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)} changes what attention says; "
-                    f"metric={self.metric} does not ask it. Leave one of them out, or "
-                    f"use one of {', '.join(ATTENTION_METRICS)}."
-                )
-        check_int("head_floor", self.head_floor, 0)
-        check_number("layer_share", self.least_layer_share, 0, 1)
-        if self.layer_share and self.allocation != "joint":
-            raise ConfigError(
-                f"layer_share={self.layer_share} bounds what joint budgets take from a "
-                f"layer; with allocation={self.allocation} there is nothing to bound. "
-                "Leave one of them out."
-            )
-        self.check_budget("min_budget", self.min_budget)
-        if keep.budget is not None:
-            self.check_budget("budget", keep.budget)
+        check_options(self)
 
     @property
     def distinct_weight(self) -> float:

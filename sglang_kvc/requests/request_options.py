@@ -25,7 +25,8 @@ from typing import Any
 from sglang_kvc.config.checks import check_choice, check_int, check_switch
 from sglang_kvc.config.keep import Keep
 from sglang_kvc.config.metrics import METRICS
-from sglang_kvc.config.options import MAX_DELAY, SWITCH, KVCompressOptions
+from sglang_kvc.config.option_checks import MAX_DELAY
+from sglang_kvc.config.options import SWITCH, KVCompressOptions
 from sglang_kvc.config.shown import shown, suggestion
 from sglang_kvc.errors import ConfigError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sglang_kvc.config.options import MAX_WINDOW
+from sglang_kvc.config.option_checks import MAX_WINDOW
 from sglang_kvc.kernels import select
 from sglang_kvc.kernels.plan_heads import PARTIAL_BYTES, split_heads
 from sglang_kvc.kernels.testing import make_case, make_plan
