@@ -220,13 +220,16 @@ class SessionTree(_Tree):
         self, params: EvictParams, call: Callable[[EvictParams], EvictResult]
     ) -> EvictResult:
         """Let SGLang evict, by `call`, what spares do not free."""
-        freed = self.drop_spares(params.num_tokens)
-        left = params.num_tokens - freed
-        if left <= 0:
+        wanted = params.num_tokens
+        freed = self.drop_spares(wanted)
+        if freed < wanted and self.sessions is not None:
+            self.awaiting.spare(wanted - freed - self.evictable_size())
+            if self.sessions.host is not None:
+                # What nobody waits for any more goes there, too.
+                freed += self.drop_spares(wanted - freed)
+        if freed >= wanted:
             return EvictResult(num_tokens_evicted=freed)
-        if self.sessions is not None:
-            self.awaiting.spare(left - self.evictable_size())
-        result = call(replace(params, num_tokens=left))
+        result = call(replace(params, num_tokens=wanted - freed))
         result.num_tokens_evicted += freed
         return result
 
