@@ -20,7 +20,6 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from sglang_kvc.config.pages import PAGE_SIZE
 from sglang_kvc.scheduling.awaiting import Awaiting
 from sglang_kvc.scheduling.expected import Expected
 from sglang_kvc.scheduling.lengths import UNLIMITED
@@ -131,7 +130,7 @@ class SessionTree(_Tree):
         store = self.sessions
         assert store is not None and store.host is not None
         hit = self.find_branch(snapshot, snapshot.tail)
-        if hit is None or hit.held > store.host.pages * PAGE_SIZE:
+        if hit is None or not store.host.can_have(hit.held):
             return 0
         before = self.evictable_size()
         lock = self.hold(hit.node)
@@ -155,14 +154,15 @@ class SessionTree(_Tree):
         """
         store, allocator = self.sessions, self.token_to_kv_pool_allocator
         assert store is not None and store.host is not None
-        store.host.keep(snapshot)
         need = store.host.tokens_of(snapshot)
         short = need - allocator.available_size()
         if short > self.evictable_size():
             return False
         if short > 0:
+            store.host.wanted = snapshot
             self.evict(EvictParams(num_tokens=short))
-        tokens = allocator.alloc(need) if store.is_in_host(snapshot) else None
+            store.host.wanted = None
+        tokens = allocator.alloc(need)
         if tokens is None:
             return False
         store.host.take(snapshot, tokens)

@@ -43,11 +43,13 @@ class HostShelf:
     Attributes
     ----------
     pages : see there.
+    wanted : a snapshot that will be brought back next, and is not given up meanwhile.
     brought_back : snapshots that were copied back to the pool, since the start.
     """
 
     def __init__(self, pages: int) -> None:
         self.pages, self.brought_back = pages, 0
+        self.wanted: Snapshot | None = None
         self._free = list(range(pages))
         # Who was put here first is first.
         self._slots: dict[Snapshot, list[int]] = {}
@@ -65,15 +67,21 @@ class HostShelf:
         """Tokens of memory that a snapshot takes, its tail included."""
         return len(self._slots[snapshot]) * PAGE_SIZE
 
-    def victim(self, pages: int) -> Snapshot | None:
-        """Which snapshot must go so that `pages` more find room; None if they do.
+    def can_have(self, tokens: int) -> bool:
+        """Whether there is room for so many tokens, if others go."""
+        kept = self._slots.get(self.wanted, ()) if self.wanted is not None else ()
+        return tokens <= (self.pages - len(kept)) * PAGE_SIZE
+
+    def victim(self, tokens: int) -> Snapshot | None:
+        """Which snapshot must go so that so many tokens find room; None if they do.
 
         What later turns have replaced goes first, then who was put here first.
         """
-        if pages <= len(self._free):
+        if tokens <= len(self._free) * PAGE_SIZE:
             return None
-        replaced = (it for it in self._slots if it.superseded)
-        return next(replaced, next(iter(self._slots), None))
+        others = [it for it in self._slots if it is not self.wanted]
+        replaced = (it for it in others if it.superseded)
+        return next(replaced, next(iter(others), None))
 
     def put(self, snapshot: Snapshot, tokens: Any) -> None:
         """Copy pages of the pool here; there must be room for them."""
@@ -81,10 +89,6 @@ class HostShelf:
         slots, self._free = self._free[:count], self._free[count:]
         self._slots[snapshot] = slots
         self._copies.append(Copy(slots, tokens, to_host=True))
-
-    def keep(self, snapshot: Snapshot) -> None:
-        """Count a snapshot as the one that was put here last."""
-        self._slots[snapshot] = self._slots.pop(snapshot)
 
     def take(self, snapshot: Snapshot, tokens: Any) -> None:
         """Copy a snapshot to pages of the pool; it is here no longer."""

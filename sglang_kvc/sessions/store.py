@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sglang_kvc.config.pages import PAGE_SIZE, pages_of
+from sglang_kvc.config.pages import PAGE_SIZE
 from sglang_kvc.sessions.host import HostShelf
 from sglang_kvc.sessions.snapshot import Snapshot
 from sglang_kvc.sessions.text import TextChain
@@ -77,11 +77,11 @@ class SessionStore:
         Parameters
         ----------
         node_id : of the snapshot.
-        tokens : token ids of all its pages, int64; they must find room.
+        tokens : token ids of all its pages, int64; `HostShelf.can_have` as many.
         """
         snapshot = self._leave(node_id)
         assert self.host is not None and snapshot is not None
-        while (victim := self.host.victim(pages_of(len(tokens)))) is not None:
+        while (victim := self.host.victim(len(tokens))) is not None:
             self.lose_in_host(victim)
         self.host.put(snapshot, tokens)
         snapshot.node = None

@@ -52,19 +52,22 @@ def test_room_is_made_for_what_comes_last() -> None:
     shelf = HostShelf(pages=6)
     one, two, three = map(snapshot, range(3))
     for it in (one, two, three):
-        assert shelf.victim(2) is None
+        assert shelf.victim(32) is None
         shelf.put(it, tokens([1, 2]))
     assert (len(shelf), shelf.tokens_of(two)) == (3, 32)
-    assert shelf.victim(1) is one
-    shelf.keep(one)
-    assert shelf.victim(1) is two
+    assert shelf.victim(16) is one
+    shelf.wanted = one
+    assert shelf.victim(16) is two
     three.superseded = True
-    assert shelf.victim(1) is three
+    assert shelf.victim(16) is three
     shelf.drop(three)
     assert three not in shelf
-    assert shelf.victim(2) is None
-    # More than there is: everything would have to go.
-    assert shelf.victim(7) is two
+    assert shelf.victim(32) is None
+    assert shelf.can_have(64)
+    assert not shelf.can_have(80)
+    shelf.wanted = None
+    assert shelf.can_have(96)
+    assert not shelf.can_have(97)
 
 
 def test_each_page_has_one_owner_and_each_copy_is_made_once() -> None:
@@ -85,7 +88,7 @@ def test_each_page_has_one_owner_and_each_copy_is_made_once() -> None:
     assert shelf.take_copies() == []
     assert shelf.brought_back == 1
     shelf.clear()
-    assert (len(shelf), shelf.victim(5)) == (0, None)
+    assert (len(shelf), shelf.victim(80)) == (0, None)
 
 
 def test_a_flush_forgets_copies_too() -> None:
