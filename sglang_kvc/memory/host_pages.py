@@ -22,7 +22,7 @@ from sglang_kvc.sessions.host import Copy
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 32
-"""Pages that are gathered at a time: 64 MiB of an 8B model in bf16."""
+"""Pages that are gathered at a time: of an 8B model in bf16 32 MiB of K, then of V."""
 
 
 class HostPages:
