@@ -15,7 +15,12 @@ import requests
 
 from bench.common import server as driven
 from bench.serving.conversations.drive import Drive
-from bench.serving.conversations.figures import counters, summarize, wrong_side
+from bench.serving.conversations.figures import (
+    counters,
+    host_cache_gb,
+    summarize,
+    wrong_side,
+)
 from bench.serving.conversations.load import Load, Shape
 from bench.serving.conversations.vocabulary import vocabulary_size
 from sglang_kvc.config import series
@@ -34,7 +39,8 @@ def keeper(
 ) -> Iterator[Server]:
     """A server of its own: on the shared one every hit is exact."""
     log = tmp_path_factory.mktemp("keeper") / "log.txt"
-    with running(whole_model_path, log, ["--kv-compress-sessions"]) as started:
+    flags = ["--kv-compress-sessions", "--kv-compress-sessions-host", "0.5"]
+    with running(whole_model_path, log, flags) as started:
         yield started
 
 
@@ -86,6 +92,10 @@ def test_metrics_count_them(keeper: Server) -> None:
     keeper.generate(prompt(keeper.model, 0, 20), 1)
     requests.get(f"{keeper.url}/metrics", timeout=ANSWER_S)
     assert value_of(keeper, series.EVICTIONS) == 0
+    # There is room for all in the pool.
+    assert value_of(keeper, series.IN_HOST) == 0
+    assert value_of(keeper, series.BROUGHT_BACK) == 0
+    assert host_cache_gb(keeper.log.read_text()) > 0
 
 
 def test_a_request_says_what_it_leaves_and_starts_from(keeper: Server) -> None:
