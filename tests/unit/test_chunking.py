@@ -12,7 +12,7 @@ from sglang_kvc.attention.prefill_packed import table_width
 from sglang_kvc.config.options import SWITCH, KVCompressOptions
 from sglang_kvc.requests.request_options import parse_request_options
 from sglang_kvc.scheduling.acceptance import attach_policy, course_of
-from sglang_kvc.scheduling.admission import PromptNeed, _has_lists_for_one_more
+from sglang_kvc.scheduling.admission import _has_lists_for_one_more
 from sglang_kvc.scheduling.chunking import ChunkRule
 from sglang_kvc.scheduling.course import Way, course, reach
 from sglang_kvc.scheduling.passes import (
@@ -21,6 +21,7 @@ from sglang_kvc.scheduling.passes import (
     PassScheduler,
 )
 from sglang_kvc.scheduling.policy import RequestPolicy
+from sglang_kvc.scheduling.prompt_need import PromptNeed
 from sglang_kvc.scheduling.request_state import RequestState
 from sglang_kvc.scheduling.step_plan import Fold
 from tests.doubles import request_fields
