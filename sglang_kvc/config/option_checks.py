@@ -5,7 +5,7 @@ Imports neither torch nor SGLang.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from sglang_kvc.config.checks import (
     check_choice,
@@ -17,16 +17,17 @@ from sglang_kvc.config.described import flags_of
 from sglang_kvc.config.metrics import ATTENTION_METRICS, METRICS
 from sglang_kvc.errors import ConfigError
 
-if TYPE_CHECKING:
-    from sglang_kvc.config.options import KVCompressOptions
-
 MAX_WINDOW = 256
 MAX_POOL = 128
 MAX_DELAY = 4096
 
 
-def check_options(options: KVCompressOptions) -> None:
+def check_options(options: Any) -> None:
     """Raise unless a server can be started with these options.
+
+    Parameters
+    ----------
+    options : a new `KVCompressOptions`.
 
     Raises
     ------
