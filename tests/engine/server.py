@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import json
 import os
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import requests
 
+from bench.common.ports import free_ports
 from sglang_kvc.tools import serve
 from tests.engine.texts import prompt
 
@@ -78,10 +78,7 @@ def body_of(ids: list[int], max_new: int, kv: dict[str, Any] | None) -> dict[str
 
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]
 
 
 @contextlib.contextmanager

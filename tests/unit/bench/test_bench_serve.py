@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -304,8 +305,16 @@ def test_child_that_does_not_quit_is_ended(tmp_path: Path) -> None:
     assert child.process.returncode == -9
 
 
-def test_ports_differ() -> None:
-    assert len(set(free_ports(5))) == 5
+def test_ports_differ_and_are_nobodys() -> None:
+    """Nor does the system give them to whoever asks for any."""
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", free_ports(1)[0]))
+        taken = {it.getsockname()[1] for it in (one, other)}
+        found = free_ports(50)
+        assert len(set(found)) == 50
+        assert not taken & set(found)
+        assert max(found) < one.getsockname()[1]
 
 
 def test_every_command_is_json() -> None:
