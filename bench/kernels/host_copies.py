@@ -29,16 +29,16 @@ def bench_host(
     there, back = (Copy(slots, tokens, to_host) for to_host in (True, False))
     with report.guard("host copies"):
         before = [part[page].clone() for part in arena.cells]
-        host.carry_out([there])
+        host.copy_all([there])
         for part in arena.cells:
             part[page] = 0
-        host.carry_out([back])
+        host.copy_all([back])
         for part, then in zip(arena.cells, before, strict=True):
             require_equal("pages from host memory", part[page], then)
         size = sum(part.nbytes for part in before)
         for name, copy in (("to_host", there), ("from_host", back)):
-            timing = clock.eager(lambda copy=copy: host.carry_out([copy]))
-            host_us = clock.host(lambda copy=copy: host.carry_out([copy]))
+            timing = clock.eager(lambda copy=copy: host.copy_all([copy]))
+            host_us = clock.host(lambda copy=copy: host.copy_all([copy]))
             report.add(
                 SECTION,
                 name,

@@ -22,7 +22,7 @@ def run_step(runtime: KVCompressRuntime, worker: Any, batch: Any, forward: Any) 
         return forward()
     if plan.copies:
         assert runtime.state.host is not None
-        runtime.state.host.carry_out(plan.copies)
+        runtime.state.host.copy_all(plan.copies)
     if plan.reset_slots:
         runtime.state.reset_slots(plan.reset_slots)
     if plan.resumed:

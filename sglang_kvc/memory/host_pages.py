@@ -70,7 +70,7 @@ class HostPages:
             )
         return host
 
-    def carry_out(self, copies: Sequence[Copy]) -> None:
+    def copy_all(self, copies: Sequence[Copy]) -> None:
         """Copy, in this order (forward stream)."""
         for slots, tokens, to_host in copies:
             if tokens.is_cuda:

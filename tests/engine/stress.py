@@ -133,19 +133,19 @@ class PageAudit:
         # Behind the poison: what is freed is looked at before.
         tree = scheduler.sch.tree_cache
         self.shared = SharedPages(tree, self.allocator, self.pool.arena)
-        carry_out = HostPages.carry_out
+        copy_all = HostPages.copy_all
 
         def copied(host: HostPages, copies: list[Copy]) -> None:
-            carry_out(host, copies)
+            copy_all(host, copies)
             self.shared.written([it.tokens for it in copies if not it.to_host])
 
-        HostPages.carry_out = copied  # type: ignore[method-assign]
+        HostPages.copy_all = copied  # type: ignore[method-assign]
 
     def _copy_snapshots(self) -> None:
         """Make the copies to host memory and back that the next step would."""
         tree, host = self.scheduler.sch.tree_cache, self.pool.runtime.state.host
         if host is not None:
-            host.carry_out(tree.take_copies())
+            host.copy_all(tree.take_copies())
 
     def live_requests(self) -> list[Any]:
         """Requests that own memory now."""

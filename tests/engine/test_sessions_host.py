@@ -58,7 +58,7 @@ def move_all(server: InProcessScheduler, store: SessionStore) -> None:
     assert (len(store), store.tokens, len(store.host)) == (0, 0, size)
     assert sum(map(store.host.tokens_of, store.host._slots)) == tokens
     assert server.allocator.available_size() == server.allocator.size
-    pool.runtime.state.host.carry_out(tree.take_copies())
+    pool.runtime.state.host.copy_all(tree.take_copies())
     for part in pool.arena.cells:
         part.fill_(float("nan"))
 

@@ -92,13 +92,13 @@ class TimedLoad:
         host = self.server.allocator.get_kvcache().runtime.state.host
         if host is None:
             return
-        carry_out = host.carry_out
+        copy_all = host.copy_all
 
         def timed(copies: Sequence[Copy]) -> None:
             self.now += sum(len(it.tokens) for it in copies) / COPY_TOKENS_PER_S
-            carry_out(copies)
+            copy_all(copies)
 
-        host.carry_out = timed
+        host.copy_all = timed
 
     def _turn(
         self, session: int, branch: int, history: list[int], number: int

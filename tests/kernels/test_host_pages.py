@@ -37,10 +37,10 @@ def test_pages_come_back_bit_by_bit(device: str, dtype: torch.dtype) -> None:
     count = AT_ONCE + 7
     from_, to = (1 + order[:count]).tolist(), (1 + order[-count:]).tolist()
     slots = [*range(5, 5 + count // 2), *range(60, 60 + count - count // 2)]
-    host.carry_out([Copy(slots, tokens(from_, device), to_host=True)])
+    host.copy_all([Copy(slots, tokens(from_, device), to_host=True)])
     for now, then in zip(cells(arena), before, strict=True):
         assert torch.equal(now, then)
-    host.carry_out([Copy(slots, tokens(to, device), to_host=False)])
+    host.copy_all([Copy(slots, tokens(to, device), to_host=False)])
     others = [page for page in range(PAGES) if page not in to]
     for now, then in zip(cells(arena), before, strict=True):
         assert torch.equal(now[to], then[from_])
@@ -51,12 +51,12 @@ def test_copies_are_made_in_their_order(device: str) -> None:
     """What comes back may take the pages, here and there, of what goes."""
     arena = make_arena(device)
     host, before = HostPages(arena, 0.1), cells(arena)
-    host.carry_out([Copy([3], tokens([10], device), to_host=True)])
+    host.copy_all([Copy([3], tokens([10], device), to_host=True)])
     swap = [
         Copy([4], tokens([20], device), to_host=True),
         Copy([3], tokens([20], device), to_host=False),
         Copy([3], tokens([30], device), to_host=True),
     ]
-    host.carry_out([*swap, Copy([4, 3], tokens([40, 41], device), to_host=False)])
+    host.copy_all([*swap, Copy([4, 3], tokens([40, 41], device), to_host=False)])
     for now, then in zip(cells(arena), before, strict=True):
         assert torch.equal(now[[20, 40, 41]], then[[10, 20, 30]])

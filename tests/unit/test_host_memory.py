@@ -1,4 +1,4 @@
-"""Snapshots in host memory: which pages they get, and how these are copied."""
+"""Snapshots in host memory: which of its pages they get, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import torch
 
 from sglang_kvc.config.options import KVCompressOptions
 from sglang_kvc.errors import ConfigError
-from sglang_kvc.kernels.kv_dtype import stored_bytes
 from sglang_kvc.kernels.layout import Arena
 from sglang_kvc.memory import host_pages
 from sglang_kvc.memory.host_pages import HostPages
 from sglang_kvc.sessions.host import HostShelf
 from sglang_kvc.sessions.snapshot import Snapshot
-
-PAGES = 100
 
 
 def snapshot(number: int) -> Snapshot:
@@ -29,16 +26,9 @@ def tokens(pages: list[int]) -> torch.Tensor:
     return (torch.tensor(pages)[:, None] * 16 + torch.arange(16)).flatten()
 
 
-def make_arena(dtype: torch.dtype = torch.bfloat16) -> Arena:
-    shape = (PAGES, 2, 3, 16, 8)
-    generator = torch.Generator().manual_seed(1)
-    k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    score = torch.rand(shape[:-1], generator=generator)
-    return Arena(k=k, v=v, score=score, scales=None)
-
-
-def cells(arena: Arena) -> list[torch.Tensor]:
-    return [stored_bytes(part).clone() for part in arena.cells]
+def make_arena() -> Arena:
+    k, v = torch.zeros(2, 100, 2, 3, 16, 8)
+    return Arena(k=k, v=v, score=k[..., 0], scales=None)
 
 
 def test_more_than_the_machine_has_is_refused(monkeypatch: Any) -> None:
